@@ -1,0 +1,137 @@
+"""Settings: YAML or dict -> frozen dataclass tree, ``a.b=c`` overrides, did-you-mean, dump, digest."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from casehard.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _nested(hint: Any) -> type | None:
+    """Return the dataclass inside ``X``, ``X | None``; None for anything else."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    for arg in getattr(hint, "__args__", ()):
+        if isinstance(arg, type) and dataclasses.is_dataclass(arg):
+            return arg
+    return None
+
+
+def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
+    """Raise ConfigError naming the first unknown key and the nearest known one."""
+    known = list(known)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
+
+
+def _check_tree(kind: type, values: Mapping[str, Any], where: str) -> None:
+    fields = _fields(kind)
+    check_keys(values, fields, where=where)
+    for name, value in values.items():
+        inner = _nested(fields[name])
+        if inner is not None and isinstance(value, Mapping):
+            _check_tree(inner, value, f"{where}.{name}")
+
+
+def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str = "config") -> T:
+    """Build the frozen dataclass ``kind`` from plain values.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, or a value the class refuses.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    values = dict(values or {})
+    _check_tree(kind, values, where)
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(p) for p in first["loc"]) or "value"
+        if isinstance(first.get("ctx", {}).get("error"), ConfigError):
+            raise first["ctx"]["error"] from None
+        raise ConfigError(f"{where}.{path}: {first['msg']}, got {first['input']!r}") from None
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split ``a.b=c`` into its path and its value read as YAML."""
+    import yaml
+
+    path, sep, value = text.partition("=")
+    if not sep or not path.strip():
+        raise ConfigError(f"override {text!r} is not of the form a.b=value", hint="example: --set lr=2e-4")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
+    if isinstance(parsed, str):
+        # YAML 1.1 reads 2e-4 as text; people mean the number.
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    return path.strip().split("."), parsed
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return ``values`` with ``a.b=c`` overrides applied; the input is left alone."""
+    out: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    for text in overrides:
+        path, value = parse_override(text)
+        node = out
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {text!r}: {key!r} is a value, not a group")
+        node[path[-1]] = value
+    return out
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or is not a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+    return values
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass tree as JSON-ready values (tuples as lists, paths as text)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 (hex) of a config, or of any JSON value, independent of key order."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = to_dict(value)
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

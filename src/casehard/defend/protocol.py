@@ -1,0 +1,81 @@
+"""The seams between a defence and the training loop. A method implements only the seams it needs.
+
+| seam | when |
+|---|---|
+| ``prepare(setup)`` | once before training, and again after a resume (before ``restore``) |
+| ``loss(model, batch, step)`` | instead of the plain loss; returns a scalar to be differentiated |
+| ``backward(model, batch, step)`` | instead of forward + backward, for several passes; returns the detached loss to log |
+| ``after_step(model, optimizer, step)`` | after the optimiser update, before scheduler and zero_grad |
+| ``finish(model)`` | at the end of training |
+| ``state()`` / ``restore(state)`` | in every checkpoint |
+
+Methods import no Trainer: everything they may ask of the loop is in :class:`Setup` and :class:`Step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from casehard.data.batches import Batch
+
+StateValue = torch.Tensor | int | float | str | bool | None | list[Any] | dict[str, Any] | Path
+"""A tensor (saved as safetensors), a JSON value, or a Path to a file that is hard-linked into the checkpoint."""
+
+SEAMS = ("prepare", "loss", "backward", "after_step", "finish", "state", "restore")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method learns about the run before the first step."""
+
+    model: nn.Module
+    seed: int
+    max_steps: int
+    micros: int = 1
+    """Micro-batches per optimiser step (gradient accumulation)."""
+    scratch: Path | None = None
+    """Folder for files that must outlive a kill; None when the run keeps no checkpoints."""
+    log: Callable[[Mapping[str, float]], None] = lambda values: None
+    """Record telemetry; numbers only."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch of one optimiser step, as seen by a method."""
+
+    index: int
+    """Optimiser step, counted from 0; the number of updates applied so far."""
+    micro: int
+    """Position of this micro-batch within the optimiser step, 0 .. micros-1."""
+    micros: int
+    """Micro-batches in this optimiser step (the last step of an epoch may have fewer)."""
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
+    """Plain loss of this micro-batch, scaled so that summing over the step's micro-batches gives the step's loss."""
+    backward: Callable[[torch.Tensor], None]
+    """Back-propagate (through the precision machinery of the loop); gradients accumulate into ``.grad``."""
+    log: Callable[[Mapping[str, float]], None] = lambda values: None
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the step's final micro-batch."""
+        return self.micro == self.micros - 1
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A defence: a name and the configuration that identifies it; seams are optional attributes."""
+
+    name: str
+    config: Any
+
+
+def has(method: object, seam: str) -> bool:
+    """Return whether ``method`` implements ``seam``."""
+    assert seam in SEAMS, seam
+    return callable(getattr(method, seam, None))

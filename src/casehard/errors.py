@@ -1,0 +1,80 @@
+"""Errors a user can act on. Each says what was wrong, the value seen and what to do, and has its own exit code."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Report a problem the user can mend.
+
+    Args:
+        message: what was wrong, with the value seen.
+        hint: what to do about it; shown on a line of its own.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DataError(UserError):
+    """A data file or row cannot be used; the message names file and line."""
+
+    exit_code = 3
+
+
+class Diverged(UserError):
+    """A loss or gradient stopped being finite; raised before that step's update."""
+
+    exit_code = 4
+
+
+class StorageError(UserError):
+    """The disk refused a write (full, quota, size limit); nothing half-written is left."""
+
+    exit_code = 5
+
+
+class Corrupt(UserError):
+    """A file does not match its manifest; the message names file, expected and actual digest."""
+
+    exit_code = 6
+
+
+class Unsupported(UserError):
+    """The combination asked for is not available; the hint names one that is."""
+
+    exit_code = 7
+
+
+class MissingExtra(UserError):
+    """An optional dependency is not installed."""
+
+    exit_code = 8
+
+    def __init__(self, package: str, extra: str, *, purpose: str = "") -> None:
+        what = f" ({purpose})" if purpose else ""
+        super().__init__(
+            f"the package {package!r} is not installed{what}", hint=f"pip install 'casehard[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class Interrupted(UserError):
+    """The run was asked to stop (SIGINT 130, SIGTERM 143) and left a checkpoint to resume from."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = 130) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
