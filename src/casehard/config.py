@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -21,7 +22,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _nested(hint: Any) -> type | None:
-    """Return the dataclass inside ``X``, ``X | None``; None for anything else."""
+    """Return the dataclass inside ``X``, ``X | None`` or ``tuple[X, ...]``; None for anything else."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return hint
     for arg in getattr(hint, "__args__", ()):
@@ -45,8 +46,11 @@ def _check_tree(kind: type, values: Mapping[str, Any], where: str) -> None:
     check_keys(values, fields, where=where)
     for name, value in values.items():
         inner = _nested(fields[name])
-        if inner is not None and isinstance(value, Mapping):
-            _check_tree(inner, value, f"{where}.{name}")
+        if inner is None:
+            continue
+        for i, item in enumerate(value if isinstance(value, list | tuple) else [value]):
+            if isinstance(item, Mapping):
+                _check_tree(inner, item, f"{where}.{name}" + (f".{i}" if item is not value else ""))
 
 
 def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str = "config") -> T:
@@ -82,10 +86,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
     if isinstance(parsed, str):
         # YAML 1.1 reads 2e-4 as text; people mean the number.
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     return path.strip().split("."), parsed
 
 
@@ -94,12 +96,19 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     out: dict[str, Any] = json.loads(json.dumps(dict(values)))
     for text in overrides:
         path, value = parse_override(text)
-        node = out
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {text!r}: {key!r} is a value, not a group")
-        node[path[-1]] = value
+        node: Any = out
+        for i, key in enumerate(path):
+            last = i == len(path) - 1
+            if isinstance(node, list):
+                if not key.isdigit() or int(key) >= len(node):
+                    raise ConfigError(f"override {text!r}: {key!r} is not one of the positions 0..{len(node) - 1}")
+                key = int(key)  # type: ignore[assignment]
+            elif not isinstance(node, dict):
+                raise ConfigError(f"override {text!r}: {'.'.join(path[:i])!r} is a value, not a group")
+            if last:
+                node[key] = value
+            else:
+                node = node[key] if isinstance(node, list) else node.setdefault(key, {})
     return out
 
 

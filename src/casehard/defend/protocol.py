@@ -4,7 +4,7 @@
 |---|---|
 | ``prepare(setup)`` | once before training, and again after a resume (before ``restore``) |
 | ``loss(model, batch, step)`` | instead of the plain loss; returns a scalar to be differentiated |
-| ``backward(model, batch, step)`` | instead of forward + backward, for several passes; returns the detached loss to log |
+| ``backward(model, batch, step)`` | instead of forward + backward; returns the detached loss to log |
 | ``after_step(model, optimizer, step)`` | after the optimiser update, before scheduler and zero_grad |
 | ``finish(model)`` | at the end of training |
 | ``state()`` / ``restore(state)`` | in every checkpoint |
@@ -60,6 +60,8 @@ class Step:
     backward: Callable[[torch.Tensor], None]
     """Back-propagate (through the precision machinery of the loop); gradients accumulate into ``.grad``."""
     log: Callable[[Mapping[str, float]], None] = lambda values: None
+    compute_dtype: torch.dtype | None = None
+    """The dtype autocast computes in, None when the loop runs in the master dtype."""
 
     @property
     def last(self) -> bool:

@@ -1,0 +1,97 @@
+"""Clean copies of a model's own weights, from which a method can repeat a simulated attack after a resume.
+
+Attack vectors and attacked weights must never reach the disk; the defender's own weights may. A method that needs its
+vectors again after a kill keeps where the attack started from, and runs it again: same source, same seed, same vector.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from casehard.maths.bilevel import Params, parameters
+from casehard.tensorfile import load_tensors, save_tensors
+
+Kept = Params | Path
+"""A copy in memory, a copy in a file, or an empty dict: the live weights still are that copy."""
+
+
+class Round(NamedTuple):
+    """What is needed to rebuild a round's attack vectors."""
+
+    number: int
+    source_step: int
+    source: Kept
+    adopted_step: int = -1
+    reference: Kept | None = None
+    """theta_reference where it differs from the source (delayed adoption)."""
+
+
+class CleanCopies:
+    """Keep, read and drop copies of the current weights under one prefix."""
+
+    def __init__(self, scratch: Path | None, prefix: str) -> None:
+        self.scratch = scratch
+        self.prefix = prefix
+
+    def keep(self, label: str, model: nn.Module, *, in_memory: bool) -> Kept:
+        """Copy the current weights: to a file when the run checkpoints, else to memory if they are needed later."""
+        if self.scratch is not None:
+            return save_tensors(self.scratch / f"{self.prefix}-{label}.safetensors", parameters(model))
+        if in_memory:
+            return {name: p.detach().clone() for name, p in parameters(model).items()}
+        return {}
+
+    def tensors(self, kept: Kept, model: nn.Module) -> Mapping[str, torch.Tensor]:
+        """Return the copy's tensors on the model's device."""
+        if isinstance(kept, Path):
+            return load_tensors(kept, device=next(model.parameters()).device)
+        return kept or parameters(model)
+
+    def adopt(self, path: Path) -> Path:
+        """Link a file of a checkpoint into the scratch folder, so that retention may remove the checkpoint."""
+        assert self.scratch is not None
+        target = self.scratch / path.name
+        if not target.exists() or not target.samefile(path):
+            target.unlink(missing_ok=True)
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copyfile(path, target)
+        return target
+
+    def discard(self, *copies: Kept | None) -> None:
+        """Remove files that no future step needs; checkpoints hold their own links to them."""
+        for kept in copies:
+            if isinstance(kept, Path):
+                kept.unlink(missing_ok=True)
+
+
+def round_to_state(role: str, entry: Round | None) -> dict[str, list[int] | Path]:
+    """Return a round as JSON numbers and files, keys prefixed by ``role``."""
+    if entry is None:
+        return {}
+    out: dict[str, list[int] | Path] = {role: [entry.number, entry.source_step, entry.adopted_step]}
+    for part, value in (("source", entry.source), ("reference", entry.reference)):
+        if isinstance(value, Path):
+            out[f"{role}_{part}"] = value
+    return out
+
+
+def round_from_state(role: str, state: Mapping[str, object], copies: CleanCopies) -> Round | None:
+    """Invert :func:`round_to_state`; files are linked back into the scratch folder."""
+    numbers = state.get(role)
+    if not isinstance(numbers, list):
+        return None
+    files = {
+        part: copies.adopt(value)
+        for part in ("source", "reference")
+        if isinstance(value := state.get(f"{role}_{part}"), Path)
+    }
+    return Round(numbers[0], numbers[1], files["source"], numbers[2], files.get("reference"))

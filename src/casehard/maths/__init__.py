@@ -1,0 +1,1 @@
+"""Pure mathematics: torch and the standard library only."""

@@ -1,0 +1,37 @@
+"""Named tensors in one safetensors file, for methods that must outlive a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from casehard.errors import Corrupt
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write tensors to ``path`` through a temporary file and a rename; shared storage is written once per name."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial)
+    partial.replace(path)
+    return path
+
+
+def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Read tensors written by :func:`save_tensors`.
+
+    Raises:
+        Corrupt: the file is missing or is not a complete safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(device))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise Corrupt(f"{path.name} cannot be read: {error}", hint="resume from an older checkpoint") from None
