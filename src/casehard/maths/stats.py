@@ -1,0 +1,286 @@
+"""Intervals and tests for rates, means and paired differences. Standard library only, so a report needs no torch.
+
+k successes in n trials; ``level`` is the coverage of an interval (.95). Everything random takes a seed and is a
+function of it. Which interval for what:
+
+| quantity | interval |
+|---|---|
+| rate k/n | Wilson; exact binomial (Clopper-Pearson) where k is 0 or n: :func:`rate_interval` |
+| mean over prompts, weighted or not | percentile bootstrap: :func:`bootstrap_mean` |
+| difference of two models on the same prompts | paired bootstrap, or exact McNemar for yes/no outcomes |
+| seeds | t-interval of the mean from three seeds on, the range for two: :func:`seed_band` |
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from casehard.errors import DataError
+from casehard.seeds import derive
+
+
+class Interval(NamedTuple):
+    """Two bounds, low <= high."""
+
+    low: float
+    high: float
+
+    @property
+    def contains_zero(self) -> bool:
+        """Whether the data are compatible with no difference."""
+        return self.low <= 0.0 <= self.high
+
+
+class Estimate(NamedTuple):
+    """A mean (or mean difference) over ``n`` prompts with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Band(NamedTuple):
+    """What ``n`` seeds say: mean, sample standard deviation, and the interval named by ``kind``."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    n: int
+    kind: Literal["t", "range", "single seed"]
+
+
+def _check_count(k: int, n: int) -> None:
+    if n <= 0 or not 0 <= k <= n:
+        raise DataError(
+            f"a rate needs 0 <= k <= n and n >= 1, got k={k}, n={n}", hint="were all rows unscored or filtered out?"
+        )
+
+
+def _check_level(level: float) -> None:
+    if not 0.0 < level < 1.0:
+        raise DataError(f"the coverage of an interval lies between 0 and 1, got {level}", hint="use 0.95")
+
+
+def _beta_fraction(x: float, a: float, b: float) -> float:
+    """Evaluate the continued fraction of the incomplete beta function (modified Lentz)."""
+    tiny = 1e-300
+    c, d = 1.0, 1.0 - (a + b) * x / (a + 1.0)
+    d = 1.0 / (d if abs(d) > tiny else tiny)
+    value = d
+    for m in range(1, 10_000):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1.0 + numerator * d
+            d = 1.0 / (d if abs(d) > tiny else tiny)
+            c = 1.0 + numerator / c
+            c = c if abs(c) > tiny else tiny
+            value *= c * d
+        if abs(c * d - 1.0) < 1e-15:
+            break
+    return value
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """Return I_x(a, b), the regularised incomplete beta function, for a, b > 0.
+
+    Source: Abramowitz and Stegun 26.5.8; the symmetry I_x(a, b) = 1 - I_{1-x}(b, a) keeps the fraction convergent.
+    """
+    if x <= 0.0:
+        return 0.0
+    if x >= 1.0:
+        return 1.0
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    if x < (a + 1.0) / (a + b + 2.0):
+        return math.exp(log_front) * _beta_fraction(x, a, b) / a
+    return 1.0 - math.exp(log_front) * _beta_fraction(1.0 - x, b, a) / b
+
+
+def beta_quantile(p: float, a: float, b: float) -> float:
+    """Return x with I_x(a, b) = p by bisection, exact to about 1e-15."""
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2.0
+        if middle in (low, high):
+            break
+        if beta_cdf(middle, a, b) < p:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2.0
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """Return the two-sided quantile t with P(|T| <= t) = ``level`` for ``freedom`` degrees of freedom.
+
+    Example: ``t_quantile(0.95, 2)`` is 4.303, the factor for three seeds.
+    """
+    x = beta_quantile(1.0 - level, freedom / 2.0, 0.5)
+    return math.sqrt(freedom * (1.0 - x) / x)
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> Interval:
+    """Return the Wilson score interval of a rate.
+
+    Source: Wilson (1927), without continuity correction.
+
+    Raises:
+        DataError: k or n out of range.
+    """
+    _check_count(k, n)
+    _check_level(level)
+    z = statistics.NormalDist().inv_cdf(0.5 + level / 2.0)
+    rate, spread = k / n, z * z / n
+    centre = (rate + spread / 2.0) / (1.0 + spread)
+    half = math.sqrt(rate * (1.0 - rate) * spread + spread * spread / 4.0) / (1.0 + spread)
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
+    """Return the exact binomial interval of a rate.
+
+    ``low`` solves P(X >= k) = (1 - level) / 2 and ``high`` solves P(X <= k) = (1 - level) / 2. For 0 of 3 the interval
+    is [0, .708]: three clean trials say little.
+
+    Source: Clopper and Pearson (1934).
+
+    Raises:
+        DataError: k or n out of range.
+    """
+    _check_count(k, n)
+    _check_level(level)
+    tail = (1.0 - level) / 2.0
+    low = 0.0 if k == 0 else beta_quantile(tail, k, n - k + 1)
+    high = 1.0 if k == n else beta_quantile(1.0 - tail, k + 1, n - k)
+    return Interval(low, high)
+
+
+def rate_interval(k: int, n: int, level: float = 0.95) -> Interval:
+    """Return the interval shown beside every rate: exact for 0/n and n/n, Wilson otherwise."""
+    _check_count(k, n)
+    return clopper_pearson(k, n, level) if k in (0, n) else wilson(k, n, level)
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Return the two-sided exact p-value that two models differ on the same yes/no prompts.
+
+    p = min(1, 2 P(X <= min(b, c))) with X ~ Binomial(b + c, 1/2).
+
+    Args:
+        b: prompts where only the first model says yes.
+        c: prompts where only the second does.
+
+    Source: McNemar (1947), exact binomial form.
+    """
+    if b < 0 or c < 0:
+        raise DataError(f"discordant counts cannot be negative, got b={b}, c={c}")
+    total, least = b + c, min(b, c)
+    # Integer arithmetic: 2 ** total leaves the range of a float from 1024 discordant prompts on.
+    tail = sum(math.comb(total, i) for i in range(least + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def _quantile(ordered: Sequence[float], p: float) -> float:
+    place = p * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def bootstrap_mean(
+    values: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """Estimate a mean over prompts with a percentile bootstrap interval.
+
+    Args:
+        values: one number per prompt, e.g. nats per token.
+        weights: one non-negative weight per prompt, e.g. its tokens; each draw resamples prompts with their weights,
+            so the interval is that of sum(w v) / sum(w).
+        draws: resamples.
+        seed: fixes the resamples.
+
+    Raises:
+        DataError: no values, values that are not finite, or weights that do not fit them.
+    """
+    n = len(values)
+    _check_level(level)
+    if n == 0 or not all(math.isfinite(v) for v in values):
+        raise DataError(f"a bootstrap needs finite values, got {n} of which not all are finite or none exist")
+    heavy = [1.0] * n if weights is None else list(weights)
+    if len(heavy) != n or not all(math.isfinite(w) and w >= 0 for w in heavy) or sum(heavy) <= 0:
+        raise DataError(f"expected {n} non-negative weights, not all zero, got {len(heavy)}")
+    rng = random.Random(derive(seed, n, "bootstrap"))
+    products = [w * v for w, v in zip(heavy, values, strict=True)]
+    means = []
+    for _ in range(draws):
+        picked = rng.choices(range(n), k=n)
+        total = sum(heavy[i] for i in picked)
+        if total > 0:
+            means.append(sum(products[i] for i in picked) / total)
+    means.sort()
+    tail = (1.0 - level) / 2.0
+    return Estimate(sum(products) / sum(heavy), _quantile(means, tail), _quantile(means, 1.0 - tail), n)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """Estimate mean(b) - mean(a) over the same prompts, resampling prompts and keeping the pairs together.
+
+    Raises:
+        DataError: the two lists differ in length or are empty.
+    """
+    if len(a) != len(b):
+        raise DataError(
+            f"paired values must belong to the same prompts, got {len(a)} and {len(b)}",
+            hint="join the two sets of rows by id first",
+        )
+    return bootstrap_mean([y - x for x, y in zip(a, b, strict=True)], draws=draws, seed=seed, level=level)
+
+
+def seed_band(values: Sequence[float], *, level: float = 0.95, bounds: tuple[float, float] | None = None) -> Band:
+    """Summarise one number per seed.
+
+    From three seeds on the interval is the t-interval of the mean. Two seeds give their range, because a t-interval on
+    one degree of freedom (12.7 standard errors) says nothing a reader can use; one seed gives no interval and is called
+    "single seed".
+
+    Args:
+        values: one value per seed.
+        bounds: limits the quantity cannot leave, (0, 1) for rates; they clip the t-interval.
+
+    Raises:
+        DataError: no values, or values that are not finite.
+    """
+    n = len(values)
+    _check_level(level)
+    if n == 0 or not all(math.isfinite(v) for v in values):
+        raise DataError(f"a band over seeds needs at least one value, all finite, got {list(values)!r}")
+    mean = statistics.fmean(values)
+    if n == 1:
+        return Band(mean, 0.0, mean, mean, 1, "single seed")
+    sd = statistics.stdev(values)
+    if n == 2:
+        return Band(mean, sd, min(values), max(values), 2, "range")
+    half = t_quantile(level, n - 1) * sd / math.sqrt(n)
+    low, high = mean - half, mean + half
+    if bounds is not None:
+        low, high = max(bounds[0], low), min(bounds[1], high)
+    return Band(mean, sd, low, high, n, "t")
+
+
+def made_no_difference(low: float, high: float) -> bool:
+    """Return whether the interval of a difference contains 0, which reports print as "made no difference"."""
+    return low <= 0.0 <= high
