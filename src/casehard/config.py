@@ -99,16 +99,17 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
         node: Any = out
         for i, key in enumerate(path):
             last = i == len(path) - 1
+            position: str | int = key
             if isinstance(node, list):
                 if not key.isdigit() or int(key) >= len(node):
                     raise ConfigError(f"override {text!r}: {key!r} is not one of the positions 0..{len(node) - 1}")
-                key = int(key)  # type: ignore[assignment]
+                position = int(key)
             elif not isinstance(node, dict):
                 raise ConfigError(f"override {text!r}: {'.'.join(path[:i])!r} is a value, not a group")
             if last:
-                node[key] = value
+                node[position] = value
             else:
-                node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+                node = node[position] if isinstance(node, list) else node.setdefault(position, {})
     return out
 
 

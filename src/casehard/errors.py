@@ -63,9 +63,7 @@ class MissingExtra(UserError):
 
     def __init__(self, package: str, extra: str, *, purpose: str = "") -> None:
         what = f" ({purpose})" if purpose else ""
-        super().__init__(
-            f"the package {package!r} is not installed{what}", hint=f"pip install 'casehard[{extra}]'"
-        )
+        super().__init__(f"the package {package!r} is not installed{what}", hint=f"pip install 'casehard[{extra}]'")
         self.package = package
         self.extra = extra
 

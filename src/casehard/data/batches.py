@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +86,10 @@ class EncodedSet:
         """Return batch number ``step`` of an endless, seeded stream. Source of truth for every second data stream."""
         picked = indices_at(len(self.rows), size, seed=seed, step=step, purpose=purpose)
         return collate([self.rows[i] for i in picked], self.pad_id)
+
+    def stream(self, size: int, *, seed: int, purpose: str) -> Callable[[int], Batch]:
+        """Return the function ``step -> batch`` of one endless, seeded stream."""
+        return lambda step: self.batch_at(size, seed=seed, step=step, purpose=purpose)
 
     @property
     def digest(self) -> str:

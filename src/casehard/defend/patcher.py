@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,10 +262,8 @@ class Patcher:
             if attacker.steps_min is not None:
                 low = attacker.steps_min
                 steps = low + int(torch.randint(steps - low + 1, (), generator=generator(seed, 0, "length")))
-            batch_at = partial(rows.batch_at, attacker.batch_size, seed=seed, purpose="attack-batch")
-            run = simulate_attack(
-                model, source, lambda k, draw=batch_at: draw(step=k), attacker, seed=seed, steps=steps
-            )
+            batch_at = rows.stream(attacker.batch_size, seed=seed, purpose="attack-batch")
+            run = simulate_attack(model, source, batch_at, attacker, seed=seed, steps=steps)
             delta = difference(run.weights, reference, dtype=getattr(torch, self.config.delta_dtype))
             self._pool.append(AttackVector.of(delta, source_step=entry.source_step, attack_steps=steps))
             self.passes += steps
