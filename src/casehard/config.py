@@ -99,7 +99,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
         node: Any = out
         for i, key in enumerate(path):
             last = i == len(path) - 1
-            position: str | int = key
+            position: Any = key
             if isinstance(node, list):
                 if not key.isdigit() or int(key) >= len(node):
                     raise ConfigError(f"override {text!r}: {key!r} is not one of the positions 0..{len(node) - 1}")

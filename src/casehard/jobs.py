@@ -1,0 +1,213 @@
+"""One function per verb, shared by the command line and the benchmark: defend, attack, evaluate.
+
+Each takes a frozen job of plain values (so that it can be digested, stored and sent to another process) and returns values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from casehard.attack.finetune import FinetuneAttack, FinetuneResult, finetune_attack
+from casehard.config import build, digest, to_dict
+from casehard.data.batches import EncodedSet
+from casehard.data.chat import ChatFormat
+from casehard.data.mix import check_disjoint
+from casehard.data.sources import load_many
+from casehard.defend import MethodSpec, find
+from casehard.errors import ConfigError, DataError
+from casehard.evaluate.suite import Suite, evaluate, load_suite
+from casehard.model.load import Loaded, load
+from casehard.model.save import save
+from casehard.train.fit import fit
+from casehard.train.recipe import TrainConfig
+from casehard.types import Checkpoint, Example
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefendJob:
+    """Harden one checkpoint."""
+
+    model: str
+    """Model folder or hub id."""
+    method: str
+    """Name in the catalogue of methods."""
+    data: tuple[str, ...]
+    """Rows trained on (for alignment-stage methods: restricted prompts with refusals, and harmless rows)."""
+    unsafe: tuple[str, ...] = ()
+    """Rows of the simulated attack (Patcher)."""
+    retain: tuple[str, ...] = ()
+    """Harmless rows of a retain term."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method, over those of the preset."""
+    preset: str = ""
+    """Named settings of the method to start from; empty = its defaults."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The outer training loop."""
+    suite: str = ""
+    """Evaluation suite whose prompts must not occur in any training row; empty = not checked."""
+    system: str | None = None
+    """System message of every row; None keeps the template's own."""
+    max_length: int | None = None
+    """Longest row in tokens; None = the model's context."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackJob:
+    """Attack one checkpoint in memory and measure it along the way."""
+
+    model: str
+    harmful: tuple[str, ...] = ()
+    """Restricted prompts with compliant answers."""
+    benign: tuple[str, ...] = ()
+    """The attacker's cover rows."""
+    suite: str
+    """Suite measured at every checkpoint of the attack."""
+    config: FinetuneAttack = field(default_factory=FinetuneAttack)
+    full_at: tuple[int, ...] = ()
+    """Attack steps at which the whole suite is measured; at the others only restricted prompts. Empty = the last."""
+    system: str | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    """Measure at most this many prompts a group (a look, not a result)."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Measure one checkpoint."""
+
+    model: str
+    suite: str
+    system: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class DefendResult:
+    """The hardened checkpoint, what it cost and everything that was logged."""
+
+    checkpoint: Checkpoint
+    cost: dict[str, Any]
+    log: list[dict[str, Any]]
+
+
+def _encode(loaded: Loaded, examples: Sequence[Example], system: str | None, max_length: int | None) -> EncodedSet:
+    limit = max_length or getattr(loaded.model.config, "max_position_embeddings", None)
+    return ChatFormat(loaded.tokenizer, system=system, max_length=limit).encode_all(examples)
+
+
+def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -> Any:
+    """Build the method from preset, settings and encoded data roles."""
+    for need in spec.needs:
+        if need not in roles:
+            raise DataError(f"method {job.method!r} needs {need} rows and got none", hint=f"--{need} rows.jsonl")
+    cls, config_cls = spec.load()
+    presets = spec.presets()
+    if job.preset and job.preset not in presets:
+        raise ConfigError(f"method {job.method!r} has no preset {job.preset!r}", hint=f"presets: {', '.join(presets)}")
+    start = to_dict(presets[job.preset]) if job.preset else {}
+    config = build(config_cls, {**start, **job.settings}, where=job.method)
+    return cls(config, **{role: rows for role, rows in roles.items() if role in spec.takes})
+
+
+def _roles(job: DefendJob) -> dict[str, list[Example]]:
+    """Load every data role of the job and hold it against the evaluation prompts."""
+    roles = {"data": load_many(job.data, require_response=True)}
+    for role in ("unsafe", "retain"):
+        if specs := getattr(job, role):
+            roles[role] = load_many(specs, require_response=True)
+    if job.suite:
+        check_disjoint(roles, {job.suite: load_suite(job.suite).examples})
+    return roles
+
+
+def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendResult:
+    """Harden ``job.model`` and save the result, with its model card data, under ``out``/checkpoint.
+
+    Raises:
+        UserError: any setting, row or file is unusable; nothing half-written is left.
+    """
+    out = Path(out)
+    spec = find(job.method)
+    roles = _roles(job)
+    loaded = load(job.model)
+    encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
+    data = encoded.pop("data")
+    method = _method(spec, job, encoded)
+    began = time.perf_counter()
+    result = fit(
+        loaded.model,
+        loaded.tokenizer,
+        data,
+        config=job.train,
+        method=method,
+        seed=job.seed,
+        out=out if job.train.save_every else None,
+        label=label or job.method,
+    )
+    provenance = {
+        "job": to_dict(job),
+        "settings": to_dict(method.config),
+        "config_digest": digest(to_dict(job)),
+        "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
+        "seed": job.seed,
+    }
+    checkpoint = save(
+        result.model,
+        loaded.tokenizer,
+        out / "checkpoint",
+        parent=loaded.digest,
+        method=job.method,
+        provenance=provenance,
+    )
+    seconds = time.perf_counter() - began
+    return DefendResult(checkpoint, {**asdict(replace(result.budget, seconds=seconds)), "seed": job.seed}, result.log)
+
+
+def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "attack") -> FinetuneResult:
+    """Attack a copy of ``job.model`` in memory; nothing of the attacked model is written.
+
+    Raises:
+        DataError: training and evaluation rows overlap, or the share asked for cannot be met.
+    """
+    harmful = load_many(job.harmful, require_response=True) if job.harmful else []
+    benign = load_many(job.benign, require_response=True) if job.benign else []
+    suite = load_suite(job.suite)
+    check_disjoint({"harmful": harmful, "benign": benign}, {job.suite: suite.examples})
+    loaded = loaded or load(job.model)
+    full_at = job.full_at or (job.config.checkpoints[-1],)
+
+    def measure(model: Any, step: int) -> Rows:
+        return _measure(model, loaded, suite, job.limit, job.system, only=None if step in full_at else {"restricted"})
+
+    return finetune_attack(
+        loaded.model,
+        loaded.tokenizer,
+        harmful,
+        benign,
+        job.config,
+        seed=job.seed,
+        evaluate=measure,
+        system=job.system,
+        max_length=job.max_length,
+        label=label,
+    )
+
+
+def run_evaluate(job: EvaluateJob, *, loaded: Loaded | None = None) -> Rows:
+    """Measure ``job.model`` on a suite: one row per prompt."""
+    loaded = loaded or load(job.model)
+    return _measure(loaded.model, loaded, load_suite(job.suite), job.limit, job.system, only=None)
+
+
+def _measure(
+    model: Any, loaded: Loaded, suite: Suite, limit: int | None, system: str | None, *, only: set[str] | None
+) -> Rows:
+    return evaluate(model, loaded.tokenizer, suite, roles=only, limit=limit, system=system)
