@@ -1,0 +1,1 @@
+"""Models: loading from safetensors, saving with provenance, content digests, adapters."""

@@ -1,0 +1,151 @@
+"""The content digest of a model folder: what decides its behaviour, not how it is stored.
+
+It covers the tensors (name, dtype, shape, bytes; not how they are sharded), the model and generation config, the
+tokenizer and the chat template. It leaves out the manifest, provenance, readme files, and the keys that only record
+where and with which library version a file was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from casehard.errors import Corrupt, Unsupported
+
+_JSON = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+    "adapter_config.json",
+)
+_BYTES = ("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_VOLATILE = {
+    "transformers_version",
+    "_name_or_path",
+    "name_or_path",
+    "_commit_hash",
+    "is_local",
+    "local_files_only",
+}
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+_BLOCK = 1 << 22
+
+
+class _Slice(NamedTuple):
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file of a model folder.
+
+    Raises:
+        Corrupt: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{file}: not valid JSON: {error}", hint="fetch or build the checkpoint again") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files a loader reads: the single file, else the shards of the index; maybe none.
+
+    Raises:
+        Corrupt: the index names a file that is missing or outside the folder.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise Corrupt(f"{index}: no weight_map")
+    files = sorted(set(names.values()))
+    for name in files:
+        if name != Path(name).name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise Corrupt(f"{index}: {name!r} is not the name of a shard in this folder")
+        if not (folder / name).is_file():
+            raise Corrupt(f"{folder}: the shard {name} is missing", hint="fetch the checkpoint again")
+    return [folder / name for name in files]
+
+
+def _slices(file: Path) -> dict[str, _Slice]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise Corrupt(f"{file}: not a safetensors file, or cut short")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            out = {
+                name: _Slice(file, e["dtype"], tuple(e["shape"]), *(8 + length + at for at in e["data_offsets"]))
+                for name, e in header.items()
+            }
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise Corrupt(f"{file}: damaged safetensors header") from None
+    for name, part in out.items():
+        if not 8 + length <= part.begin <= part.end <= size:
+            raise Corrupt(f"{file}: the tensor {name} lies outside the file; it was cut short")
+    return out
+
+
+def _weights(folder: Path, sha: Any) -> None:
+    tensors: dict[str, _Slice] = {}
+    for file in weight_files(folder):
+        for name, part in _slices(file).items():
+            if name in tensors:
+                raise Corrupt(f"{folder}: the tensor {name} is in both {tensors[name].file.name} and {file.name}")
+            tensors[name] = part
+    if not tensors:
+        raise Unsupported(f"{folder}: no .safetensors weights to digest")
+    for name in sorted(tensors):
+        part = tensors[name]
+        sha.update(json.dumps([name, part.dtype, part.shape]).encode() + b"\n")
+        with part.file.open("rb") as stream:
+            stream.seek(part.begin)
+            left = part.end - part.begin
+            while left:
+                block = stream.read(min(_BLOCK, left))
+                if not block:
+                    raise Corrupt(f"{part.file}: ends within the tensor {name}")
+                sha.update(block)
+                left -= len(block)
+
+
+def folder_digest(path: str | Path) -> str:
+    """Return the SHA-256 (hex) of what determines a checkpoint's behaviour.
+
+    Raises:
+        Unsupported: no safetensors weights.
+        Corrupt: a damaged or incomplete file.
+    """
+    folder = Path(path)
+    sha = hashlib.sha256(b"casehard folder digest 1\n")
+    _weights(folder, sha)
+    for name in _JSON:
+        if (folder / name).is_file():
+            value = read_json(folder / name)
+            if isinstance(value, dict):
+                value = {key: item for key, item in value.items() if key not in _VOLATILE}
+            sha.update(f"{name}\n{json.dumps(value, sort_keys=True)}\n".encode())
+    for name in _BYTES:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            sha.update(f"{name} {len(content)}\n".encode() + content)
+    return sha.hexdigest()
