@@ -1,0 +1,167 @@
+"""One call that trains a model on token rows with any method, with or without checkpoints on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from casehard.config import digest
+from casehard.data.batches import EncodedSet, indices_at
+from casehard.files import remove
+from casehard.train import checkpoint
+from casehard.train.progress import Progress
+from casehard.train.recipe import TrainConfig, training_arguments
+from casehard.train.shell import HardenedTrainer
+from casehard.types import Budget
+
+_BOOKKEEPING = ("save_every", "keep", "log_every")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training run gave."""
+
+    model: nn.Module
+    """The model that was passed in, trained in place."""
+    log: list[dict[str, Any]]
+    """Every logged row: step, loss, grad_norm, learning_rate, epoch and the method's telemetry."""
+    budget: Budget
+    """What the run really spent."""
+
+
+class _FitTrainer(HardenedTrainer):
+    """Draws full batches from one endless seeded stream, so that batch and epoch borders never matter."""
+
+    def __init__(self, *, rows: EncodedSet, **kwargs: Any) -> None:
+        self._rows = rows
+        super().__init__(train_dataset=rows, data_collator=rows.collate, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args = self.args
+        size = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return indices_at(len(self._rows), size, seed=args.seed, step=0, purpose="train")
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: the stock estimate walks over all parameters on every step, and the budget counts tokens."""
+        return 0
+
+
+class _Bar(TrainerCallback):
+    """Moves the progress bar and shows the last logged loss."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.advance(0, loss=logs["loss"])
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: EncodedSet,
+    *,
+    config: TrainConfig,
+    method: Any = None,
+    seed: int,
+    out: Path | None = None,
+    resume: bool = True,
+    on_step: Callable[[nn.Module, int], None] | None = None,
+    label: str = "train",
+) -> FitResult:
+    """Train ``model`` in place on ``rows``.
+
+    Args:
+        model: where it is (CPU or one GPU) it stays.
+        tokenizer: saved beside the weights in each checkpoint; None leaves it out.
+        rows: token rows; the batch of step s is a function of (seed, s).
+        config: the recipe.
+        method: object with seams of ``casehard.defend.protocol``; None for plain fine-tuning.
+        seed: of data order, dropout and whatever the method draws.
+        out: folder for checkpoints; None writes nothing to disk at all.
+        resume: continue the run found in ``out``; False deletes its checkpoints and starts over.
+        on_step: called as ``on_step(model, step)`` after every update, step counted from 1. It may evaluate the model:
+            the CPU and GPU generators of torch are put back afterwards.
+        label: name on the progress bar.
+
+    Returns:
+        FitResult: the same model, the log and the budget.
+
+    Raises:
+        ConfigError: ``out`` holds another run.
+        Corrupt: ``out`` holds checkpoints, none of which is complete.
+        Diverged: loss or gradient is not finite; ``error.log`` holds the rows so far, the last one nan.
+        Interrupted: SIGINT or SIGTERM; continue by calling again.
+        StorageError: the disk is full.
+    """
+    device = next(model.parameters()).device
+    trainer = _FitTrainer(
+        rows=rows,
+        model=model,
+        args=training_arguments(config, out=out, seed=seed, device=device),
+        processing_class=tokenizer if out is not None else None,
+        method=method,
+    )
+    trainer.after_update = on_step
+    if out is not None:
+        trainer.identity |= _identity(config, rows, seed)
+    was_training, cache = model.training, getattr(getattr(model, "config", None), "use_cache", None)
+    try:
+        with Progress(label, config.steps) as bar:
+            trainer.add_callback(_Bar(bar))
+            trainer.train(resume_from_checkpoint=_start(out, resume, config.steps))
+        return FitResult(model, _rows_of(trainer), trainer.meter.budget(trainer.state.global_step))
+    finally:
+        _release(trainer, model)
+        model.train(was_training)
+        if cache is not None:
+            model.config.use_cache = cache
+
+
+def _identity(config: TrainConfig, rows: EncodedSet, seed: int) -> dict[str, str]:
+    recipe = {key: value for key, value in asdict(config).items() if key not in _BOOKKEEPING}
+    return {"recipe": digest(recipe), "rows": rows.digest, "seed": str(seed)}
+
+
+def _start(out: Path | None, resume: bool, steps: int) -> str | None:
+    """Return the checkpoint to continue from; with ``resume=False`` clear the way instead."""
+    if out is None:
+        return None
+    if resume:
+        found = checkpoint.newest(out, last_step=steps, world_size=_world_size())
+        return str(found) if found else None
+    for _, folder in checkpoint.checkpoints(out):
+        remove(folder)
+    return None
+
+
+def _world_size() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def _rows_of(trainer: HardenedTrainer) -> list[dict[str, Any]]:
+    # The stock Trainer ends its log with wall-clock figures; those are in the budget.
+    return [dict(row) for row in trainer.state.log_history if "train_runtime" not in row]
+
+
+def _release(trainer: HardenedTrainer, model: nn.Module) -> None:
+    """Take the loop's wrapping off the model and let go of gradients and optimiser at once, not at the next collection."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model.zero_grad(set_to_none=True)
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()

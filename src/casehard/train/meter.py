@@ -1,0 +1,113 @@
+"""What a run costs, and the telemetry methods report between two log rows. Both survive a resume."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from casehard.train.guards import require_finite
+from casehard.types import Budget
+
+COSTS = ("passes", "tokens")
+"""Telemetry keys that are added to the budget instead of being averaged into the log."""
+
+
+class Meter:
+    """Count passes, tokens and seconds; average telemetry over the steps of one log row."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._tokens: torch.Tensor | int = 0
+        self._seconds = 0.0
+        self._started = time.perf_counter()
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+        self.step = 0
+
+    def start(self) -> None:
+        """Start the clock of this process."""
+        self._started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def batch(self, batch: Mapping[str, Any]) -> None:
+        """Count the tokens of a batch, padding excluded where there is a mask; never waits for the device."""
+        tokens = batch.get("attention_mask")
+        if tokens is not None:
+            self._tokens = self._tokens + tokens.sum()
+        elif "input_ids" in batch:
+            self._tokens = self._tokens + batch["input_ids"].numel()
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Record telemetry of the current step; ``passes`` and ``tokens`` are added to the budget.
+
+        Args:
+            values: numbers, or tensors of one element that are read only when the row is written.
+
+        Raises:
+            Diverged: a number is NaN or infinite. Leave out what is undefined.
+        """
+        for key, value in values.items():
+            if key == "passes":
+                self.passes += int(value)
+            elif key == "tokens":
+                self._tokens = self._tokens + int(value)
+            else:
+                if isinstance(value, torch.Tensor):
+                    value = value.detach()
+                else:
+                    require_finite(value, f"telemetry {key!r}", step=self.step)
+                self._sums[key] = self._sums.get(key, 0.0) + value
+                self._counts[key] = self._counts.get(key, 0) + 1
+
+    def drain(self) -> dict[str, float]:
+        """Return the averages since the last call and forget them."""
+        row = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return row
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen by this process."""
+        return int(self._tokens)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, that of earlier processes of the same run included."""
+        return self._seconds + time.perf_counter() - self._started
+
+    def state(self) -> dict[str, Any]:
+        """Return everything as JSON values; Python floats survive JSON exactly."""
+        return {
+            "passes": self.passes,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "sums": {key: float(total) for key, total in self._sums.items()},
+            "counts": dict(self._counts),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state`."""
+        self.passes, self._tokens, self._seconds = state["passes"], state["tokens"], state["seconds"]
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+    def budget(self, steps: int) -> Budget:
+        """Return what the run spent so far."""
+        return Budget(
+            steps=steps,
+            passes=self.passes,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            peak_bytes=peak_bytes(),
+        )
+
+
+def peak_bytes() -> int:
+    """Return the peak allocated on the GPU when one is in use, else the peak resident memory of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

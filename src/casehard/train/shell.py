@@ -1,0 +1,419 @@
+"""The seams of a method on any ``transformers.Trainer``, and checkpoints that are complete or absent.
+
+The shell knows nothing about any one method. Without a ``loss`` or ``backward`` seam the stock ``training_step`` runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from casehard import compat
+from casehard.config import digest
+from casehard.defend.protocol import Setup, Step, has
+from casehard.errors import ConfigError, Diverged, Interrupted, Unsupported
+from casehard.files import STAGING, crash_point, staged, sweep
+from casehard.train import adapters, checkpoint
+from casehard.train.guards import FiniteGuard, Interrupts
+from casehard.train.meter import Meter
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class _Hooks(TrainerCallback):
+    """Passes the loop's events to the shell."""
+
+    def __init__(self, shell: HardeningMixin) -> None:
+        self.shell = shell
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shell._begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shell._micro = 0
+        self.shell.meter.step = state.global_step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shell._guard.check(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shell._after_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shell._boundary(control)
+
+
+class HardeningMixin(_Base):
+    """Give a Trainer subclass the seams of a method: ``class MyTrainer(HardeningMixin, SFTTrainer)``.
+
+    Takes the base class's arguments and one more, ``method``: an object with any of the seams of
+    :mod:`casehard.defend.protocol`, or None. ``remove_unused_columns`` and ``logging_nan_inf_filter`` are switched off.
+
+    Raises:
+        ConfigError: ``save_total_limit=1``.
+        Unsupported: ``push_to_hub`` during training, or a combination of method and parallelism the seams cannot serve.
+    """
+
+    def __init__(self, *args: Any, method: Any = None, **kwargs: Any) -> None:
+        compat.require_supported()
+        super().__init__(*args, **kwargs)
+        self.method = method
+        self.meter = Meter()
+        self.identity: dict[str, str] = {"method": _identity(method)}
+        self.after_update: Callable[[nn.Module, int], None] | None = None
+        self._guard = FiniteGuard()
+        self._interrupts = Interrupts()
+        self._micro = 0
+        self._staging: Path | None = None
+        self._saved_step = -1
+        self._resumed: Path | None = None
+        self._replaces_step = has(method, "loss") or has(method, "backward")
+        self._hooks_step = has(method, "after_step")
+        self.args.remove_unused_columns = False
+        self.args.logging_nan_inf_filter = False
+        self._check_arguments()
+        self.add_callback(_Hooks(self))
+
+    def _check_arguments(self) -> None:
+        if self.args.save_total_limit == 1:
+            raise ConfigError("save_total_limit is 1", hint="one bad write would lose everything: keep at least 2")
+        if self.args.push_to_hub:
+            raise Unsupported("push_to_hub during training", hint="push the finished folder after checking it")
+        if self._replaces_step and (self.args.n_gpu > 1 or self.is_deepspeed_enabled):
+            raise Unsupported(
+                f"method {_identity(self.method)} with DataParallel or DeepSpeed",
+                hint="use one process per GPU (torchrun) with DDP or FSDP2",
+            )
+
+    @property
+    def _keeps(self) -> bool:
+        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+
+    @property
+    def _scratch(self) -> Path | None:
+        return Path(self.args.output_dir) / "scratch" if self._keeps else None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, or continue a run exactly where it stopped.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder; True for the newest complete one; None to start afresh.
+            trial: as in ``transformers.Trainer``.
+            ignore_keys_for_eval: as in ``transformers.Trainer``.
+
+        Raises:
+            ConfigError: a fresh start on top of older checkpoints, or a checkpoint of a different run.
+            Corrupt: the checkpoint asked for, or every one there is, fails verification.
+            Diverged: loss or gradient is not finite; raised before that step's update.
+            Interrupted: SIGINT or SIGTERM; a checkpoint was written if the run keeps any.
+            StorageError: the disk is full; earlier checkpoints are intact.
+        """
+        last = self._last_step()
+        self._resumed, done = self._resolve(resume_from_checkpoint, last)
+        with Interrupts() as self._interrupts:
+            try:
+                self._prepare_method(last)
+                if self._resumed is not None and done >= last:
+                    output = self._load_finished(done)
+                else:
+                    folder = str(self._resumed) if self._resumed else None
+                    output = super().train(folder, trial, ignore_keys_for_eval)
+            except Diverged as error:
+                self._log_divergence(error)
+                raise
+            if self._interrupts.received is not None:
+                raise self._interrupted()
+        if has(self.method, "finish"):
+            self.method.finish(self.model)
+        self._clear_scratch()
+        return output
+
+    def _last_step(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        # Building a data loader may draw from the global generator; the run must not notice.
+        with torch.random.fork_rng(devices=[]):
+            return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
+        """Return the verified checkpoint to start from and its step."""
+        out = Path(self.args.output_dir)
+        ranks = self.args.world_size
+        if not wanted:
+            if self._keeps and checkpoint.checkpoints(out):
+                raise ConfigError(
+                    f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
+                )
+            return None, 0
+        folder = checkpoint.newest(out, last_step=last, world_size=ranks) if wanted is True else Path(str(wanted))
+        if folder is None:
+            raise ConfigError(f"nothing to resume from in {out}", hint="start without resume_from_checkpoint")
+        step = checkpoint.require_complete(folder, world_size=ranks)
+        checkpoint.ShellState.read(folder).require_same(self.identity, folder)
+        return folder, step
+
+    def _prepare_method(self, last: int) -> None:
+        if self._keeps and self.args.should_save:
+            out = Path(self.args.output_dir)
+            out.mkdir(parents=True, exist_ok=True)
+            sweep(out)
+            self._clear_scratch()
+        if has(self.method, "prepare"):
+            setup = Setup(
+                model=self.model,
+                seed=self.args.seed,
+                max_steps=last,
+                micros=self.args.gradient_accumulation_steps,
+                scratch=self._scratch,
+                log=self.meter.log,
+            )
+            if setup.scratch is not None:
+                setup.scratch.mkdir(parents=True, exist_ok=True)
+            self.method.prepare(setup)
+
+    def _clear_scratch(self) -> None:
+        if self._scratch is not None and self.args.should_save:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _begin(self) -> None:
+        """Called when model, optimiser and scheduler stand and a checkpoint's values are in them."""
+        self.meter.start()
+        if self._resumed is None:
+            return
+        shell = checkpoint.ShellState.read(self._resumed)
+        self.meter.restore(shell.meter)
+        self._tr_loss = torch.tensor(shell.loss_sum, device=self.args.device)
+        self._globalstep_last_logged = shell.logged_step
+        if has(self.method, "restore"):
+            self.method.restore(checkpoint.load_method(self._resumed, self._scratch))
+
+    def _load_finished(self, step: int) -> TrainOutput:
+        """Take over a run that was stopped after its last step; the stock loop would add one more."""
+        assert self._resumed is not None
+        self._load_from_checkpoint(str(self._resumed))
+        self.state = TrainerState.load_from_json(str(self._resumed / checkpoint.TRAINER_STATE))
+        self._begin()
+        return TrainOutput(step, 0.0, {})
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one micro-batch: the stock step, or the method's ``loss`` or ``backward``."""
+        if self._replaces_step:
+            loss = self._method_step(model, inputs, num_items_in_batch)
+        else:
+            self.meter.passes += 1
+            self.meter.batch(inputs)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro += 1
+        self._guard.saw_loss(loss)
+        return loss
+
+    def _method_step(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> torch.Tensor:
+        # TRL offloads activations around its own training_step, which does not run here.
+        with getattr(self, "maybe_activation_offload_context", None) or contextlib.nullcontext():
+            model.train()
+            if callable(getattr(self.optimizer, "train", None)):
+                self.optimizer.train()
+            batch = self._prepare_inputs(inputs)
+            step = Step(
+                index=self.state.global_step,
+                micro=self._micro,
+                micros=self.current_gradient_accumulation_steps,
+                loss=functools.partial(self._plain_loss, labels=batch.get("labels"), num_items=num_items),
+                backward=self._backward,
+                log=self.meter.log,
+            )
+            if has(self.method, "backward"):
+                loss = self.method.backward(model, batch, step)
+            else:
+                loss = self.method.loss(model, batch, step)
+                self._backward(loss)
+        return loss.detach()
+
+    def _plain_loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels: Any, num_items: Any) -> torch.Tensor:
+        """Return the loss of a batch, scaled so that the micro-batches of a step add up.
+
+        The user's batch shares the token count of the whole step; a batch with other labels is averaged over its own.
+        """
+        own = batch.get("labels") is labels
+        items = num_items if own else None
+        self.meter.batch(batch)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, dict(batch), num_items_in_batch=items)
+        if not (own and compat.loss_is_scaled(self, items)):
+            loss = loss / self.current_gradient_accumulation_steps
+        return loss
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.meter.passes += 1
+        self.accelerator.backward(loss)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._guard.saw_norm(norm)
+        return norm
+
+    def _after_step(self) -> None:
+        if self._hooks_step and not self.accelerator.optimizer_step_was_skipped:
+            index = self.state.global_step
+            micros = self.current_gradient_accumulation_steps
+            step = Step(
+                index=index,
+                micro=micros - 1,
+                micros=micros,
+                loss=functools.partial(self._plain_loss, labels=None, num_items=None),
+                backward=self._backward,
+                log=self.meter.log,
+            )
+            self.method.after_step(self.model, self.optimizer, step)
+
+    def _boundary(self, control: Any) -> None:
+        """Between two steps: the caller's hook, and stopping when a signal came."""
+        if self.state.global_step >= self.state.max_steps:
+            control.should_log = True
+        if self.after_update is not None:
+            # What the caller does here (evaluation, say) must not change the dropout masks of later steps.
+            with torch.random.fork_rng():
+                self.after_update(self.model, self.state.global_step)
+            self.model.train()
+        if self._asked_to_stop():
+            control.should_training_stop = True
+            control.should_save = self._keeps
+
+    def _asked_to_stop(self) -> bool:
+        asked = self._interrupts.received is not None
+        if self.args.world_size > 1:
+            # A signal reaches the ranks at different steps; all must stop at the same one.
+            flag = torch.tensor(float(self._interrupts.received or 0), device=self.args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            asked = bool(flag)
+            if asked and self._interrupts.received is None:
+                self._interrupts.received = int(flag)
+        return asked
+
+    def _interrupted(self) -> Interrupted:
+        step = self.state.global_step
+        kept = self._keeps
+        return Interrupted(
+            f"stopped by a signal after step {step} of {self.state.max_steps}",
+            hint=f"resume from {self.args.output_dir}" if kept else "the run kept no checkpoints",
+            exit_code=self._interrupts.exit_code,
+        )
+
+    def _log_divergence(self, error: Diverged) -> None:
+        """Leave a row that says nan: a log that ends in good numbers would tell another story."""
+        self.state.global_step += 1
+        self.log({"loss": float("nan"), "grad_norm": float("nan")})
+        self.state.global_step -= 1
+        error.log = list(self.state.log_history)  # type: ignore[attr-defined]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the method's telemetry, averaged since the last row, to rows of training losses."""
+        if "loss" in logs:
+            logs.update(self.meter.drain())
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the base class save into a staging folder, add our own files, publish, then prune."""
+        step = self.state.global_step
+        if self._saved_step == step:
+            return
+        out = Path(super()._get_output_dir(trial))
+        final = out / f"{checkpoint.PREFIX}{step}"
+        try:
+            with self._staged(final) as folder:
+                self._staging = folder.parent
+                super()._save_checkpoint(model, trial)
+                self._barrier()
+                if self.args.should_save:
+                    self._save_own(folder, final)
+        finally:
+            self._staging = None
+        self._barrier()
+        self._saved_step = step
+        if self.args.should_save and self.args.save_total_limit:
+            checkpoint.prune(out, keep=self.args.save_total_limit, protect=self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _staged(self, final: Path) -> Iterator[Path]:
+        # Every rank writes its generator state into the folder that rank 0 opened and will publish.
+        if self.args.should_save:
+            with staged(final, needs=checkpoint.bytes_needed(self.model), tag="run") as folder:
+                self._barrier()
+                yield folder
+        else:
+            self._barrier()
+            yield final.parent / f"{STAGING}{final.name}-run" / final.name
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            torch.distributed.barrier()
+
+    def _save_own(self, folder: Path, final: Path) -> None:
+        if self.state.best_global_step:
+            # The base class looked for it beside the staging folder.
+            self.state.best_model_checkpoint = str(final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}"))
+            self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+        if has(self.method, "state"):
+            checkpoint.save_method(self.method.state(), folder)
+        checkpoint.ShellState(
+            meter=self.meter.state(),
+            loss_sum=float(self._tr_loss),
+            logged_step=self._globalstep_last_logged,
+            identity=self.identity,
+        ).write(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The base class pickles the arguments; the token must not be in them even for a moment.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            checkpoint.save_arguments(self.args, Path(output_dir or self.args.output_dir))
+        crash_point("save:after_weights")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        crash_point("save:after_optimizer")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if adapters.is_peft(target) and not self.is_fsdp_enabled:
+            adapters.load_adapters(target, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class HardenedTrainer(HardeningMixin, Trainer):
+    """The stock Trainer with the seams; prints nothing by itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+
+
+def _identity(method: Any) -> str:
+    if method is None:
+        return "none"
+    return f"{getattr(method, 'name', type(method).__name__)}:{digest(getattr(method, 'config', None))[:16]}"
