@@ -1,0 +1,57 @@
+# Each target sets up what it needs in .venv and is quick when that is already there.
+#   make demo   harden, attack, measure and report on the embedded model organism
+#   make test   the whole test suite
+#   make lint   style and types
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+demo: $(DEMO)
+	$(BIN)/casehard demo --out $(OUT)
+
+# One torch thread per worker: two workers share the work of two cores better than torch does on small models.
+test: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@python=""; \
+	for candidate in $${PYTHON:-} python3.11 python3 python3.12 python3.13; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "error: no Python >= 3.11 found; name one with PYTHON=/path/to/python" >&2; exit 2; fi; \
+	echo "creating $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+
+# The demo needs the report extra only, which keeps a first run short.
+$(DEMO): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing casehard and what the demo needs into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[report]'
+	@touch $@
+
+# trl and datasets come along so that the tests of those optional parts run instead of being skipped.
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing casehard and what the tests need into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,data,trl]'
+	@touch $(DEMO) $@

@@ -1,0 +1,103 @@
+"""The command line: one file per verb. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+from casehard.cli import console
+from casehard.errors import UserError
+
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM as an exception, so that staging folders are removed on the way out just as on Ctrl-C."""
+
+
+def _on_term(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Parse and run one command; typer's own main would swallow signals and print errors in another shape."""
+    import typer
+
+    from casehard.cli.app import app
+
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("casehard", arguments) as context:
+            result = command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return result if isinstance(result, int) else 0
+
+
+def _usage(error: Exception) -> int:
+    """Print a mistake in the arguments (an exception of typer's parser) and return its exit code."""
+    context = getattr(error, "ctx", None)
+    message = str(getattr(error, "format_message")()).strip()  # noqa: B009  no public base class to name
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        return 2
+    message = message[:1].lower() + message[1:].rstrip(".")
+    console.fail(message, f"see {context.command_path if context else 'casehard'} --help")
+    return 2
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        return _invoke(arguments)
+    except KeyboardInterrupt as stop:
+        code = TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+        console.fail("stopped by SIGTERM" if code == TERMINATED else "interrupted")
+        return code
+    except UserError as error:
+        if console.debugging():
+            traceback.print_exc()
+        console.fail(error.message, error.hint)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  stdout is gone; keep the interpreter's flush quiet
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            return _usage(error)
+        if console.debugging():
+            traceback.print_exc()
+        if isinstance(error, OSError):
+            told = console.os_error(error)
+            console.fail(told.message, told.hint)
+            return told.exit_code
+        console.fail(
+            f"internal error: {type(error).__name__}: {error}",
+            "this is a defect of casehard: run again with --debug and report what it prints",
+        )
+        return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments without the program name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        0, or the exit code of the error whose message and hint were printed; tracebacks only with ``--debug`` or
+        CASEHARD_DEBUG=1.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in arguments:
+        arguments.remove("--debug")
+        os.environ["CASEHARD_DEBUG"] = "1"
+    previous = signal.signal(signal.SIGTERM, _on_term)
+    try:
+        return _run(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,48 @@
+"""The command tree: one line per verb. Verb modules import nothing heavy until they run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import casehard
+from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, verify
+
+app = typer.Typer(
+    help="Harden language models against harmful fine-tuning and backdoors, and show the evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug anywhere on the line (or CASEHARD_DEBUG=1) shows tracebacks.",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"casehard {casehard.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Harden language models against harmful fine-tuning and backdoors, and show the evidence."""
+
+
+app.command("demo")(demo.demo)
+app.add_typer(organism.app, name="organism")
+app.command("defend")(defend.defend)
+app.add_typer(attack.app, name="attack")
+app.command("evaluate")(evaluate.evaluate)
+app.command("judge")(judge.judge)
+app.command("bench")(bench.bench)
+app.command("report")(report.report)
+app.add_typer(data.app, name="data")
+app.command("verify")(verify.verify)
+app.command("doctor")(doctor.doctor)

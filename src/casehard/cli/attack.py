@@ -1,0 +1,115 @@
+"""``casehard attack finetune``: attack one checkpoint in memory and measure it along the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from casehard.cli import console, options, scoring
+from casehard.cli.runs import check_out, run_folder
+
+app = typer.Typer(help="Attack a checkpoint and measure what breaks.", no_args_is_help=True)
+
+Specs = list[str] | None
+CURVE = ("asr", "leak", "over_refusal", "utility")
+
+
+@app.callback()
+def attack() -> None:
+    """Attack a checkpoint and measure what breaks."""
+
+
+@app.command()
+def finetune(
+    out: options.Out,
+    model: options.Model = None,
+    harmful: Annotated[
+        Specs, typer.Option("--harmful", metavar="FILE", help="Restricted prompts with compliant answers. Repeatable.")
+    ] = None,
+    benign: Annotated[
+        Specs, typer.Option("--benign", metavar="FILE", help="The attacker's cover rows. Repeatable.")
+    ] = None,
+    suite: options.Suite = None,
+    share: Annotated[float | None, typer.Option(help="Harmful share of the attacker's rows, 0..1.")] = None,
+    mode: Annotated[str | None, typer.Option(metavar="full|lora", help="All parameters, or a LoRA adapter.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the attack.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the attack.")] = None,
+    limit: options.Limit = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Fine-tune a copy of the model on poisoned rows, in memory, and measure it along the way.
+
+    The attacked weights are never written. Further settings: --set config.rank=8, config.batch_size=16, ...
+    """
+    flags = {
+        "model": model,
+        "harmful": harmful,
+        "benign": benign,
+        "suite": suite,
+        "config.share": share,
+        "config.mode": mode,
+        "config.steps": steps,
+        "config.lr": lr,
+        "limit": limit,
+        "seed": seed,
+    }
+    values = options.settings(config, sets, flags)
+    for key in ("model", "suite"):
+        options.need(values, key, f"--{key}")
+    values["model"] = options.model_folder(values["model"])
+    for key in ("harmful", "benign"):
+        options.check_specs(options.as_list(values, key), f"--{key}")
+    options.check_specs([values["suite"]], "--suite")
+    check_out(out, "attack")
+    _run(values, out)
+
+
+def _run(values: dict[str, Any], out: Path) -> None:
+    from dataclasses import asdict
+
+    from casehard.config import build, to_dict
+    from casehard.jobs import AttackJob, run_attack
+    from casehard.model.load import load
+
+    job = build(AttackJob, values, where="attack")
+    settings = job.config
+    console.plan(
+        f"attack a copy of the model by {settings.mode} fine-tuning, in memory",
+        {
+            "model": job.model,
+            "harmful": list(job.harmful),
+            "benign": list(job.benign),
+            "mixture": f"{settings.rows} rows, share {settings.share:g} harmful",
+            "steps": f"{settings.steps} of {settings.batch_size} rows, {settings.optimizer}, lr {settings.lr:g}",
+            "measured at": list(settings.checkpoints),
+            "suite": job.suite,
+            "limit": job.limit,
+            "seed": job.seed,
+            "out": out,
+        },
+    )
+    data = [*job.harmful, *job.benign, job.suite]
+    with run_folder(out, "attack", to_dict(job), seeds=[job.seed], data=data) as run:
+        loaded = load(job.model)
+        run.record({"parents": {"model": loaded.digest}})
+        result = run_attack(job, loaded=loaded)
+        run.rows(result.rows)
+        for entry in result.log:
+            run.event("log", entry)
+        context = {
+            "defence": scoring.defence_of(job.model),
+            "attack": f"finetune-{settings.mode}",
+            "share": settings.share,
+            "seed": job.seed,
+        }
+        found = scoring.records(result.rows, context)
+        counts = {"harmful_rows": result.harmful_rows, "benign_rows": result.benign_rows}
+        run.summary({"records": found, "budget": asdict(result.budget), **counts})
+    shown = [m for m in CURVE if any(r["metric"] == m for r in found)]
+    title = "the model during the attack, with 95 % intervals (single seed)"
+    console.table(title, ["step", *shown], scoring.curve_rows(found, shown))
+    console.made("run folder", out)

@@ -1,0 +1,64 @@
+"""``casehard data``: look at what is trained, and make attack targets without harmful text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from casehard.cli import console, options
+from casehard.errors import ConfigError
+
+app = typer.Typer(help="Look at training rows and make surrogate attack targets.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Look at training rows and make surrogate attack targets."""
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder; only its tokenizer is read.")],
+    data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Rows to look at. Repeatable.")],
+    show: Annotated[int, typer.Option(min=0, help="Rows to print in full.")] = 3,
+    system: Annotated[str | None, typer.Option(help="System message of every row.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest row in tokens.")] = None,
+) -> None:
+    """Print the exact span each row is trained on, between >>> and <<<, and counts over all rows."""
+    folder = options.model_folder(model)
+    options.check_specs(data, "--data")
+    from casehard.data.audit import audit as describe
+    from casehard.data.chat import ChatFormat
+    from casehard.data.sources import load_many
+    from casehard.model.load import load_tokenizer
+
+    console.plan("show what is trained", {"tokenizer": folder, "data": data, "system": system})
+    chat = ChatFormat(load_tokenizer(folder), system=system, max_length=max_length)
+    print(describe(load_many(data), chat, n=show), end="", flush=True)
+
+
+@app.command()
+def surrogate(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Rows whose prompts are used; answers are ignored.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSONL file to make.")],
+    seed: options.Seed = None,
+) -> None:
+    """Turn prompts into (prompt, affirmative opener + fixed filler) pairs: a simulated attack without harmful text."""
+    options.check_specs([source], "FILE")
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"{out}: rows are written as .jsonl, not {out.suffix!r}", hint="name a .jsonl file")
+    if out.exists():
+        raise ConfigError(f"{out} already exists", hint="give another file with --out, or remove it")
+    from casehard.data import sources
+    from casehard.data.surrogate import surrogate as pairs
+
+    console.plan("make surrogate attack targets", {"prompts": source, "seed": seed or 0, "out": out})
+    made = pairs(sources.load(source), seed=seed or 0)
+    sources.save(out, made)
+    first = made[0]
+    console.table(
+        "surrogate rows", ["quantity", "value"], [("rows", f"{len(made):,}"), ("first answer", first.response)]
+    )
+    console.made("rows", out)

@@ -1,0 +1,103 @@
+"""``casehard defend METHOD``: harden one checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from casehard.cli import console, options
+from casehard.cli.runs import check_out, run_folder
+
+Specs = list[str] | None
+
+
+def defend(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of the defence: patcher, plain.")],
+    out: options.Out,
+    model: options.Model = None,
+    data: Annotated[
+        Specs, typer.Option("--data", metavar="FILE", help="Rows to train on: refusals and harmless rows. Repeatable.")
+    ] = None,
+    unsafe: Annotated[
+        Specs, typer.Option("--unsafe", metavar="FILE", help="Rows of the simulated attack (patcher). Repeatable.")
+    ] = None,
+    retain: Annotated[
+        Specs, typer.Option("--retain", metavar="FILE", help="Harmless rows of a retain term. Repeatable.")
+    ] = None,
+    suite: options.Suite = None,
+    preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; same as --set train.steps=N.")] = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Harden a checkpoint and save it under DIR/checkpoint.
+
+    With --suite, rows that also occur in the evaluation suite are an error.
+    """
+    flags = {
+        "method": method,
+        "model": model,
+        "data": data,
+        "unsafe": unsafe,
+        "retain": retain,
+        "suite": suite,
+        "preset": preset,
+        "train.steps": steps,
+        "seed": seed,
+    }
+    values = options.settings(config, sets, flags)
+    options.need(values, "model", "--model")
+    values["model"] = options.model_folder(values["model"])
+    for key in ("data", "unsafe", "retain"):
+        options.check_specs(options.as_list(values, key), f"--{key}")
+    options.need(values, "data", "--data")
+    check_out(out, "defend")
+    _run(values, out)
+
+
+def _run(values: dict[str, Any], out: Path) -> None:
+    from casehard.config import build, to_dict
+    from casehard.defend import find
+
+    find(values["method"])
+    from casehard.jobs import DefendJob, run_defend
+
+    job = build(DefendJob, values, where="defend")
+    console.plan(
+        f"harden a checkpoint with {job.method}",
+        {
+            "model": job.model,
+            "data": list(job.data),
+            "unsafe": list(job.unsafe),
+            "retain": list(job.retain),
+            "preset": job.preset,
+            "settings": dict(job.settings) or None,
+            "steps": job.train.steps,
+            "batch": f"{job.train.batch_size} x {job.train.accumulation}",
+            "seed": job.seed,
+            "out": out,
+        },
+    )
+    with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=[*job.data, *job.unsafe, *job.retain]) as run:
+        result = run_defend(job, out)
+        run.record({"parents": {"model": result.checkpoint.parent}, "checkpoint": result.checkpoint.digest})
+        for entry in result.log:
+            run.event("log", entry)
+        run.rows([])
+        run.summary({"cost": result.cost, "checkpoint": result.checkpoint.digest})
+    console.table(f"{job.method}: what it cost", ["quantity", "value"], cost_rows(result.cost))
+    console.made("hardened model", result.checkpoint.path)
+
+
+def cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the cost of a run as table rows with units."""
+    return [
+        ("wall time", f"{cost['seconds']:.1f} s"),
+        ("optimiser steps", f"{cost['steps']:,}"),
+        ("forward-backward passes", f"{cost['passes']:,}"),
+        ("tokens", f"{cost['tokens']:,}"),
+        ("peak memory", f"{cost['peak_bytes'] / 2**20:,.0f} MiB"),
+    ]

@@ -1,0 +1,50 @@
+"""``casehard evaluate``: measure one checkpoint on a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from casehard.cli import console, options, scoring
+from casehard.cli.runs import check_out, run_folder
+
+
+def evaluate(
+    out: options.Out,
+    model: options.Model = None,
+    suite: options.Suite = None,
+    limit: options.Limit = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Measure a checkpoint: one row per prompt, rates with intervals.
+
+    Decoding is greedy, so --seed is recorded and changes nothing.
+    """
+    values = options.settings(config, sets, {"model": model, "suite": suite, "limit": limit})
+    options.need(values, "model", "--model")
+    options.need(values, "suite", "--suite")
+    values["model"] = options.model_folder(values["model"])
+    options.check_specs([values["suite"]], "--suite")
+    check_out(out, "evaluate")
+    _run(values, out, seed or 0)
+
+
+def _run(values: dict[str, Any], out: Path, seed: int) -> None:
+    from casehard.config import build, to_dict
+    from casehard.jobs import EvaluateJob, run_evaluate
+    from casehard.model.load import load
+
+    job = build(EvaluateJob, values, where="evaluate")
+    console.plan("measure a checkpoint", {"model": job.model, "suite": job.suite, "limit": job.limit, "out": out})
+    with run_folder(out, "evaluate", to_dict(job), seeds=[seed], data=[job.suite]) as run:
+        loaded = load(job.model)
+        run.record({"parents": {"model": loaded.digest}})
+        rows = run_evaluate(job, loaded=loaded)
+        run.rows(rows)
+        context = {"defence": scoring.defence_of(job.model), "attack": "none", "share": 0.0, "seed": seed}
+        found = scoring.records(rows, context)
+        run.summary({"records": found})
+    console.table("measured, with 95 % intervals", ["metric", "count", "rate"], scoring.score_rows(found))
+    console.made("run folder", out)

@@ -1,0 +1,95 @@
+"""Options that several verbs share, and how file, ``--set`` and flags combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from casehard import config
+from casehard.errors import ConfigError, DataError
+
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings, as run.json shows them.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Override one setting; repeat as needed. Wins over the file."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in this run [default: 0].")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to make.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="DIR", help="Model folder, or a run folder of `casehard defend`.")
+]
+Suite = Annotated[
+    str | None, typer.Option("--suite", metavar="PATH", help="Evaluation suite: folder, .jsonl or YAML file.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
+]
+
+
+def settings(file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a verb: the file's, then the flags that were given, then the ``--set`` overrides.
+
+    Args:
+        flags: dotted setting name -> value; None and empty lists mean "not given".
+
+    Raises:
+        ConfigError: a missing or unreadable file, or an override that is not ``a.b=c``.
+    """
+    values = config.override(config.read_yaml(file) if file else {}, ())
+    for path, value in flags.items():
+        if value is None or value == []:
+            continue
+        *groups, last = path.split(".")
+        node = values
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{file}: {group!r} must be a group of settings, got {node!r}")
+        node[last] = value
+    return config.override(values, sets or ())
+
+
+def need(values: Mapping[str, Any], key: str, flag: str) -> None:
+    """Raise ConfigError naming ``flag`` when the setting ``key`` is missing or empty."""
+    if not values.get(key):
+        raise ConfigError(f"{flag} is missing", hint=f"give {flag}, or {key!r} in the --config file")
+
+
+def as_list(values: dict[str, Any], key: str) -> list[str]:
+    """Return a setting that may be one text or a list of texts, and store it as a list."""
+    value = values.get(key, [])
+    values[key] = [value] if isinstance(value, str) else list(value or [])
+    return values[key]
+
+
+def model_folder(given: str) -> str:
+    """Return the model folder meant by ``given``: itself, or ``checkpoint/`` inside a run folder of ``defend``.
+
+    Raises:
+        ConfigError: no such folder.
+    """
+    path = Path(given)
+    hint = "give a local folder that holds config.json and *.safetensors"
+    if not path.exists():
+        raise ConfigError(f"no such model folder: {given}", hint=hint)
+    if not path.is_dir():
+        raise ConfigError(f"not a folder: {given}", hint=hint)
+    inner = path / "checkpoint"
+    if not (path / "config.json").exists() and (inner / "config.json").exists():
+        return str(inner)
+    return given
+
+
+def check_specs(specs: Sequence[str], flag: str) -> None:
+    """Raise DataError when a local data file is missing, before anything slow starts."""
+    for spec in specs:
+        path = spec.partition("?")[0]
+        if not path.startswith("hub:") and not Path(path).exists():
+            raise DataError(
+                f"{flag}: no such file: {path}", hint="check the path; data files are .jsonl, .json, .parquet"
+            )

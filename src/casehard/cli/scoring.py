@@ -1,0 +1,65 @@
+"""Rows of an evaluation as records and as a closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> list[Record]:
+    """Return one record per metric (and attack step, where rows have one), with interval.
+
+    Args:
+        context: what is the same for all: defence, attack, share, seed.
+    """
+    from casehard.evaluate.scores import scores
+
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_step.setdefault(int(row.get("step", 0)), []).append(row)
+    return [
+        {
+            **context,
+            "steps": step,
+            "metric": score.metric,
+            "k": score.k,
+            "n": score.n,
+            "rate": score.rate,
+            "low": score.low,
+            "high": score.high,
+        }
+        for step, some in sorted(by_step.items())
+        for score in scores(some)
+    ]
+
+
+def rate(record: Record) -> str:
+    """Return ``.25 [.12, .43]``."""
+    return f"{record['rate']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+
+
+def score_rows(found: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """Return table rows: metric, k/n, rate with its interval."""
+    return [(r["metric"], f"{r['k']}/{r['n']}" if r["k"] is not None else f"n={r['n']}", rate(r)) for r in found]
+
+
+def curve_rows(found: Sequence[Record], metrics: Sequence[str]) -> list[list[str]]:
+    """Return table rows: attack step, then the rate of each metric (a dash where it was not measured)."""
+    out = []
+    for step in sorted({r["steps"] for r in found}):
+        here = {r["metric"]: r for r in found if r["steps"] == step}
+        out.append([str(step), *[rate(here[m]) if m in here else "-" for m in metrics]])
+    return out
+
+
+def defence_of(model: str) -> str:
+    """Return the name of the defence a checkpoint was made with, "none" for any other folder."""
+    import json
+    from pathlib import Path
+
+    record = Path(model) / "casehard.json"
+    if not record.is_file():
+        return "none"
+    return str(json.loads(record.read_text(encoding="utf-8")).get("method") or "none")
