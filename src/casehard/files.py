@@ -95,7 +95,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         if folder.is_symlink() or path.is_symlink():
             raise Corrupt(f"{folder}: the folder or its manifest is a symbolic link", hint="links are never trusted")
         text = path.read_bytes().decode("utf-8")
-        files = json.loads(text)["files"]
+        files: dict[str, dict[str, Any]] = json.loads(text)["files"]
         expected = _serialise(files)
     except (FileNotFoundError, NotADirectoryError):
         raise Corrupt(f"{folder}: no {MANIFEST}", hint="it was never completed, or not written by casehard") from None

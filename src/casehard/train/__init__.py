@@ -1,1 +1,1 @@
-"""The training shell: the seams of ``casehard.defend.protocol`` on any ``transformers.Trainer``, and safe checkpoints."""
+"""The training shell: the seams of ``defend.protocol`` on any ``transformers.Trainer``, and safe checkpoints."""

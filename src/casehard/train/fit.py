@@ -108,6 +108,9 @@ def fit(
         StorageError: the disk is full.
     """
     device = next(model.parameters()).device
+    # The Trainer switches the generation cache off and leaves it off.
+    settings: Any = getattr(model, "config", None)
+    was_training, cache = model.training, getattr(settings, "use_cache", None)
     trainer = _FitTrainer(
         rows=rows,
         model=model,
@@ -118,17 +121,16 @@ def fit(
     trainer.after_update = on_step
     if out is not None:
         trainer.identity |= _identity(config, rows, seed)
-    was_training, cache = model.training, getattr(getattr(model, "config", None), "use_cache", None)
     try:
         with Progress(label, config.steps) as bar:
             trainer.add_callback(_Bar(bar))
             trainer.train(resume_from_checkpoint=_start(out, resume, config.steps))
-        return FitResult(model, _rows_of(trainer), trainer.meter.budget(trainer.state.global_step))
+        return FitResult(model, _rows_of(trainer), trainer.meter.budget(trainer.state.global_step, method))
     finally:
         _release(trainer, model)
         model.train(was_training)
         if cache is not None:
-            model.config.use_cache = cache
+            settings.use_cache = cache
 
 
 def _identity(config: TrainConfig, rows: EncodedSet, seed: int) -> dict[str, str]:
@@ -159,7 +161,7 @@ def _rows_of(trainer: HardenedTrainer) -> list[dict[str, Any]]:
 
 
 def _release(trainer: HardenedTrainer, model: nn.Module) -> None:
-    """Take the loop's wrapping off the model and let go of gradients and optimiser at once, not at the next collection."""
+    """Unwrap the model and let go of gradients and optimiser now rather than at the next garbage collection."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.zero_grad(set_to_none=True)
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None

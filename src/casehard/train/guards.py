@@ -61,7 +61,7 @@ class FiniteGuard:
 
 
 class Interrupts:
-    """Note SIGINT and SIGTERM while the block runs instead of dying in the middle of a step; later ones are harmless."""
+    """Note SIGINT and SIGTERM while the block runs instead of dying mid-step; a second one changes nothing."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

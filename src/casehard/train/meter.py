@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +16,16 @@ COSTS = ("passes", "tokens")
 
 
 class Meter:
-    """Count passes, tokens and seconds; average telemetry over the steps of one log row."""
+    """Count passes, tokens and seconds; average telemetry over the steps of one log row.
+
+    A pass is one call of ``step.backward`` (or one stock step), plus what is logged under ``passes``. A method with an
+    attribute ``passes`` counts by itself: one per micro-batch is assumed, and the attribute holds those beyond.
+    """
 
     def __init__(self) -> None:
         self.passes = 0
+        self.micros = 0
+        self.extra = 0
         self._tokens: torch.Tensor | int = 0
         self._seconds = 0.0
         self._started = time.perf_counter()
@@ -84,6 +89,8 @@ class Meter:
         """Return everything as JSON values; Python floats survive JSON exactly."""
         return {
             "passes": self.passes,
+            "micros": self.micros,
+            "extra": self.extra,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "sums": {key: float(total) for key, total in self._sums.items()},
@@ -92,14 +99,20 @@ class Meter:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`."""
-        self.passes, self._tokens, self._seconds = state["passes"], state["tokens"], state["seconds"]
+        self.passes, self.micros, self.extra = state["passes"], state["micros"], state["extra"]
+        self._tokens, self._seconds = state["tokens"], state["seconds"]
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
-    def budget(self, steps: int) -> Budget:
+    def count_extra(self, method: Any) -> None:
+        """Take over the method's own count; right after a resume the method may not have caught up with it yet."""
+        self.extra = max(self.extra, int(getattr(method, "passes", 0)))
+
+    def budget(self, steps: int, method: Any = None) -> Budget:
         """Return what the run spent so far."""
+        self.count_extra(method)
         return Budget(
             steps=steps,
-            passes=self.passes,
+            passes=self.micros + self.extra if hasattr(method, "passes") else self.passes,
             tokens=self.tokens,
             seconds=self.seconds,
             peak_bytes=peak_bytes(),
@@ -110,4 +123,9 @@ def peak_bytes() -> int:
     """Return the peak allocated on the GPU when one is in use, else the peak resident memory of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        # Not a Unix; 0 is told apart from a measurement.
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

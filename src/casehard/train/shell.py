@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +21,11 @@ from casehard import compat
 from casehard.config import digest
 from casehard.defend.protocol import Setup, Step, has
 from casehard.errors import ConfigError, Diverged, Interrupted, Unsupported
-from casehard.files import STAGING, crash_point, staged, sweep
-from casehard.train import adapters, checkpoint
+from casehard.files import sweep
+from casehard.train import checkpoint
 from casehard.train.guards import FiniteGuard, Interrupts
 from casehard.train.meter import Meter
-
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
+from casehard.train.staging import StagedCheckpoints
 
 
 class _Hooks(TrainerCallback):
@@ -42,7 +38,7 @@ class _Hooks(TrainerCallback):
         self.shell._begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shell._micro = 0
+        self.shell._labels.clear()
         self.shell.meter.step = state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,7 +51,7 @@ class _Hooks(TrainerCallback):
         self.shell._boundary(control)
 
 
-class HardeningMixin(_Base):
+class HardeningMixin(StagedCheckpoints):
     """Give a Trainer subclass the seams of a method: ``class MyTrainer(HardeningMixin, SFTTrainer)``.
 
     Takes the base class's arguments and one more, ``method``: an object with any of the seams of
@@ -75,9 +71,7 @@ class HardeningMixin(_Base):
         self.after_update: Callable[[nn.Module, int], None] | None = None
         self._guard = FiniteGuard()
         self._interrupts = Interrupts()
-        self._micro = 0
-        self._staging: Path | None = None
-        self._saved_step = -1
+        self._labels: list[Any] = []
         self._resumed: Path | None = None
         self._replaces_step = has(method, "loss") or has(method, "backward")
         self._hooks_step = has(method, "after_step")
@@ -96,10 +90,6 @@ class HardeningMixin(_Base):
                 f"method {_identity(self.method)} with DataParallel or DeepSpeed",
                 hint="use one process per GPU (torchrun) with DDP or FSDP2",
             )
-
-    @property
-    def _keeps(self) -> bool:
-        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
 
     @property
     def _scratch(self) -> Path | None:
@@ -142,15 +132,17 @@ class HardeningMixin(_Base):
                 raise self._interrupted()
         if has(self.method, "finish"):
             self.method.finish(self.model)
+            if left := self.meter.drain():
+                self.log(left)
         self._clear_scratch()
         return output
 
     def _last_step(self) -> int:
         if self.args.max_steps > 0:
-            return self.args.max_steps
+            return int(self.args.max_steps)
         # Building a data loader may draw from the global generator; the run must not notice.
         with torch.random.fork_rng(devices=[]):
-            return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+            return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
     def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
         """Return the verified checkpoint to start from and its step."""
@@ -214,13 +206,15 @@ class HardeningMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch: the stock step, or the method's ``loss`` or ``backward``."""
+        loss: torch.Tensor
+        self.meter.micros += 1
         if self._replaces_step:
             loss = self._method_step(model, inputs, num_items_in_batch)
         else:
             self.meter.passes += 1
             self.meter.batch(inputs)
+            self._labels.append(None)
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._micro += 1
         self._guard.saw_loss(loss)
         return loss
 
@@ -231,31 +225,38 @@ class HardeningMixin(_Base):
             if callable(getattr(self.optimizer, "train", None)):
                 self.optimizer.train()
             batch = self._prepare_inputs(inputs)
-            step = Step(
-                index=self.state.global_step,
-                micro=self._micro,
-                micros=self.current_gradient_accumulation_steps,
-                loss=functools.partial(self._plain_loss, labels=batch.get("labels"), num_items=num_items),
-                backward=self._backward,
-                log=self.meter.log,
-            )
+            self._labels.append(batch.get("labels"))
+            step = self._step(num_items)
             if has(self.method, "backward"):
-                loss = self.method.backward(model, batch, step)
+                loss: torch.Tensor = self.method.backward(model, batch, step)
             else:
                 loss = self.method.loss(model, batch, step)
                 self._backward(loss)
         return loss.detach()
 
-    def _plain_loss(self, model: nn.Module, batch: Mapping[str, Any], *, labels: Any, num_items: Any) -> torch.Tensor:
+    def _step(self, num_items: Any) -> Step:
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return Step(
+            index=self.state.global_step,
+            micro=len(self._labels) - 1,
+            micros=self.current_gradient_accumulation_steps,
+            loss=functools.partial(self._plain_loss, num_items=num_items),
+            backward=self._backward,
+            log=self.meter.log,
+            compute_dtype=precision.get(self.accelerator.mixed_precision),
+        )
+
+    def _plain_loss(self, model: nn.Module, batch: Mapping[str, Any], *, num_items: Any = None) -> torch.Tensor:
         """Return the loss of a batch, scaled so that the micro-batches of a step add up.
 
-        The user's batch shares the token count of the whole step; a batch with other labels is averaged over its own.
+        The user's batches share the token count of the whole step, now or held back until its last micro-batch; a batch
+        with other labels is averaged over its own tokens.
         """
-        own = batch.get("labels") is labels
+        own = any(batch.get("labels") is labels for labels in self._labels)
         items = num_items if own else None
         self.meter.batch(batch)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, dict(batch), num_items_in_batch=items)
+            loss: torch.Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=items)
         if not (own and compat.loss_is_scaled(self, items)):
             loss = loss / self.current_gradient_accumulation_steps
         return loss
@@ -271,17 +272,7 @@ class HardeningMixin(_Base):
 
     def _after_step(self) -> None:
         if self._hooks_step and not self.accelerator.optimizer_step_was_skipped:
-            index = self.state.global_step
-            micros = self.current_gradient_accumulation_steps
-            step = Step(
-                index=index,
-                micro=micros - 1,
-                micros=micros,
-                loss=functools.partial(self._plain_loss, labels=None, num_items=None),
-                backward=self._backward,
-                log=self.meter.log,
-            )
-            self.method.after_step(self.model, self.optimizer, step)
+            self.method.after_step(self.model, self.optimizer, self._step(None))
 
     def _boundary(self, control: Any) -> None:
         """Between two steps: the caller's hook, and stopping when a signal came."""
@@ -329,80 +320,16 @@ class HardeningMixin(_Base):
             logs.update(self.meter.drain())
         super().log(logs, start_time)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let the base class save into a staging folder, add our own files, publish, then prune."""
-        step = self.state.global_step
-        if self._saved_step == step:
-            return
-        out = Path(super()._get_output_dir(trial))
-        final = out / f"{checkpoint.PREFIX}{step}"
-        try:
-            with self._staged(final) as folder:
-                self._staging = folder.parent
-                super()._save_checkpoint(model, trial)
-                self._barrier()
-                if self.args.should_save:
-                    self._save_own(folder, final)
-        finally:
-            self._staging = None
-        self._barrier()
-        self._saved_step = step
-        if self.args.should_save and self.args.save_total_limit:
-            checkpoint.prune(out, keep=self.args.save_total_limit, protect=self.state.best_model_checkpoint)
-
-    @contextlib.contextmanager
-    def _staged(self, final: Path) -> Iterator[Path]:
-        # Every rank writes its generator state into the folder that rank 0 opened and will publish.
-        if self.args.should_save:
-            with staged(final, needs=checkpoint.bytes_needed(self.model), tag="run") as folder:
-                self._barrier()
-                yield folder
-        else:
-            self._barrier()
-            yield final.parent / f"{STAGING}{final.name}-run" / final.name
-
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
-
-    def _save_own(self, folder: Path, final: Path) -> None:
-        if self.state.best_global_step:
-            # The base class looked for it beside the staging folder.
-            self.state.best_model_checkpoint = str(final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}"))
-            self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+    def _save_own(self, folder: Path) -> None:
         if has(self.method, "state"):
             checkpoint.save_method(self.method.state(), folder)
+        self.meter.count_extra(self.method)
         checkpoint.ShellState(
             meter=self.meter.state(),
             loss_sum=float(self._tr_loss),
             logged_step=self._globalstep_last_logged,
             identity=self.identity,
         ).write(folder)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The base class pickles the arguments; the token must not be in them even for a moment.
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-        if self.args.should_save:
-            checkpoint.save_arguments(self.args, Path(output_dir or self.args.output_dir))
-        crash_point("save:after_weights")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        crash_point("save:after_optimizer")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        target = self.model if model is None else model
-        if adapters.is_peft(target) and not self.is_fsdp_enabled:
-            adapters.load_adapters(target, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class HardenedTrainer(HardeningMixin, Trainer):
