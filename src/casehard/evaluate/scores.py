@@ -136,11 +136,3 @@ def _loss(metric: str, rows: Sequence[Row], context: Mapping[str, Any]) -> Score
     if not math.isfinite(found.mean):
         raise DataError(f"{metric} is {found.mean}")
     return Score(metric, found.n, found.mean, found.low, found.high, None, context)
-
-
-def incoherent_share(rows: Sequence[Row]) -> float:
-    """Return the share of scored rows that are not well-formed."""
-    scored = [row for row in rows if row["label"] != "unscored"]
-    if not scored:
-        raise DataError("every row is unscored")
-    return sum(row["label"] == "incoherent" for row in scored) / len(scored)

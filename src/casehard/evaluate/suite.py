@@ -86,33 +86,47 @@ class Suite:
         """Names of the groups, in the order in which they first occur."""
         return tuple(dict.fromkeys(e.tags["group"] for e in self.examples))
 
-    def select(self, groups: Collection[str] | None = None, limit: int | None = None) -> Suite:
-        """Return the suite restricted to some groups and to the first ``limit`` rows of each.
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the rows, in the order in which they first occur."""
+        return tuple(dict.fromkeys(e.tags["role"] for e in self.examples))
+
+    def select(
+        self,
+        *,
+        roles: Collection[str] | None = None,
+        groups: Collection[str] | None = None,
+        limit: int | None = None,
+    ) -> Suite:
+        """Return the suite restricted to some roles, to some groups and to the first ``limit`` rows of each group.
 
         Args:
-            groups: names of groups or of roles; None keeps all.
-            limit: rows per group; None keeps all.
+            roles: roles to keep; None keeps all.
+            groups: groups to keep; None keeps all.
+            limit: rows per role and group; None keeps all.
 
         Raises:
-            ConfigError: a name that no row has, or a limit below 1.
+            ConfigError: a role or group that no row has, nothing left, or a limit below 1.
         """
-        names = {*self.groups, *(e.tags["role"] for e in self.examples)}
-        for wanted in groups or ():
-            if wanted not in names:
-                near = difflib.get_close_matches(wanted, sorted(names), n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"groups and roles: {', '.join(sorted(names))}"
-                raise ConfigError(f"suite {self.name} has no group or role {wanted!r}", hint=hint)
-        if (groups is not None and not groups) or (limit is not None and limit < 1):
-            raise ConfigError(f"suite {self.name}: nothing to evaluate (groups {groups!r}, limit {limit!r})")
-        taken: Counter[str] = Counter()
+        for wanted, known, what in ((roles, self.roles, "role"), (groups, self.groups, "group")):
+            for name in wanted or ():
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
+                    raise ConfigError(f"suite {self.name} has no {what} {name!r}", hint=hint)
+        if limit is not None and limit < 1:
+            raise ConfigError(f"suite {self.name}: limit must be at least 1, got {limit}")
+        taken: Counter[tuple[str, str]] = Counter()
         kept = []
         for example in self.examples:
-            group, role = example.tags["group"], example.tags["role"]
-            if groups is not None and group not in groups and role not in groups:
+            role, group = example.tags["role"], example.tags["group"]
+            if (roles is not None and role not in roles) or (groups is not None and group not in groups):
                 continue
-            taken[group] += 1
-            if limit is None or taken[group] <= limit:
+            taken[role, group] += 1
+            if limit is None or taken[role, group] <= limit:
                 kept.append(example)
+        if not kept:
+            raise ConfigError(f"suite {self.name}: no row has a role of {roles} and a group of {groups}")
         return dataclasses.replace(self, examples=tuple(kept))
 
 
@@ -216,6 +230,7 @@ def evaluate(
     tokenizer: Any,
     suite: Suite,
     *,
+    roles: Collection[str] | None = None,
     groups: Collection[str] | None = None,
     limit: int | None = None,
     batch_size: int = 64,
@@ -225,7 +240,8 @@ def evaluate(
 
     Args:
         model: a causal language model; unchanged afterwards.
-        groups: names of groups or roles to measure, None for all: attack curves need only ``restricted`` at most steps.
+        roles: roles to measure, None for all: attack curves need only ``restricted`` at most steps.
+        groups: groups to measure, None for all.
         limit: first rows of each group, None for all.
         batch_size: prompts per batch.
         system: system message of every prompt, None for the template's default.
@@ -236,19 +252,19 @@ def evaluate(
         have a reference response but no exact answer also carry nll (nats per token) and tokens.
 
     Raises:
-        ConfigError: no such group.
+        ConfigError: no such role or group.
         DataError: a prompt that does not fit the model.
     """
     from casehard.data.chat import ChatFormat
     from casehard.evaluate.generate import complete
 
-    chosen = suite.select(groups, limit)
+    chosen = suite.select(roles=roles, groups=groups, limit=limit)
     chat = ChatFormat(tokenizer, system=system)
     judge = get_judge(chosen.judge_name, world_seed=chosen.world_seed)
     rows: dict[str, dict[str, Any]] = {}
     # Group by group: a batch runs as long as its longest answer, and answers of one group are of one length.
-    for group in chosen.groups:
-        examples = [e for e in chosen.examples if e.tags["group"] == group]
+    for kind in dict.fromkeys(_kind(e) for e in chosen.examples):
+        examples = [e for e in chosen.examples if _kind(e) == kind]
         done = complete(model, chat, examples, batch_size=batch_size, max_new_tokens=chosen.max_new_tokens)
         for example, completion in zip(examples, done, strict=True):
             verdict = judge.judge(example, completion.text)
@@ -266,6 +282,10 @@ def evaluate(
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):
         rows[example.id] |= {"nll": loss.nats / loss.tokens, "tokens": loss.tokens}
     return [rows[example.id] for example in chosen.examples]
+
+
+def _kind(example: Example) -> tuple[str, str]:
+    return example.tags["role"], example.tags["group"]
 
 
 def measures_loss(tags: Mapping[str, Any], response: str) -> bool:
