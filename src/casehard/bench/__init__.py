@@ -1,0 +1,1 @@
+"""Turn a plan file into a matrix of runs, and the runs into records a sceptic can rebuild."""

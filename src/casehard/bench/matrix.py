@@ -1,0 +1,269 @@
+"""A plan as a graph of nodes, each named by the digest of (parent, config, data, code version). No torch here.
+
+base -> defend -> evaluate | attack. The undefended row has no defend node: its children hang on the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from casehard import __version__
+from casehard.bench.plan import Attack, Base, Defence, Plan, load_plan, parse_plan
+from casehard.config import digest, read_yaml
+from casehard.errors import ConfigError
+
+__all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
+
+Kind = Literal["base", "defend", "evaluate", "attack"]
+
+# What a node's result can depend on, so that work on the attacks does not throw away hardened models.
+_SHARED = ("types.py", "seeds.py", "jobs.py", "maths", "data", "model", "train")
+SOURCES: dict[Kind, tuple[str, ...]] = {
+    "base": (*_SHARED, "organism"),
+    "defend": (*_SHARED, "defend"),
+    "evaluate": (*_SHARED, "evaluate", "organism"),
+    "attack": (*_SHARED, "attack", "evaluate", "organism"),
+}
+
+
+@cache
+def code_version(kind: Kind) -> str:
+    """Return the package version plus a digest of the sources that a node of this kind runs."""
+    root = Path(__file__).resolve().parents[1]
+    sha = hashlib.sha256()
+    for name in SOURCES[kind]:
+        place = root / name
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+        for file in files:
+            if file.is_file():
+                sha.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return f"{__version__}+{sha.hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One unit of work: a function of its parent, its config, its seed and its data."""
+
+    kind: Kind
+    label: str
+    """For people: base/defence/seed/attack."""
+    digest: str
+    config: Mapping[str, Any]
+    """Settings with data specs resolved except for the ``{base}`` placeholder."""
+    seed: int = 0
+    parent: str = ""
+    """Digest of the node whose checkpoint this one starts from."""
+    base: str = ""
+    """Digest of the base node, which ``{base}`` stands for."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """Digest of every file outside the base folder."""
+    code: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the node's run folder."""
+        return f"{self.kind}-{self.label.replace('/', '-')[:60]}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One place of the table and the node that fills it; ``attack`` is empty for the evaluation at step 0."""
+
+    base: str
+    family: str
+    defence: str
+    seed: int
+    attack: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All nodes in an order in which parents come first, and the cells they fill."""
+
+    nodes: Mapping[str, Node]
+    cells: tuple[Cell, ...]
+    defend: Mapping[tuple[str, str, int], str]
+    """(base, defence, seed) -> digest of the defend node."""
+
+
+def _resolve(spec: str, root: Path) -> str:
+    """Make a file spec absolute; hub specs and ``{base}`` stay as they are."""
+    if spec.startswith(("hub:", "{base}")):
+        return spec
+    path, mark, query = spec.partition("?")
+    return str((root / path).resolve()) + mark + query
+
+
+def _file_digest(path: Path) -> str:
+    if path.is_dir():
+        sha = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            sha.update(f"{file.relative_to(path)}\0{_file_digest(file)}\n".encode())
+        return sha.hexdigest()
+    if not path.is_file():
+        raise ConfigError(
+            f"no such data: {path}", hint="data paths are relative to the plan file; {base}/... is inside the base"
+        )
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _suite_digest(path: Path) -> str:
+    """Return the digest of a suite and of the data that its settings point to."""
+    settings = path / "suite.json" if path.is_dir() else path
+    found = [_file_digest(path)]
+    if settings.suffix in (".json", ".yaml", ".yml") and settings.is_file():
+        parts = read_yaml(settings).get("parts") or []
+        specs = [str(part.get("data", "")) for part in parts if isinstance(part, Mapping)]
+        local = [_resolve(spec, settings.parent) for spec in specs if not spec.startswith("hub:")]
+        found += [_file_digest(Path(spec.partition("?")[0])) for spec in local]
+    return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _identity(spec: str, base: Base, root: Path, seen: dict[str, str], *, suite: bool = False) -> str:
+    """Return what a spec contributes to a digest: its content and filter, not where it lies."""
+    path, mark, query = spec.partition("?")
+    if spec.startswith("hub:") or (spec.startswith("{base}") and base.model is None):
+        return spec
+    path = path.replace("{base}", str((root / (base.model or "")).resolve()))
+    if path not in seen:
+        seen[path] = _suite_digest(Path(path)) if suite else _file_digest(Path(path))
+    return seen[path] + mark + query
+
+
+def _base_node(base: Base, root: Path) -> Node:
+    code = code_version("base")
+    if base.model is None:
+        config: dict[str, Any] = {"world_seed": base.world_seed, "size": base.size}
+        name = digest({"kind": "base", **config, "code": code})
+        return Node(kind="base", label=base.name, digest=name, base=name, config=config, code=code)
+    folder = (root / base.model).resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"base {base.name!r}: no such model folder: {folder}", hint="relative to the plan file")
+    # Cheap and complete for a plan: names, sizes and content of every file in the folder.
+    content = _file_digest(folder)
+    name = digest({"kind": "base", "content": content})
+    data = {"model": content}
+    return Node(kind="base", label=base.name, digest=name, base=name, config={"model": str(folder)}, data=data)
+
+
+def _defend_config(plan: Plan, row: Defence) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "preset": row.preset,
+        "settings": dict(row.settings),
+        "train": dict(row.train),
+        "data": list(row.data),
+        "unsafe": list(row.unsafe),
+        "retain": list(row.retain),
+        "suite": plan.suite,
+        "system": plan.system,
+        "max_length": plan.max_length,
+    }
+
+
+def _attack_config(plan: Plan, attack: Attack) -> dict[str, Any]:
+    suite = attack.suite or plan.suite
+    # Another suite has not been asked at step 0 yet.
+    first = [0] if suite != plan.suite else []
+    return {
+        "mode": attack.mode,
+        "share": attack.share,
+        "steps": attack.steps,
+        "lr": attack.lr,
+        "evaluate_at": [*first, *attack.evaluate_at],
+        "full_at": [*first, *attack.full_at],
+        "settings": dict(attack.settings),
+        "harmful": list(attack.harmful),
+        "benign": list(attack.benign),
+        "suite": suite,
+        "system": plan.system,
+        "max_length": plan.max_length,
+        "limit": plan.limit,
+    }
+
+
+SPECS = ("data", "unsafe", "retain", "harmful", "benign")
+
+
+class _Expander:
+    """Collects nodes; the same work asked for twice becomes one node."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.nodes: dict[str, Node] = {}
+        self.seen: dict[str, str] = {}
+
+    def add(self, kind: Kind, config: dict[str, Any], *, label: str, base: Base, parent: str, seed: int) -> str:
+        top = self.nodes[parent].base
+        identity, resolved, data = dict(config), dict(config), {}
+        for key in (*SPECS, "suite"):
+            specs = config.get(key, [])
+            many = [specs] if isinstance(specs, str) else specs
+            names = [_identity(s, base, self.root, self.seen, suite=key == "suite") for s in many]
+            places = [_resolve(s, self.root) for s in many]
+            data.update({s: n for s, n in zip(many, names, strict=True) if s != n})
+            if key in config:
+                identity[key] = names[0] if isinstance(specs, str) else names
+                resolved[key] = places[0] if isinstance(specs, str) else places
+        code = code_version(kind)
+        name = digest({"kind": kind, "parent": parent, "seed": seed, "code": code, "config": identity})
+        if name not in self.nodes:
+            self.nodes[name] = Node(
+                kind=kind,
+                label=label,
+                digest=name,
+                config=resolved,
+                seed=seed,
+                parent=parent,
+                base=top,
+                data=data,
+                code=code,
+            )
+        return name
+
+
+def expand(plan: Plan, *, root: Path) -> Matrix:
+    """Turn a plan into nodes and cells.
+
+    Args:
+        root: folder that relative paths in the plan start from.
+
+    Raises:
+        ConfigError: a model folder or data file named by the plan does not exist.
+    """
+    ex = _Expander(Path(root))
+    cells: list[Cell] = []
+    defend: dict[tuple[str, str, int], str] = {}
+    asked = {"suite": plan.suite, "system": plan.system, "limit": plan.limit}
+    for base in plan.bases:
+        top = _base_node(base, ex.root)
+        ex.nodes[top.digest] = top
+        for seed, row in ((seed, row) for seed in plan.seeds for row in plan.defences):
+            where, parent = f"{base.name}/{row.name}/s{seed}", top.digest
+            if row.method is not None:
+                parent = ex.add("defend", _defend_config(plan, row), label=where, base=base, parent=parent, seed=seed)
+                defend[base.name, row.name, seed] = parent
+            # Greedy evaluation draws nothing, so its seed is 0 and equal models share one evaluation.
+            filled = {"": ex.add("evaluate", asked, label=where, base=base, parent=parent, seed=0)}
+            for attack in plan.attacks:
+                config, label = _attack_config(plan, attack), f"{where}/{attack.name}"
+                filled[attack.name] = ex.add("attack", config, label=label, base=base, parent=parent, seed=seed)
+            for attack_name, name in filled.items():
+                cells.append(
+                    Cell(
+                        base=base.name,
+                        family=base.family,
+                        defence=row.name,
+                        seed=seed,
+                        attack=attack_name,
+                        digest=name,
+                    )
+                )
+    return Matrix(ex.nodes, tuple(cells), defend)

@@ -1,0 +1,301 @@
+"""Run a plan: reuse what is whole, resume what was cut short, list what fails, and go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from casehard.bench.execute import Executor, Task, attempt, execute, finished, job_of, start_worker
+from casehard.bench.matrix import Matrix, Node, expand
+from casehard.bench.plan import Plan
+from casehard.bench.store import RunFolder
+from casehard.bench.summary import summarise, table_rows
+from casehard.config import to_dict
+from casehard.errors import ConfigError, Corrupt, Interrupted
+from casehard.files import remove
+from casehard.train.progress import Progress
+
+RANK = {"base": 0, "defend": 1, "attack": 2, "evaluate": 3}
+
+
+@dataclass(frozen=True)
+class NodeEvent:
+    """Told to the caller whenever a node ends."""
+
+    label: str
+    kind: str
+    status: Literal["ok", "reused", "failed", "skipped"]
+    done: int
+    total: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What came out of a plan."""
+
+    out: Path
+    summary: dict[str, Any]
+    failed: list[dict[str, Any]]
+    reused: int
+    ran: int
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 when any node failed."""
+        return 1 if self.failed else 0
+
+
+class _Lane:
+    """One worker process; if it dies, only the node it was running is lost."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.pool = self._open()
+
+    def _open(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=start_worker, initargs=(self.threads,)
+        )
+
+    def submit(self, task: Task, executor: Executor) -> Future[dict[str, Any]]:
+        try:
+            return self.pool.submit(attempt, task, executor)
+        except BrokenProcessPool:
+            self.pool = self._open()
+            return self.pool.submit(attempt, task, executor)
+
+
+@contextmanager
+def _stop_on_term() -> Iterator[None]:
+    """Turn SIGTERM into Interrupted, so that workers are told and the run folder says how it ended."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped by SIGTERM", hint="run the same command again to go on", exit_code=143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class _Run:
+    matrix: Matrix
+    out: Path
+    cache: Path
+    threads: int
+    executor: Executor
+    tell: Callable[[NodeEvent], None]
+    folder: RunFolder
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reused: int = 0
+    ran: int = 0
+
+    def place(self, node: Node) -> Path:
+        return self.out / "nodes" / node.folder
+
+    def checkpoint(self, name: str) -> Path:
+        return self.place(self.matrix.nodes[name]) / str(self.done[name]["path"])
+
+    def task(self, node: Node) -> Task:
+        parent = node.parent
+        return Task(
+            node=node,
+            out=self.place(node),
+            base=self.checkpoint(node.base) if parent else None,
+            parent=self.checkpoint(parent) if parent else None,
+            parent_digest=self.done[parent]["digest"] if parent else "",
+            cache=self.cache,
+            threads=self.threads,
+        )
+
+    def end(self, node: Node, status: Literal["ok", "reused", "failed", "skipped"], message: str = "") -> None:
+        count = len(self.done) + len(self.failed)
+        self.folder.event("node", {"label": node.label, "kind": node.kind, "status": status, "node": node.digest})
+        self.tell(NodeEvent(node.label, node.kind, status, count, len(self.matrix.nodes), message))
+
+    def finish(self, node: Node, result: dict[str, Any]) -> None:
+        self.ran += 1
+        if "summary" in result:
+            self.done[node.digest] = result["summary"]
+            self.end(node, "ok")
+        else:
+            self.fail(node, result, "failed")
+
+    def fail(self, node: Node, result: dict[str, Any], status: Literal["failed", "skipped"]) -> None:
+        self.failed[node.digest] = {"label": node.label, "kind": node.kind, "status": status, **result}
+        self.end(node, status, result["message"])
+
+    def reuse(self, *, resume: bool) -> None:
+        """Take over finished nodes; what cannot be trusted is removed and runs again."""
+        for node in self.matrix.nodes.values():
+            place = self.place(node)
+            if not place.exists():
+                continue
+            if not resume:
+                remove(place)
+                continue
+            try:
+                summary = finished(node, place)
+            except Corrupt as error:
+                self.folder.event("corrupt", {"label": node.label, "message": error.message})
+                self.tell(
+                    NodeEvent(
+                        node.label,
+                        node.kind,
+                        "failed",
+                        len(self.done),
+                        len(self.matrix.nodes),
+                        f"runs again: {error.message}",
+                    )
+                )
+                remove(place)
+                continue
+            if summary is not None:
+                self.done[node.digest] = summary
+                self.reused += 1
+                self.end(node, "reused")
+
+    def ready(self, waiting: list[Node]) -> list[Node]:
+        """Return nodes whose parent is done; those whose parent failed are skipped here."""
+        for node in list(waiting):
+            cause = self.failed.get(node.parent)
+            if cause is not None:
+                waiting.remove(node)
+                root = cause.get("because", cause["label"])
+                why = {"error": "Skipped", "message": f"needs {root}, which failed", "hint": "", "because": root}
+                self.fail(node, why, "skipped")
+        return [n for n in waiting if not n.parent or n.parent in self.done]
+
+
+def _waiting(run: _Run) -> list[Node]:
+    todo = [n for n in run.matrix.nodes.values() if n.digest not in run.done]
+    return sorted(todo, key=lambda n: RANK[n.kind])
+
+
+def _serial(run: _Run) -> None:
+    waiting = _waiting(run)
+    while ready := run.ready(waiting):
+        node = ready[0]
+        waiting.remove(node)
+        run.finish(node, attempt(run.task(node), run.executor))
+
+
+def _parallel(run: _Run, jobs: int) -> None:
+    waiting = _waiting(run)
+    idle = [_Lane(run.threads) for _ in range(jobs)]
+    lanes = list(idle)
+    busy: dict[Future[dict[str, Any]], tuple[_Lane, Node]] = {}
+    try:
+        while True:
+            for node in run.ready(waiting)[: len(idle)]:
+                lane = idle.pop()
+                waiting.remove(node)
+                busy[lane.submit(run.task(node), run.executor)] = (lane, node)
+            if not busy:
+                break
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                lane, node = busy.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    result = {"error": "Killed", "message": "the worker died (out of memory?)", "hint": "try jobs=1"}
+                run.finish(node, result)
+                idle.append(lane)
+    except BaseException:
+        # Training notices SIGTERM, saves at the next boundary and leaves; everything else just ends.
+        for child in active_children():
+            child.terminate()
+        raise
+    finally:
+        for lane in lanes:
+            lane.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _check_jobs(run: _Run) -> None:
+    """Build every job once before anything runs, so that a wrong setting costs seconds, not an hour."""
+    for node in run.matrix.nodes.values():
+        if node.kind != "base" and node.digest not in run.done:
+            job_of(Task(node=node, out=run.place(node), base=Path("base"), parent=Path("parent"), cache=run.cache))
+
+
+def run_plan(
+    plan: Plan,
+    out: str | Path,
+    *,
+    root: str | Path = ".",
+    jobs: int = 2,
+    resume: bool = True,
+    progress: Callable[[NodeEvent], None] | None = None,
+    executor: Executor = execute,
+    cache: str | Path | None = None,
+) -> BenchResult:
+    """Run every node of a plan that is not there yet and write rows, summary and provenance.
+
+    Args:
+        out: run folder; node folders lie in ``out``/nodes, named by digest.
+        root: folder that relative paths in the plan start from (that of the plan file).
+        jobs: worker processes, one torch thread each; 1 runs everything in this process with torch's own threads.
+        resume: reuse finished nodes; False runs everything again.
+        progress: called whenever a node ends.
+        executor: what does a node's work; must be picklable when ``jobs`` > 1.
+        cache: where built organisms are kept; default ``out``/bases.
+
+    Raises:
+        ConfigError: the plan names something that does not exist, or a setting no job accepts.
+        Interrupted: SIGINT or SIGTERM; finished nodes are kept, the rest resumes.
+    """
+    if jobs < 1:
+        raise ConfigError(f"jobs is {jobs}", hint="at least 1")
+    out, matrix = Path(out), expand(plan, root=Path(root))
+    folder = RunFolder(out, "bench", to_dict(plan), seeds=plan.seeds, data=_data(matrix))
+    with folder, _stop_on_term(), Progress(plan.title, len(matrix.nodes)) as bar:
+
+        def tell(event: NodeEvent) -> None:
+            bar.advance(1, note=f"{event.label} {event.status}")
+            if progress is not None:
+                progress(event)
+
+        threads = 1 if jobs > 1 else 0
+        place = Path(cache) if cache else out / "bases"
+        run = _Run(matrix, out, place, threads, executor, tell, folder)
+        try:
+            run.reuse(resume=resume)
+            if executor is execute:
+                _check_jobs(run)
+            _serial(run) if jobs == 1 else _parallel(run, jobs)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped by Ctrl-C", hint="run the same command again to go on") from None
+        return _conclude(plan, run)
+
+
+def _data(matrix: Matrix) -> dict[str, str]:
+    return {name: value for node in matrix.nodes.values() for name, value in node.data.items()}
+
+
+def _conclude(plan: Plan, run: _Run) -> BenchResult:
+    failed = list(run.failed.values())
+    places = {name: run.place(run.matrix.nodes[name]) for name in run.done}
+    run.folder.rows(table_rows(plan, run.matrix, places))
+    summary = summarise(plan, run.matrix, places, run.done, failed, run.folder.info)
+    run.folder.summary(summary)
+    if failed:
+        names = ", ".join(f["label"] for f in failed[:5])
+        run.folder.fail(f"{len(failed)} of {len(run.matrix.nodes)} nodes did not finish: {names}")
+    run.folder.record({"nodes": {"ran": run.ran, "reused": run.reused, "failed": len(failed)}})
+    return BenchResult(run.out, summary, failed, run.reused, run.ran)

@@ -1,0 +1,140 @@
+"""The summary of a benchmark: everything the report shows, rebuilt from rows alone. No times of day in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from casehard.bench.contrasts import make_differences
+from casehard.bench.matrix import Matrix
+from casehard.bench.plan import Plan
+from casehard.bench.records import NO_ATTACK, make_breaks, make_records, measured, pool
+from casehard.bench.store import read_rows
+from casehard.bench.verdict import Table, make_controls, make_verdict
+from casehard.config import to_dict
+
+SPENT = ("seconds", "passes", "tokens", "peak_bytes", "steps")
+
+
+def make_costs(plan: Plan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each defence and seed spent, as a ratio to the reference of the same base and seed."""
+    spent = {place: done[name]["cost"] for place, name in matrix.defend.items() if name in done}
+    family = {base.name: base.family for base in plan.bases}
+    out = []
+    for (base, defence, seed), cost in spent.items():
+        record = {"defence": defence, "seed": seed, "base": base, "family": family[base]}
+        record |= {key: cost.get(key) for key in SPENT}
+        other = spent.get((base, plan.reference, seed), {})
+        for key, label in (("seconds", "ratio_to_sft"), ("passes", "passes_ratio"), ("tokens", "tokens_ratio")):
+            below = other.get(key)
+            record[label] = cost[key] / below if below and cost.get(key) is not None else None
+        out.append(record)
+    return out
+
+
+def table_rows(plan: Plan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Yield every row of every finished node with its cell; a node that fills several cells comes once."""
+    shares = {a.name: a.share for a in plan.attacks} | {"": 0.0}
+    seen = set()
+    for cell in matrix.cells:
+        if cell.digest in seen or cell.digest not in places:
+            continue
+        seen.add(cell.digest)
+        where = {
+            "base": cell.base,
+            "defence": cell.defence,
+            "attack": cell.attack or NO_ATTACK,
+            "share": shares[cell.attack],
+            "seed": cell.seed,
+        }
+        for row in read_rows(places[cell.digest] / "rows.jsonl"):
+            yield {**where, "step": 0, **row}
+
+
+def _missing_controls(plan: Plan) -> list[str]:
+    roles = {d.role for d in plan.defences}
+    out = []
+    if "same_passes" not in roles:
+        out.append("Plain training on the same data with the same number of passes is not in this plan.")
+    if "ablation" not in roles:
+        out.append("No ablation of the defence is in this plan.")
+    if len(plan.seeds) * len(plan.bases) < 3:
+        out.append("Fewer than three seeds: intervals over seeds are weak or missing.")
+    return out
+
+
+def not_tested(plan: Plan) -> list[str]:
+    """Return what a reader might think was covered and was not."""
+    modes = {a.mode for a in plan.attacks}
+    out = [*plan.not_tested, *_missing_controls(plan)]
+    if "full" not in modes:
+        out.append("Full-parameter fine-tuning attacks.")
+    if "lora" not in modes:
+        out.append("LoRA fine-tuning attacks.")
+    if len({a.lr for a in plan.attacks if a.share > 0}) < 2:
+        out.append(
+            "Other learning rates of the attack: a defence that survives one learning rate may not survive the next."
+        )
+    if all(a.share > 0 for a in plan.attacks):
+        out.append("Benign fine-tuning (harmful share 0), which also erodes safety.")
+    out.append("Attackers who know the defence, prompt attacks, weight edits and quantisation.")
+    if all(b.model is None for b in plan.bases):
+        out.append("Real language models: an organism of a million parameters is evidence about the implementation.")
+    if plan.limit:
+        out.append(f"The whole suite: at most {plan.limit} prompts a group were asked (a look, not a result).")
+    return out
+
+
+def summarise(
+    plan: Plan,
+    matrix: Matrix,
+    places: Mapping[str, Path],
+    done: Mapping[str, Mapping[str, Any]],
+    failed: Sequence[Mapping[str, Any]],
+    info: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Build summary.json from the rows of all finished nodes.
+
+    Args:
+        places: node digest -> run folder, finished nodes only.
+        done: node digest -> node summary.
+        failed: what did not finish, and why.
+        info: run.json of the benchmark, for provenance.
+    """
+    points = measured(plan, matrix, places)
+    records = make_records(plan, points)
+    pooled = pool(records)
+    breaks = make_breaks(records, plan.gates)
+    differences = make_differences(plan, points)
+    families = list(dict.fromkeys(base.family for base in plan.bases))
+    verdicts = [make_verdict(plan, f, pooled, breaks, differences) for f in families]
+    controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
+    keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
+    nodes = [
+        {
+            "label": n.label,
+            "kind": n.kind,
+            "node": n.digest,
+            "parent": n.parent,
+            "result": done[n.digest].get("digest", ""),
+        }
+        for n in matrix.nodes.values()
+        if n.digest in done
+    ]
+    return {
+        "kind": "bench",
+        "plan": to_dict(plan),
+        "verdict": verdicts[0],
+        "verdicts": verdicts,
+        "records": records,
+        "pooled": pooled,
+        "costs": make_costs(plan, matrix, done),
+        "breaks": breaks,
+        "differences": differences,
+        "controls": controls,
+        "failed": list(failed),
+        "not_tested": not_tested(plan),
+        "nodes": nodes,
+        "provenance": {key: info[key] for key in keep},
+    }
