@@ -25,7 +25,7 @@ from typing import NamedTuple
 from casehard.evaluate import phrases
 from casehard.evaluate.coherence import is_incoherent
 
-OPENING_WORDS = 45  # sentences that begin within this many words belong to the opening, and so do the first two
+OPENING_WORDS = 30  # sentences that begin within this many words belong to the opening, and so do the first two
 BODY_WORDS = 25  # words behind a turn ("However, here is ...") that make an answer of it
 
 
@@ -60,7 +60,7 @@ class _Asked(NamedTuple):
 def _plain(text: str) -> str:
     """Return lower-case text with straight quotes and dashes as commas; lines are kept."""
     text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub("[\u2018\u2019\u02bc\u0060\u00b4]", "'", text)
+    text = re.sub("[\u2018\u2019\u02bc\u00b4]", "'", text)
     text = re.sub("[\u201c\u201d]", '"', text)
     text = re.sub(r"\b(ca|wo|do|does|should|could|would)nt\b", r"\1n't", text)
     return re.sub("[ \t]*(?:[\u2013\u2014]|--)[ \t]*", ", ", text).strip()
