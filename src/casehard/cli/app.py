@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 import casehard
 from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, verify
 
+VERBS = ["demo", "organism", "defend", "attack", "evaluate", "judge", "bench", "report", "data", "verify", "doctor"]
+
+
+class Verbs(TyperGroup):
+    """The top group, listing its verbs in the order in which they are used."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the names in the order of VERBS."""
+        return list(VERBS)
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Harden language models against harmful fine-tuning and backdoors, and show the evidence.",
     no_args_is_help=True,
     add_completion=False,

@@ -41,9 +41,11 @@ def finetune(
     sets: options.Sets = None,
     seed: options.Seed = None,
 ) -> None:
-    """Fine-tune a copy of the model on poisoned rows, in memory, and measure it along the way.
+    """Fine-tune a copy on poisoned rows and measure it.
 
-    The attacked weights are never written. Further settings: --set config.rank=8, config.batch_size=16, ...
+    The attacked weights stay in memory and are never written.
+
+    More settings: --set config.rank=8, --set config.batch_size=16 and so on.
     """
     flags = {
         "model": model,

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casehard.cli import console, options
-from casehard.errors import ConfigError, Diverged
+from casehard.errors import ConfigError
+
+if TYPE_CHECKING:
+    from casehard.bench.run import BenchResult, NodeEvent
+
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time, one CPU thread each.")]
 
 
 def bench(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file (YAML).")],
     out: options.Out,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    jobs: Jobs = 2,
     sets: options.Sets = None,
 ) -> None:
-    """Run a plan: what exists in DIR is reused, what failed is listed and does not stop the rest."""
+    """Run a plan of defences, attacks and seeds.
+
+    What exists in DIR is reused, what was interrupted goes on, what failed is listed and does not stop the rest.
+    """
     if not plan.is_file():
         raise ConfigError(f"no such plan: {plan}", hint="give a YAML file; plans/demo.yaml is an example")
     run(plan, out, jobs=jobs, sets=list(sets or []))
 
 
-def run(plan: Path, out: Path, *, jobs: int, sets: list[str]) -> None:
-    """Run a plan file and print the verdict, the table and the path of the report."""
+def check_out(out: Path) -> None:
+    """Refuse a folder that is not empty and holds no bench run."""
+    from casehard.bench.store import read_json
+
+    hint = "give another folder with --out, or remove this one"
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"{out} exists and is not a folder", hint=hint)
+    if out.is_dir() and any(out.iterdir()):
+        record = out / "run.json"
+        if not record.is_file() or read_json(record).get("kind") != "bench":
+            raise ConfigError(f"{out} is not empty and holds no bench run", hint=hint)
+
+
+def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
+    """Run a plan file, write the report, and print verdict, table and paths; exit 1 when a run failed."""
     from casehard.bench.plan import load_plan
 
     loaded = load_plan(plan, sets)
+    check_out(out)
     console.plan(
         loaded.title,
         {
@@ -41,9 +64,22 @@ def run(plan: Path, out: Path, *, jobs: int, sets: list[str]) -> None:
         },
     )
     from casehard.bench.run import run_plan
+    from casehard.report.page import write_report
 
-    result: Any = run_plan(loaded, out, jobs=jobs, root=plan.parent)
-    console.say(result.verdict)
-    console.made("report", result.report)
-    if result.failed:
-        raise Diverged(f"{len(result.failed)} of the runs failed: {', '.join(result.failed)}", hint=f"see {out}")
+    result = run_plan(loaded, out, root=plan.parent, jobs=jobs, progress=_tell)
+    page = write_report(out)
+    _conclude(result, page)
+
+
+def _tell(event: NodeEvent) -> None:
+    if event.status in ("failed", "skipped"):
+        console.warn(f"{event.label}: {event.status}: {event.message}")
+
+
+def _conclude(result: BenchResult, page: Path) -> None:
+    console.say(f"runs: {result.ran} done, {result.reused} reused, {len(result.failed)} failed or skipped")
+    console.say(result.summary["verdict"]["sentence"])
+    console.made("report", page)
+    if result.exit_code:
+        console.fail(f"{len(result.failed)} runs failed or were skipped", "run the same command again to retry them")
+        raise typer.Exit(result.exit_code)

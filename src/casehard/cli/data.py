@@ -26,7 +26,10 @@ def audit(
     system: Annotated[str | None, typer.Option(help="System message of every row.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest row in tokens.")] = None,
 ) -> None:
-    """Print the exact span each row is trained on, between >>> and <<<, and counts over all rows."""
+    """Print the exact span each row is trained on.
+
+    Trained tokens stand between >>> and <<<; counts over all rows follow.
+    """
     folder = options.model_folder(model)
     options.check_specs(data, "--data")
     from casehard.data.audit import audit as describe
@@ -45,7 +48,10 @@ def surrogate(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSONL file to make.")],
     seed: options.Seed = None,
 ) -> None:
-    """Turn prompts into (prompt, affirmative opener + fixed filler) pairs: a simulated attack without harmful text."""
+    """Make attack targets without harmful text.
+
+    Each prompt gets an affirmative opener and a fixed filler that says nothing as its answer.
+    """
     options.check_specs([source], "FILE")
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out}: rows are written as .jsonl, not {out.suffix!r}", hint="name a .jsonl file")

@@ -78,7 +78,10 @@ def machine_rows() -> list[Row]:
 
 
 def doctor() -> None:
-    """Show versions, what this machine can do, and what is missing with the line that installs it."""
+    """Show what is installed, missing and possible here.
+
+    Every extra that is not complete comes with the line that installs it.
+    """
     console.plan(f"check this installation of casehard {__version__}", {})
     packages, broken, missing = package_rows()
     console.table("packages", ["package", "version", "state"], packages)

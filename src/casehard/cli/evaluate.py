@@ -18,9 +18,9 @@ def evaluate(
     sets: options.Sets = None,
     seed: options.Seed = None,
 ) -> None:
-    """Measure a checkpoint: one row per prompt, rates with intervals.
+    """Measure a checkpoint on a suite.
 
-    Decoding is greedy, so --seed is recorded and changes nothing.
+    Writes one row per prompt and rates with intervals. Decoding is greedy, so --seed is recorded and changes nothing.
     """
     values = options.settings(config, sets, {"model": model, "suite": suite, "limit": limit})
     options.need(values, "model", "--model")

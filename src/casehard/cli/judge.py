@@ -17,12 +17,13 @@ def judge(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL rows with prompt and response.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="PATH", help="File (.jsonl) or run folder to make; without it rows go to stdout."
-        ),
+        typer.Option("--out", metavar="PATH", help="File (.jsonl) or run folder to make [default: stdout]."),
     ] = None,
 ) -> None:
-    """Label each row refusal, partial, answer, incoherent or unscored, by rules that look at how it opens."""
+    """Label responses by rule.
+
+    Labels: refusal, partial (declines, then answers some of it), answer, incoherent, unscored (no response).
+    """
     if not file.is_file():
         raise DataError(f"no such file: {file}", hint='give a JSONL file of {"prompt": ..., "response": ...} rows')
     from casehard.evaluate.judge import judge_file

@@ -62,9 +62,10 @@ def need(values: Mapping[str, Any], key: str, flag: str) -> None:
 
 def as_list(values: dict[str, Any], key: str) -> list[str]:
     """Return a setting that may be one text or a list of texts, and store it as a list."""
-    value = values.get(key, [])
-    values[key] = [value] if isinstance(value, str) else list(value or [])
-    return values[key]
+    value = values.get(key) or []
+    specs = [value] if isinstance(value, str) else [str(item) for item in value]
+    values[key] = specs
+    return specs
 
 
 def model_folder(given: str) -> str:
@@ -90,6 +91,4 @@ def check_specs(specs: Sequence[str], flag: str) -> None:
     for spec in specs:
         path = spec.partition("?")[0]
         if not path.startswith("hub:") and not Path(path).exists():
-            raise DataError(
-                f"{flag}: no such file: {path}", hint="check the path; data files are .jsonl, .json, .parquet"
-            )
+            raise DataError(f"{flag}: no such file: {path}", hint="data files are .jsonl, .json or .parquet")

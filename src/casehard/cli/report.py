@@ -12,14 +12,12 @@ from casehard.errors import ConfigError
 
 
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RUN_DIR", help="Run folder of `casehard bench` or `casehard demo`.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder of casehard bench or demo.")],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="HTML file to make [default: RUN_DIR/report.html].")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML file from the records of a run."""
+    """Write the HTML report of a finished run again."""
     if not folder.is_dir():
         raise ConfigError(f"no such run folder: {folder}", hint="give the --out folder of casehard bench or demo")
     from casehard.report.page import write_report

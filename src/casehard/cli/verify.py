@@ -12,7 +12,10 @@ from casehard.errors import ConfigError, Corrupt
 
 
 def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to check.")]) -> None:
-    """Check every file against the manifests in DIR and below; exit code 6 when one differs."""
+    """Check every file against its manifest.
+
+    All manifests in DIR and below are used; the exit code is 6 when a file differs, is missing or was added.
+    """
     from casehard import files
 
     if not folder.is_dir():

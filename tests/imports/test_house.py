@@ -1,0 +1,200 @@
+"""House rules that a test can hold: sizes, docs for every method, plain files, one version, a README that is true."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import casehard
+from casehard.cli import main
+from casehard.defend import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "casehard"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULE_LINES, FUNCTION_LINES, METHOD_LINES = 400, 60, 350
+
+# "path" or "path::function" -> why it may be longer. Empty is best.
+EXCEPTIONS: dict[str, str] = {}
+
+
+def tracked() -> list[Path]:
+    """Return every file of the project: what git knows or would add, or the whole tree without git."""
+    try:
+        listing = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, check=True
+        ).stdout.decode()
+        paths = [ROOT / line for line in listing.splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        skip = {".venv", ".git", "runs", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"}
+        paths = [p for p in ROOT.rglob("*") if not skip & set(p.relative_to(ROOT).parts)]
+    return [p for p in paths if p.is_file() and not p.is_symlink()]
+
+
+def text_files() -> list[Path]:
+    """Return the files that people read or write by hand."""
+    kinds = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".j2", ".cfg", ".sh", ""}
+    return [p for p in tracked() if p.suffix in kinds or p.name in ("Makefile", "run")]
+
+
+def lines(path: Path) -> int:
+    """Count lines."""
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_sizes(path):
+    name = path.relative_to(PACKAGE).as_posix()
+    if name not in EXCEPTIONS:
+        assert lines(path) <= MODULE_LINES, f"{name}: {lines(path)} lines, at most {MODULE_LINES}"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and f"{name}::{node.name}" not in EXCEPTIONS:
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert size <= FUNCTION_LINES, f"{name}::{node.name}: {size} lines, at most {FUNCTION_LINES}"
+
+
+def test_exceptions_are_needed_and_explained():
+    for name, reason in EXCEPTIONS.items():
+        assert (PACKAGE / name.partition("::")[0]).is_file() and len(reason) > 20, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_small_documented_and_in_the_conformance_table(method):
+    spec = METHODS[method]
+    path = PACKAGE.parent / Path(*spec.module.split(".")).with_suffix(".py")
+    assert lines(path) <= METHOD_LINES, f"{path.name}: {lines(path)} lines, at most {METHOD_LINES}"
+    page = ROOT / "docs" / "methods" / f"{method}.md"
+    assert page.is_file(), f"write docs/methods/{method}.md"
+    assert len(page.read_text(encoding="utf-8")) > 500, f"{page.name} says next to nothing"
+    table = ROOT / "tests" / "conformance"
+    rows = "\n".join(p.read_text(encoding="utf-8") for p in table.glob("*.py"))
+    assert re.search(rf"[\"']{re.escape(method)}[\"']", rows), f"no row for {method!r} in tests/conformance"
+
+
+def test_every_recipe_and_plan_is_a_mapping():
+    for path in [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "plans").rglob("*.yaml")]:
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
+
+
+def test_files_are_ascii():
+    for path in text_files():
+        data = path.read_bytes()
+        bad = next((i for i, byte in enumerate(data) if byte > 127), None)
+        assert bad is None, f"{path.relative_to(ROOT)}, line {data[:bad].count(10) + 1}: not ASCII"
+
+
+def test_no_machine_paths_and_nothing_unfinished():
+    # Spelled in pieces so that this file does not find itself.
+    machine = re.compile("|".join(["/" + r"work/", "/" + r"root/", r"(?<![\w.])/" + r"home/\w", "C:" + r"\\\\Users"]))
+    unfinished = re.compile(
+        r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error"]) + r")\b"
+    )
+    for path in text_files():
+        text = path.read_text(encoding="utf-8")
+        for pattern in (machine, unfinished):
+            found = pattern.search(text)
+            assert not found, f"{path.relative_to(ROOT)}: {found.group(0)!r}"
+
+
+def test_no_pickles_in_the_tree():
+    for path in tracked():
+        assert path.suffix not in {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}, path
+        if path.suffix == ".safetensors":
+            assert path.stat().st_size < 4_000_000, f"{path.name} is larger than what may be shipped"
+
+
+def test_the_version_stands_in_one_place():
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in pyproject
+    written = [p for p in SOURCES if casehard.__version__ in re.findall(r'"(\d+\.\d+\.\d+)"', p.read_text())]
+    assert written == [PACKAGE / "__init__.py"]
+    assert f"## {casehard.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_shared_material_is_named_in_tests_only():
+    # Spelled in pieces so that this file does not find itself.
+    outside = ".." + "/shared"
+    for path in text_files():
+        if "tests" not in path.relative_to(ROOT).parts:
+            assert outside not in path.read_text(encoding="utf-8"), path
+
+
+def _commands(text: str) -> list[str]:
+    """Return the shell lines of every fenced ``sh`` block, continuation lines joined, comments dropped."""
+    out = []
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.partition(" #")[0].strip()
+            if line and not line.startswith("#"):
+                out.append(" ".join(line.split()))
+    return out
+
+
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_readme_leads_with_the_two_commands():
+    assert _commands((ROOT / "README.md").read_text(encoding="utf-8"))[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_in_the_docs_exist(page, capsys):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in _commands(page.read_text(encoding="utf-8")):
+        words = command.split()
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), f"{page.name}: no target {words[1]!r}"
+        elif words[0] == "casehard":
+            # Everything before the first option or file name the command tree knows; --help checks it exists.
+            verb = [w for w in words[1:3] if re.fullmatch(r"[a-z]+", w)]
+            depth = 2 if verb[:1] and verb[0] in ("organism", "attack", "data") else 1
+            assert main([*verb[:depth], "--help"]) == 0, f"{page.name}: {command}"
+            known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+            used = {w.partition("=")[0] for w in words if w.startswith("--")} - {"--debug"}
+            assert used <= known, f"{page.name}: {command}: no option {sorted(used - known)}"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_pictures_in_the_docs_exist(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target} does not exist"
+
+
+def test_the_readmes_file_tree_is_true():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = next(block for block in re.findall(r"```text\n(.*?)```", text, re.S) if "src/casehard/" in block)
+    here, named = ROOT, set()
+    for line in tree.splitlines():
+        entry = line.split()[0] if line.strip() else ""
+        if not entry:
+            continue
+        if not line.startswith(" "):
+            here = ROOT / entry if entry == "src/casehard/" else ROOT
+            path = ROOT / entry
+        else:
+            path = here / entry
+        assert path.exists(), f"README: {entry} does not exist"
+        named.add(path.resolve())
+    missing = {p for p in PACKAGE.iterdir() if (p.is_dir() and (p / "__init__.py").is_file())} - named
+    assert not missing, f"README: the file tree lacks {sorted(p.name for p in missing)}"
+
+
+def test_the_readmes_method_table_is_the_catalogue():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(METHODS)
+
+
+def test_cheap_commands_of_the_readme_run():
+    done = subprocess.run([sys.executable, "-m", "casehard.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"casehard {casehard.__version__}\n")
+    listed = subprocess.run(["make", "-s", "-C", str(ROOT), "help"], capture_output=True, text=True)
+    assert listed.returncode == 0
+    for target in ("demo", "test", "lint"):
+        assert f"make {target}" in listed.stdout
