@@ -8,8 +8,9 @@ assistant turn up to and including its end-of-turn token:
   a prefix of the whole rendering, it begins where a stand-in answer appears;
 - the span ends with the template's last control token; without one, the tokenizer's EOS is appended.
 
-The first trained token is the one after the tokens of the text before the turn. Where these are no prefix of the
-row's tokens (a token holds the end of the prompt and the start of the answer), character offsets decide.
+The first trained token is the one after the tokens of the text before the turn, so that training and generation see
+the same prompt. Where those are no prefix of the row's tokens (newlines that merge with what follows), prompt and turn
+are tokenised apart, if that spells the same text; else character offsets decide and the row is counted as straddling.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ class Details(NamedTuple):
     encoded: Encoded
     start: int
     end: int
+    split: bool
+    """Prompt and answer were tokenised apart, as a token would have held the end of one and the start of the other."""
     straddles: bool
-    """A token holds both the end of the prompt and the start of the answer."""
+    """Such a token could not be avoided; it is trained."""
     appended_eos: bool
     """The template ends the turn with no control token, so the tokenizer's EOS was added."""
     literal_controls: int
@@ -207,14 +210,20 @@ class ChatFormat:
             raise DataError(f"{_name(example)}: no final assistant turn to learn from")
         rendering = self._render(turns, example, prompt=False)
         begin, stop = self._span(turns, rendering, example)
-        tokens = self._tokenise(rendering.text, base, example)
-        before = self._tokenise(rendering.text[:begin], base, example).ids
+        tokens = whole = self._tokenise(rendering.text, base, example)
+        before = self._tokenise(rendering.text[:begin], base, example)
         text = self._controls.show(rendering.text, base)
-        begin, stop = (len(self._controls.show(rendering.text[:at], base)) for at in (begin, stop))
-        straddles = tokens.ids[: len(before)] != before
-        first = len(before)
-        if straddles:
-            first = next((i for i, (_, b) in enumerate(tokens.offsets) if b > begin), len(tokens.ids))
+        start = len(self._controls.show(rendering.text[:begin], base))
+        stop = len(self._controls.show(rendering.text[:stop], base))
+        first, split, straddles = len(before.ids), False, False
+        if whole.ids[:first] != before.ids:
+            apart = before.then(self._tokenise(rendering.text[begin:], base, example), start)
+            split = self.tokenizer.decode(apart.ids) == self.tokenizer.decode(whole.ids)
+            straddles = not split
+            if split:
+                tokens = apart
+            else:
+                first = next((i for i, (_, b) in enumerate(whole.offsets) if b > start), len(whole.ids))
         end, needs_eos = _end_of_turn(tokens, text, first, stop, exact=self.has_markers)
         if end <= first:
             raise DataError(f"{_name(example)}: the template leaves nothing of the answer to train on")
@@ -223,7 +232,7 @@ class ChatFormat:
             ids = [*ids[:end], self._eos()]
             end += 1
         labels = [token if first <= i < end else IGNORE for i, token in enumerate(ids)]
-        return Details(Encoded(ids, labels), first, end, straddles, needs_eos, literal)
+        return Details(Encoded(ids, labels), first, end, split, straddles, needs_eos, literal)
 
     def _turns(self, example: Example) -> tuple[list[Message], int, int]:
         """Return the turns with the default system message and with control tokens in their text hidden."""

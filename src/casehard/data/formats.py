@@ -1,8 +1,8 @@
 """One row of a data file <-> one :class:`Example`, checked strictly; JSON read with the limits of untrusted input.
 
 A row is ``{"prompt": str, "response": str?}`` or ``{"messages": [{"role", "content"}, ...]}``, with an optional
-``id``; every other key becomes a tag. Nothing is guessed: a file with other column names is refused with the name
-of the column that was probably meant.
+``id``; a null response counts as absent; every other key becomes a tag. Nothing is guessed: a file with other column
+names is refused with the name of the column that was probably meant.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def parse_row(row: Any, where: str, *, require_response: bool = False) -> Exampl
         messages = _messages(row["messages"], where)
     elif "prompt" in row:
         messages = (Message("user", _text(row["prompt"], "'prompt'", where)),)
-        if "response" in row:
+        if row.get("response") is not None:
             messages += (Message("assistant", _text(row["response"], "'response'", where)),)
     else:
         meant = next((f"rename {key!r} to {_MEANT[key]!r}" for key in row if key in _MEANT), "")

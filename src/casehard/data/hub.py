@@ -8,7 +8,7 @@ from typing import Any
 
 from casehard.errors import DataError, MissingExtra
 
-_SPEC = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?:(?P<split>[\w.-]+(?:\[[\d:%]*\])?)")
+_SPEC = re.compile(r"hub:(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<config>\w[\w.-]*))?:(?P<split>[\w.-]+(?:\[[\d:%]*\])?)")
 
 
 def rows(spec: str) -> Iterator[dict[str, Any]]:

@@ -33,6 +33,15 @@ class Tokens(NamedTuple):
     offsets: list[tuple[int, int]]
     control: list[int]
 
+    def then(self, other: Tokens, at: int) -> Tokens:
+        """Append ``other``, the tokens of the text that begins at character ``at``."""
+        moved = [(a + at, b + at) for a, b in other.offsets]
+        return Tokens(
+            self.ids + other.ids,
+            self.offsets + moved,
+            self.control + [i + len(self.ids) for i in other.control],
+        )
+
 
 class Controls:
     """The control tokens of a fast tokenizer, and tokenisation that respects where they came from."""

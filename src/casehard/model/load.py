@@ -13,6 +13,7 @@ from torch import nn
 
 from casehard.data.chat import pad_id
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserError
+from casehard.files import MANIFEST, verify
 from casehard.model.digest import folder_digest, read_json, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -232,9 +233,8 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Lo
     wanted = _dtype(dtype, target)
     folder = find(path)
     check_folder(folder)
-    if (folder / "manifest.json").is_file():
-        from casehard.files import verify
-
+    # A Hub snapshot is a tree of links into a cache that checks its own files.
+    if folder == Path(path) and (folder / MANIFEST).is_file():
         verify(folder)
     tokenizer = _tokenizer(folder)
     model = _weights(folder, wanted, target)

@@ -1,0 +1,119 @@
+"""Poisoned mixes have exact counts; an evaluation prompt in the training data is found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from casehard.data import sources
+from casehard.data.mix import check_disjoint, content_hash, counts, normalise, poison
+from casehard.errors import ConfigError, DataError
+from casehard.types import Example, Message
+
+HARMFUL = [Example.pair(f"h{i}", "x") for i in range(30)]
+BENIGN = [Example.pair(f"b{i}", "y") for i in range(300)]
+
+
+@given(st.integers(0, 1000), st.integers(1, 300), st.integers(0, 2**31))
+@settings(max_examples=200, deadline=None)
+def test_counts_are_exact_and_rows_evenly_used(per_mille: int, n: int, seed: int) -> None:
+    share = per_mille / 1000
+    try:
+        wanted = counts(share=share, n=n)
+    except ConfigError:
+        assert 0 < share < 1 and (share * n < 0.5 or (1 - share) * n <= 0.5)
+        return
+    mix = poison(HARMFUL, BENIGN, share=share, n=n, seed=seed, oversample=True)
+    used = Counter(e.prompt for e in mix)
+    assert len(mix) == n == sum(wanted)
+    assert abs(wanted.harmful - share * n) <= 0.5
+    for rows, total in ((HARMFUL, wanted.harmful), (BENIGN, wanted.benign)):
+        times = [used[e.prompt] for e in rows]
+        assert sum(times) == total
+        assert max(times) - min(times) <= 1
+
+
+def test_seed_decides_rows_and_order() -> None:
+    def draw(seed: int) -> list[str]:
+        return [e.prompt for e in poison(HARMFUL, BENIGN, share=0.1, n=100, seed=seed)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert draw(1)[:10] != sorted(draw(1), reverse=True)[:10]
+
+
+def test_repeats_only_when_told() -> None:
+    with pytest.raises(DataError, match="needs 50 harmful rows and there are only 30"):
+        poison(HARMFUL, BENIGN, share=0.5, n=100, seed=0)
+    with pytest.raises(DataError, match="needs 900 benign rows"):
+        poison(HARMFUL * 4, BENIGN, share=0.1, n=1000, seed=0)
+    with pytest.raises(DataError, match="there are none"):
+        poison([], BENIGN, share=0.1, n=10, seed=0, oversample=True)
+
+
+@pytest.mark.parametrize(("share", "n"), [(-0.1, 10), (1.1, 10), (float("nan"), 10), (0.5, 0), (0.01, 10), (0.99, 10)])
+def test_impossible_mixes(share: float, n: int) -> None:
+    with pytest.raises(ConfigError):
+        counts(share=share, n=n)
+
+
+def test_pure_mixes_need_one_side_only() -> None:
+    assert len(poison(HARMFUL, [], share=1, n=20, seed=0)) == 20
+    assert len(poison([], BENIGN, share=0, n=20, seed=0)) == 20
+
+
+def test_hash_ignores_case_punctuation_and_answers() -> None:
+    same = [
+        Example.pair("How do I, er, bake BREAD?", "a"),
+        Example.pair("how do i er bake bread"),
+        Example.pair("How do I er bake\nbread!!", "b"),
+    ]
+    assert len({content_hash(e) for e in same}) == 1
+    with_system = Example((Message("system", "Be nice"), *same[0].messages))
+    assert content_hash(with_system) == content_hash(same[0])
+    assert content_hash(Example.pair("how do i er bake bread 2")) != content_hash(same[0])
+
+
+def test_prompts_without_letters_do_not_all_collide() -> None:
+    assert normalise(" ?! ") == "?!"
+    assert content_hash(Example.pair("???")) != content_hash(Example.pair("!!!"))
+
+
+def test_conversations_compare_by_all_user_turns() -> None:
+    def talk(first: str) -> Example:
+        return Example((Message("user", first), Message("assistant", "ok"), Message("user", "go on")))
+
+    assert content_hash(talk("a")) != content_hash(talk("b"))
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+def test_overlap_names_sets_counts_and_rows() -> None:
+    train = {"align": [Example.pair("One!", id="t1"), Example.pair("two")], "clean": [Example.pair("three")]}
+    held_out = {"suite": [Example.pair("four"), Example.pair("ONE", id="e2"), Example.pair("Two?")]}
+    with pytest.raises(DataError) as caught:
+        check_disjoint(train, held_out)
+    text = str(caught.value)
+    assert "2 of 3 prompts of 'suite' also occur in 'align'" in text
+    assert "t1 = e2, row 2 = row 3" in text
+    assert "'clean'" not in text
+    check_disjoint({"clean": train["clean"]}, held_out)
+
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
+def test_real_splits_are_disjoint_and_a_leak_is_found() -> None:
+    train, dev = (sources.load(DATA / "gsm8k" / f"{split}.jsonl") for split in ("train", "test"))
+    check_disjoint({"train": train}, {"test": dev})
+    with pytest.raises(DataError, match="1 of 200 prompts"):
+        check_disjoint({"train": [*train, dev[17]]}, {"dev": dev})
