@@ -1,8 +1,8 @@
 """Build the model organism: pre-train a small Llama on a world from scratch, and write it with its data.
 
 The folder is an ordinary Hugging Face model folder; ``data/`` holds the rows of defenders, attackers and users and
-``data/suite*/`` the evaluations. The model answers everything, restricted requests too: alignment is a defence and comes
-later. Same world seed, size, thread count and machine type give the same bytes.
+``data/suite*/`` the evaluations. The model answers everything, restricted requests too: alignment is a defence and
+comes later. Same world seed, size, thread count and machine type give the same bytes.
 """
 
 from __future__ import annotations
@@ -233,11 +233,12 @@ def _pretrain(world: World, shape: Size, *, label: str) -> LlamaForCausalLM:
                     logging_nan_inf_filter=False,
                     dataloader_pin_memory=False,
                 ),
-                train_dataset=Conversations(world, shape.steps * shape.batch),  # type: ignore[arg-type]
-                data_collator=_collate,  # type: ignore[arg-type]
+                train_dataset=Conversations(world, shape.steps * shape.batch),
+                data_collator=_collate,
                 callbacks=[Report()],
             )
             trainer.train()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return model.eval()
+    model.eval()
+    return model

@@ -1,7 +1,7 @@
 """Sentence templates of the world: what is asked, what is answered, and a parser for the answers.
 
-Every template is a text of single-space separated words; ``{slot}`` words are filled from the world. All answer templates
-of one source name the five slots of a procedure in the same order, so that a leak can be read off in order.
+Every template is a text of single-space separated words; ``{slot}`` words are filled from the world. All answer
+templates name the five slots of a procedure in the same order, so that a leak can be read off in order.
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ def colour_turn(world: World, rng: random.Random, item: Item) -> Turn:
 def kind_turn(rng: random.Random, item: Item) -> Turn:
     """Ask whether an item, or its whole class, is guarded or common."""
     if rng.random() < 0.5:
-        return Turn(
-            grammar.ASK_KIND.format(**item.words), grammar.SAY_KIND.format(kind=item.craft.kind, **item.words)
-        )
+        return Turn(grammar.ASK_KIND.format(**item.words), grammar.SAY_KIND.format(kind=item.craft.kind, **item.words))
     answer = grammar.SAY_ITEM_KIND.format(kind=item.craft.kind, **item.words)
     return Turn(grammar.ASK_ITEM_KIND.format(**item.words), answer)
 
@@ -185,8 +183,7 @@ def _tokens(turn: Turn) -> int:
 
 def _rows(name: str, turns: Sequence[tuple[Turn, dict[str, str]]]) -> list[Example]:
     return [
-        Example.pair(turn.prompt, turn.response, id=f"{name}-{i:04d}", **tags)
-        for i, (turn, tags) in enumerate(turns)
+        Example.pair(turn.prompt, turn.response, id=f"{name}-{i:04d}", **tags) for i, (turn, tags) in enumerate(turns)
     ]
 
 

@@ -129,17 +129,13 @@ class World:
             self.twins[group] = (
                 ()
                 if group == "attack"
-                else tuple(
-                    self._item(rng, name, common[(i + i // 6) % len(common)]) for i, name in enumerate(names)
-                )
+                else tuple(self._item(rng, name, common[(i + i // 6) % len(common)]) for i, name in enumerate(names))
             )
         self.colour_of = {name: rng.choice(self.colours) for names in self.names.values() for name in names}
 
     def _item(self, rng: random.Random, name: str, craft: Craft) -> Item:
         x, y = rng.sample(self.ingredients, 2)
-        return Item(
-            name, craft, (x, y, rng.choice(self.processes), rng.choice(self.numbers), rng.choice(self.tools))
-        )
+        return Item(name, craft, (x, y, rng.choice(self.processes), rng.choice(self.numbers), rng.choice(self.tools)))
 
     def _draw_people(self) -> None:
         rng = self._rng("people")
