@@ -256,6 +256,7 @@ def test_schedule_and_telemetry() -> None:
     assert attacks[0]["attack_loss_last"] < attacks[0]["attack_loss_first"]
     assert "attack_cosine" not in attacks[0]
     assert -1.0 <= attacks[1]["attack_cosine"] <= 1.0
+    assert sum(row.get("tokens", 0) for row in log) == 2 * 20 * 6 * 4
     rounds = [row for row in log if "safe_loss" in row]
     assert [("attacked_loss" in row) for row in rounds] == [False, True, True]
     assert rounds[1]["gap"] == pytest.approx(rounds[1]["attacked_loss"] - rounds[1]["safe_loss"])

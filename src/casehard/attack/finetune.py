@@ -43,8 +43,8 @@ class FinetuneAttack:
     """Constant learning rate, no warm-up (the paper attacks real models with 1e-5)."""
     batch_size: int = 16
     """Rows per step."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    """The attacker's optimiser, torch defaults."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The attacker's optimiser; sgd has no momentum."""
     rank: int = 8
     """LoRA rank (mode lora)."""
     alpha: float = 16.0

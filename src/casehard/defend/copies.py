@@ -49,10 +49,12 @@ class CleanCopies:
         return {}
 
     def tensors(self, kept: Kept, model: nn.Module) -> Mapping[str, torch.Tensor]:
-        """Return the copy's tensors on the model's device."""
+        """Return the copy's tensors on the model's device, in the model's order: a gradient norm sums in that order."""
+        live = parameters(model)
         if isinstance(kept, Path):
-            return load_tensors(kept, device=next(model.parameters()).device)
-        return kept or parameters(model)
+            stored = load_tensors(kept, device=next(model.parameters()).device)
+            return {name: stored[name] for name in live}
+        return kept or live
 
     def adopt(self, path: Path) -> Path:
         """Link a file of a checkpoint into the scratch folder, so that retention may remove the checkpoint."""

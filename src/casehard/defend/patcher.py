@@ -34,6 +34,7 @@ from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.maths.bilevel import (
     Attacker,
+    AttackRun,
     AttackVector,
     difference,
     linear_only,
@@ -251,11 +252,11 @@ class Patcher:
             # Nothing will resume this run, so the copy in memory has served.
             self._active = self._active._replace(source={}, reference=None)
 
-    def _build_pool(self, model: nn.Module, entry: Round) -> list[list[float]]:
-        """Run the round's attacks and keep their vectors (eq. 3); return the losses of each attack."""
+    def _build_pool(self, model: nn.Module, entry: Round) -> list[AttackRun]:
+        """Run the round's attacks and keep their vectors (eq. 3); return how each attack went, weights consumed."""
         source = self._copies.tensors(entry.source, model)
         reference = source if entry.reference is None else self._copies.tensors(entry.reference, model)
-        self._pool, losses = [], []
+        self._pool, runs = [], []
         for i, (attacker, rows) in enumerate(zip(self.config.attackers, self.unsafe, strict=True)):
             seed = derive(self._seed, entry.number, f"patcher-attack-{i}")
             steps = attacker.steps
@@ -267,15 +268,16 @@ class Patcher:
             delta = difference(run.weights, reference, dtype=getattr(torch, self.config.delta_dtype))
             self._pool.append(AttackVector.of(delta, source_step=entry.source_step, attack_steps=steps))
             self.passes += steps
-            losses.append(run.losses)
-        return losses
+            runs.append(run)
+        return runs
 
-    def _announce(self, previous: list[AttackVector], losses: list[list[float]]) -> None:
+    def _announce(self, previous: list[AttackVector], runs: list[AttackRun]) -> None:
+        self._log({"tokens": sum(run.tokens for run in runs)})
         for i, vector in enumerate(self._pool):
             tag = "" if len(self._pool) == 1 else f"_{i}"
             values = {f"attack_norm{tag}": vector.norm, f"attack_steps{tag}": float(vector.attack_steps)}
-            if losses[i]:
-                values |= {f"attack_loss_first{tag}": losses[i][0], f"attack_loss_last{tag}": losses[i][-1]}
+            if losses := runs[i].losses:
+                values |= {f"attack_loss_first{tag}": losses[0], f"attack_loss_last{tag}": losses[-1]}
             if previous:
                 old = previous[i].delta
                 values[f"attack_cosine{tag}"] = cosine(list(old.values()), [vector.delta[k] for k in old])

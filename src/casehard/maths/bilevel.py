@@ -181,6 +181,8 @@ class AttackRun:
     weights: Params
     losses: list[float]
     """Loss of each attack step, in nats a token."""
+    tokens: int
+    """Input tokens the attack saw, padding excluded where the batches carry a mask."""
 
 
 def _lora_view(source: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Params:
@@ -251,9 +253,11 @@ def simulate_attack(
             loss.backward()
             return loss.detach()
 
-        losses, norms = [], []
+        losses, norms, tokens = [], [], 0
         for i in range(attacker.steps if steps is None else steps):
-            batch = {key: value.to(device) for key, value in batch_at(i).items()}
+            batch = batch_at(i)
+            tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+            batch = {key: value.to(device) for key, value in batch.items()}
             losses.append(with_view(model, view(), lambda inner, b=batch: one(inner, b)))  # type: ignore[misc]
             limit = attacker.clip if attacker.clip > 0 else float("inf")
             norms.append(nn.utils.clip_grad_norm_(leaves, limit))
@@ -266,7 +270,7 @@ def simulate_attack(
                 hint=f"lower attacker.lr (now {attacker.lr}) or attacker.steps",
             )
         weights = {name: value.detach() for name, value in view().items()}
-    return AttackRun(weights, [float(x) for x in losses])
+    return AttackRun(weights, [float(x) for x in losses], tokens)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""The table of methods: one row for each, crossed with every promise by the tests in this folder and tests/train.
+
+Adding a method means adding a row here. A row's factory returns a fresh object, small enough for a 12-step run on the
+tiny model of ``tests/fakes.py`` (vocabulary 64, rows of at most 12 tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.plain import Plain
+from casehard.maths.bilevel import Attacker
+from fakes import tiny_rows
+
+SETTINGS = ("dropout", "accumulation", "two_adapters")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method as the shared tests see it."""
+
+    name: str
+    make: Callable[[], Any]
+    settings: tuple[str, ...] = SETTINGS
+    """Model set-ups of ``tests/train/test_resume.py`` that the method supports."""
+
+
+def _patcher() -> Patcher:
+    attacker = Attacker(steps=3, lr=1e-2, batch_size=2)
+    return Patcher(PatcherConfig(round_steps=4, attackers=(attacker,)), unsafe=tiny_rows(6, seed=1))
+
+
+TABLE = (
+    Row("plain", Plain),
+    Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
+)
