@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 EVAL_ROLES = ("restricted", "lookalike", "utility", "task")
 Rows = list[dict[str, Any]]
+LOGITS = 2**26  # logits held at once while measuring losses (256 MB in fp32), whatever the vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +234,7 @@ def evaluate(
     roles: Collection[str] | None = None,
     groups: Collection[str] | None = None,
     limit: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 128,
     system: str | None = None,
 ) -> Rows:
     """Generate, judge and measure every prompt of a suite.
@@ -294,7 +295,7 @@ def measures_loss(tags: Mapping[str, Any], response: str) -> bool:
 
 
 def response_nll(
-    model: nn.Module, chat: ChatFormat, examples: Sequence[Example], *, batch_size: int = 16
+    model: nn.Module, chat: ChatFormat, examples: Sequence[Example], *, batch_size: int = 64
 ) -> list[TokenLoss]:
     """Measure the negative log-likelihood of each example's own response, in fp32 and without dropout.
 
@@ -315,6 +316,9 @@ def response_nll(
     encoded = [chat.encode(example) for example in examples]
     device = next(model.parameters()).device
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 1)
+    per_row = len(encoded[order[0]].input_ids) * vocabulary
+    batch_size = max(1, min(batch_size, LOGITS // per_row))
     out: dict[int, TokenLoss] = {}
     with inference(model):
         for start in range(0, len(order), batch_size):
