@@ -11,6 +11,9 @@ from casehard.bench.plan import CURVE_METRICS, Plan
 from casehard.bench.records import NO_ATTACK, Measured, Point, Row
 from casehard.maths.stats import made_no_difference, mcnemar, paired_bootstrap
 
+DRAWS = 1000
+"""Resamples per difference; a plan asks for dozens of them."""
+
 
 class Place(TypedDict):
     """Where a comparison is made; ``step`` None means over the whole curve."""
@@ -86,7 +89,7 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
         by_seed[key[0], key[2]].append(mine[key] - other[key])
     a = [statistics.fmean(pair[0] for pair in pairs) for pairs in by_prompt.values()]
     b = [statistics.fmean(pair[1] for pair in pairs) for pairs in by_prompt.values()]
-    found = paired_bootstrap(a, b)
+    found = paired_bootstrap(a, b, draws=DRAWS)
     per_seed = [statistics.fmean(values) for values in by_seed.values()]
     out: dict[str, Any] = {
         "difference": found.mean,

@@ -131,7 +131,7 @@ def _identity(spec: str, base: Base, root: Path, seen: dict[str, str], *, suite:
     path, mark, query = spec.partition("?")
     if spec.startswith("hub:") or (spec.startswith("{base}") and base.model is None):
         return spec
-    path = path.replace("{base}", str((root / (base.model or "")).resolve()))
+    path = str((root / path.replace("{base}", str((root / (base.model or "")).resolve()))).resolve())
     if path not in seen:
         seen[path] = _suite_digest(Path(path)) if suite else _file_digest(Path(path))
     return seen[path] + mark + query

@@ -79,6 +79,7 @@ def _code() -> dict[str, Any]:
     return {"version": __version__, "commit": commit, "dirty": dirty}
 
 
+@cache
 def _versions() -> dict[str, str]:
     out = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -114,7 +115,7 @@ def hardware() -> dict[str, Any]:
 
 def provenance() -> dict[str, Any]:
     """Return what does not change from one run to the next on one machine: code, packages, hardware."""
-    return {"code": _code(), "packages": _versions(), "hardware": hardware()}
+    return {"code": dict(_code()), "packages": dict(_versions()), "hardware": hardware()}
 
 
 def peak_bytes() -> int:
@@ -265,7 +266,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     try:
         with os.fdopen(handle, "wb") as file:
             for row in rows:
-                line = (json.dumps(_scrub(row, secrets), ensure_ascii=True) + "\n").encode()
+                text = json.dumps(row, ensure_ascii=True, default=str)
+                for secret in secrets:
+                    text = text.replace(json.dumps(secret)[1:-1], REDACTED)
+                line = f"{text}\n".encode()
                 sha.update(line)
                 file.write(line)
             file.flush()
