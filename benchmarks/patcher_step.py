@@ -5,7 +5,7 @@
 Prints a table and, as its last line, one JSON object:
     ratio_step_patched     patched step / plain step (bar: 2.1)
     ratio_step_alpha0      Patcher with alpha = 0 / plain step (bar: 1.02)
-    extra_bytes_per_param  peak of patched steps minus peak of plain steps, per parameter (bar: 2.1 = one bf16 delta + 5 %)
+    extra_bytes_per_param  peak of patched minus peak of plain steps, per parameter (bar: 2.1 = one bf16 delta + 5 %)
     ratio_attack           one simulated attack of k1 steps / k1 plain steps (bar: 1.05)
 All ratios are medians over rounds in which every side runs once, in turn.
 """
@@ -60,7 +60,7 @@ def build(name: str, device: str) -> tuple[LlamaForCausalLM, EncodedSet, int]:
 
 
 class Loop:
-    """A bare outer loop with autocast to bfloat16 and fp32 masters: what the training shell does, without its bookkeeping."""
+    """A bare outer loop, bf16 autocast over fp32 masters: what the training shell does, without its bookkeeping."""
 
     def __init__(self, model: LlamaForCausalLM, rows: EncodedSet, size: int, method: Patcher | None) -> None:
         self.model, self.rows, self.size, self.method = model, rows, size, method

@@ -1,6 +1,6 @@
 """One function per verb, shared by the command line and the benchmark: defend, attack, evaluate.
 
-Each takes a frozen job of plain values (so that it can be digested, stored and sent to another process) and returns values.
+Each takes a frozen job of plain values, so that it can be digested, stored and sent to another process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Harmful fine-tuning: ordinary supervised training of released weights on data a share p of which is harmful.
 
-The attack of the field's threat model (Qi et al. 2310.03693; Patcher 2606.07970, section on test-time attacks): the attacker
-holds the weights, mixes harmful pairs into benign task data and runs standard full-parameter or LoRA training.
+The attack of the field's threat model (Qi et al. 2310.03693; Patcher 2606.07970, section on test-time attacks): the
+attacker holds the weights, mixes harmful pairs into benign task data and runs standard full-parameter or LoRA training.
 Everything happens on a copy in memory; the model is measured along the way, so the result is a curve, not one number.
 """
 

@@ -1,4 +1,4 @@
-"""Defences. This dict is the catalogue: adding a method is one file, one line here, one conformance row, one docs page."""
+"""The catalogue of defences: adding one is one file, one line here, one conformance row, one docs page."""
 
 from __future__ import annotations
 
