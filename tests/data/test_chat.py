@@ -168,12 +168,11 @@ def test_markers_agree_with_the_mask_of_transformers(style: str) -> None:
 def test_any_answer_is_trained_whole_and_nothing_else(answer: str) -> None:
     for style in CHATS:
         chat = CHATS[style]
-        row = chat.encode(Example.pair("what?", answer))
-        prompt = chat.prompt_ids(Example.pair("what?"))
-        start = next(i for i, label in enumerate(row.labels) if label != IGNORE)
-        assert row.input_ids[:start] == prompt
-        assert row.labels[start:] == row.input_ids[start:]
-        assert chat.tokenizer.decode(row.input_ids[start:]).lstrip() == (answer + STYLES[style][1]).lstrip()
+        detail = chat.details(Example.pair("what?", answer))
+        (ids, labels), start, end = detail.encoded, detail.start, detail.end
+        assert ids[:start] == chat.prompt_ids(Example.pair("what?"))
+        assert labels == [IGNORE] * start + ids[start:end] + [IGNORE] * (len(ids) - end)
+        assert chat.tokenizer.decode(ids[start:end]).lstrip() == (answer + STYLES[style][1]).lstrip()
 
 
 CHATS = {style: ChatFormat(wrap(byte_level(), plain(style))) for style in STYLES}

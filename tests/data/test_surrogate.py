@@ -95,6 +95,16 @@ def test_audit_counts_trained_tokens_exactly() -> None:
     assert line == f"trained tokens per row: {spread}"
 
 
+def test_audit_tells_when_generation_starts_elsewhere() -> None:
+    headless = CHATML[: CHATML.index("{% if add_generation_prompt")]
+    marked = headless.replace(
+        "m['content'] + '<|im_end|>", "'' }}{% generation %}{{ m['content'] + '<|im_end|>"
+    ).replace("}}{% endfor", "}}{% endgeneration %}{% endfor")
+    line = "rows trained after another prompt than generation starts from: "
+    assert line + "1" in audit([Example.pair("hello", "world")], chat(marked))
+    assert line + "0" in audit([Example.pair("hello", "world")], chat())
+
+
 def test_a_row_cannot_drive_the_terminal() -> None:
     assert printable("a\x1b[31m\nb\u202e\r") == "a\\x1b[31m\nb\\u202e\\r"
     text = audit([Example.pair("\x1b]0;owned\x07", "fine")], chat())

@@ -16,6 +16,7 @@ OPEN, CLOSE = ">>>", "<<<"
 class _Row(NamedTuple):
     example: Example
     detail: Details | None
+    differs: bool = False
     problem: str = ""
 
 
@@ -26,9 +27,11 @@ def printable(text: str) -> str:
 
 def _look(example: Example, chat: ChatFormat) -> _Row:
     try:
-        return _Row(example, chat.details(example))
+        detail = chat.details(example)
+        prompt = chat.prompt_ids(example) if not chat.too_long(detail.encoded) else None
     except DataError as error:
-        return _Row(example, None, error.message)
+        return _Row(example, None, problem=error.message)
+    return _Row(example, detail, prompt is not None and prompt != detail.encoded.input_ids[: detail.start])
 
 
 def _show(number: int, row: _Row, chat: ChatFormat) -> str:
@@ -85,6 +88,7 @@ def audit(examples: Sequence[Example], chat: ChatFormat, n: int = 3) -> str:
         f"rows with EOS appended by us: {sum(d.appended_eos for d in good)}",
         f"rows with prompt and answer tokenised apart: {sum(d.split for d in good)}; "
         f"with a token across both: {sum(d.straddles for d in good)}",
+        f"rows trained after another prompt than generation starts from: {sum(row.differs for row in rows)}",
         f"rows that spell out control tokens (kept as text): {sum(d.literal_controls > 0 for d in good)}",
     ]
     lines += [f"warning: {text}" for text in chat.warnings]

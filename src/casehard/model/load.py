@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,23 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[name]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the progress bars and load reports of transformers; what matters in them is raised as an error."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -176,15 +194,17 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn
     # Eager attention on CPU: the fused kernels differ between builds in the last bits, and gain little there.
     attention = "eager" if device.type == "cpu" else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the name of the tensor
+            )
     except SafetensorError as error:
         raise Corrupt(f"{folder}: damaged weights: {error}", hint="fetch or build the checkpoint again") from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
@@ -192,7 +212,7 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
+            first = min(key if isinstance(key, str) else str(key[0]) for key in info[kind])
             raise Corrupt(
                 f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, first {first}",
                 hint="such tensors would be filled with random numbers; the checkpoint is incomplete",

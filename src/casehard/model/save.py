@@ -21,7 +21,7 @@ from casehard.data.formats import check_values
 from casehard.errors import Corrupt, Diverged, Unsupported, UserError
 from casehard.files import MANIFEST, crash_point, staged, verify
 from casehard.model.digest import folder_digest, read_json
-from casehard.model.load import check_finite
+from casehard.model.load import check_finite, quiet
 from casehard.types import Checkpoint
 
 PROVENANCE = "casehard.json"
@@ -107,7 +107,8 @@ def save(
     needs = sum(p.numel() * p.element_size() for p in model.parameters()) + (1 << 20)
     saver: Any = model
     with staged(out, needs=needs) as folder:
-        saver.save_pretrained(folder)
+        with quiet():
+            saver.save_pretrained(folder)
         crash_point("save:after_weights")
         tokenizer.save_pretrained(folder)
         for file in (folder / "config.json", folder / "tokenizer_config.json"):
