@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--debug" in arguments:
         arguments.remove("--debug")
         os.environ["CASEHARD_DEBUG"] = "1"
+    # Two progress displays at once garble each other; ours stays.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     previous = signal.signal(signal.SIGTERM, _on_term)
     try:
         return _run(arguments)
