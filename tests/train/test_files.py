@@ -170,7 +170,8 @@ def test_text_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("point", "complete"), [("save:before_manifest", False), ("save:after_manifest", False), ("save:after_rename", True)]
+    ("point", "complete"),
+    [("save:before_manifest", False), ("save:after_manifest", False), ("save:after_rename", True)],
 )
 def test_a_crash_at_any_point_leaves_complete_or_nothing(tmp_path, point, complete):
     code = (
