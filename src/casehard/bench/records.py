@@ -131,6 +131,7 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else:
             entry |= {"k": None, "n": n, "rate": band.mean, "low": band.low, "high": band.high}
         entry["replicates"] = len(distinct)
+        entry["shared"] = len(distinct) < len(members)
         entry["rates"] = rates
         entry["band"] = {"low": band.low, "high": band.high, "sd": band.sd, "kind": band.kind}
         out.append(entry)

@@ -115,6 +115,7 @@ def summarise(
         {
             "label": n.label,
             "kind": n.kind,
+            "folder": n.folder,
             "node": n.digest,
             "parent": n.parent,
             "result": done[n.digest].get("digest", ""),

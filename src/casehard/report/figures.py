@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+from casehard.bench.verdict import percent
 from casehard.errors import MissingExtra
 
 INK, MUTED, GRID = "#1d2430", "#667080", "#e3e7ec"
@@ -172,7 +173,10 @@ def curves(
         axes.set_xlim(0, last * 1.01)
         axes.set_ylim(-0.03, 1.03)
         axes.axhline(bound, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.text(0, bound + 0.015, f" {bound_text}", color=MUTED, fontsize=7.5, va="bottom")
+        paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
+        axes.text(
+            last, bound - 0.025, bound_text, color=MUTED, fontsize=7.5, va="top", ha="right", bbox=paper, zorder=0.9
+        )
         if mark is not None:
             axes.axvline(mark, color=GRID, linewidth=5, zorder=0.4)
         for line in lines:
@@ -205,7 +209,13 @@ def curves(
                 fontweight="bold",
                 va="center",
                 linespacing=1.05,
-                arrowprops={"arrowstyle": "-", "color": line.look.colour, "linewidth": 0.6, "shrinkB": 3},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": line.look.colour,
+                    "linewidth": 0.6,
+                    "shrinkB": 3,
+                    "relpos": (0, 0.5),
+                },
             )
         ticks = _ticks(sorted({s for line in lines for s in line.steps}), last)
         axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -285,34 +295,24 @@ def plane(name: str, points: Sequence[tuple[Bar, Bar]], *, x_label: str, y_label
 
 def dots(name: str, bars: Sequence[Bar], *, described: str, bound: float | None = None) -> str:
     """Draw one rate per defence as a dot with its interval, replicates as small dots below."""
-    with _canvas(name, 4.2, 0.5 + 0.5 * len(bars)) as figure:
-        inner = 0.5 * len(bars) / (0.5 + 0.5 * len(bars))
-        axes = figure.add_axes((0.03, 1 - inner, 0.94, inner * 0.97))
+    whole = 0.36 + 0.36 * len(bars)
+    with _canvas(name, 5.6, whole) as figure:
+        axes = figure.add_axes((0.29, 0.28 / whole, 0.6, 1 - 0.34 / whole))
         _bare(axes, grid="x")
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_ylim(len(bars) - 0.42, -0.62)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(len(bars) - 0.5, -0.5)
         if bound is not None:
             axes.axvline(bound, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for i, bar in enumerate(bars):
             colour = bar.look.colour
-            axes.plot([bar.low, bar.high], [i, i], color=colour, linewidth=5, alpha=0.28, solid_capstyle="butt")
-            axes.plot(bar.dots, [i] * len(bar.dots), "|", color=colour, markersize=9, markeredgewidth=1)
-            axes.plot([bar.value], [i], bar.look.marker, color=colour, markersize=6.5, markeredgecolor="white")
-            # Above the mark, on the side with more room.
-            right = bar.value > 0.5
-            axes.text(
-                1.0 if right else 0.0,
-                i - 0.3,
-                f"{bar.look.title}  {bar.value * 100:.0f} %",
-                ha="right" if right else "left",
-                va="center",
-                color=colour,
-                fontsize=8,
-                fontweight="bold",
+            axes.plot([bar.low, bar.high], [i, i], color=colour, linewidth=6, alpha=0.25, solid_capstyle="butt")
+            axes.plot(bar.dots, [i] * len(bar.dots), "|", color=colour, markersize=10, markeredgewidth=1, clip_on=False)
+            axes.plot(
+                [bar.value], [i], bar.look.marker, color=colour, markersize=6.5, markeredgecolor="white", clip_on=False
             )
-        axes.set_yticks([])
-        marks = [0, 0.25, 0.5, 0.75, 1]
-        axes.set_xticks(marks, ["0 %", "25 %", "50 %", "75 %", "100 %"])
+            axes.text(1.06, i, percent(bar.value), ha="left", va="center", color=colour, fontsize=9, fontweight="bold")
+        axes.set_yticks(range(len(bars)), [wrap(b.look.title, 24) for b in bars], color=INK)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
         return _svg(figure, described)
 
 
@@ -329,7 +329,16 @@ def bars(name: str, rows: Sequence[Bar], *, unit: str, described: str) -> str:
             axes.barh(i, row.value, height=0.52, color=row.look.colour, alpha=0.85)
             axes.plot(row.dots, [i] * len(row.dots), ".", color=INK, markersize=4)
             top = max(row.value, *row.dots, 0)
-            axes.text(top, i, f"  {row.value:.2f} x", va="center", fontsize=8.5, color=INK, fontweight="bold")
+            axes.annotate(
+                f"{row.value:.2f} x",
+                (top, i),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=INK,
+                fontweight="bold",
+            )
         axes.set_yticks(range(len(rows)), [wrap(r.look.title, 24) for r in rows], color=INK)
         axes.set_xlabel(unit, fontsize=8)
         return _svg(figure, described)
@@ -346,7 +355,7 @@ def strip(name: str, rows: Sequence[tuple[Look, Sequence[int | None]]], *, last:
         whole = 0.5 + 0.36 * len(rows)
         axes = figure.add_axes((0.29, 0.42 / whole, 0.66, 1 - 0.5 / whole))
         _bare(axes, grid="x")
-        beyond = last * 1.22
+        beyond = last * 1.35
         axes.set_xscale("function", functions=(_root, _square))
         axes.set_xlim(0, beyond * 1.05)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -364,7 +373,7 @@ def strip(name: str, rows: Sequence[tuple[Look, Sequence[int | None]]], *, last:
                     zorder=3,
                     clip_on=False,
                 )
-        axes.axvspan(last * 1.08, beyond * 1.05, color=GRID, alpha=0.5, linewidth=0)
+        axes.axvspan(last * 1.14, beyond * 1.05, color=GRID, alpha=0.5, linewidth=0)
         ticks = _ticks(sorted({0, last, *(s for _, steps in rows for s in steps if s is not None)}), last)
         axes.set_xticks([*ticks, beyond], [*(str(t) for t in ticks), "never"])
         axes.set_yticks(range(len(rows)), [wrap(look.title, 24) for look, _ in rows], color=INK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from casehard.bench.store import read_json, read_rows
 from casehard.errors import UserError
 from casehard.files import write_text_atomic
+from casehard.report.card import write_cards
 from casehard.report.single import summary_of_runs
 from casehard.report.views import View, legend, transcripts
 
@@ -84,6 +86,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
             "before": view.before(),
             "costs": view.costs(),
             "strips": view.strips(),
+            "broken_when": view.broken_when(),
             "break_rows": view.break_table(),
             "tables": view.tables(),
             "differences": view.differences(),
@@ -92,7 +95,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     ]
     plan = summary["plan"]
     code = summary["provenance"]["code"]
-    return env.get_template("page.html.j2").render(
+    html = env.get_template("page.html.j2").render(
         title=plan["title"],
         name=plan["name"],
         parts=parts,
@@ -111,10 +114,12 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
         nodes=summary["nodes"],
         config=_yaml(plan),
     )
+    # A number and its sign stay on one line.
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
 
 
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write the report of a finished run and return its path.
+    """Write the report of a finished run and return its path; a benchmark's checkpoints get their model cards too.
 
     Args:
         folders: a benchmark's run folder, or one or several run folders of single verbs (attack, evaluate, defend):
@@ -134,7 +139,9 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
         raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
     if kinds == ["bench"]:
         path = places[0] / "rows.jsonl"
-        html = render(read_json(places[0] / "summary.json"), read_rows(path) if path.exists() else ())
+        summary = read_json(places[0] / "summary.json")
+        html = render(summary, read_rows(path) if path.exists() else ())
+        write_cards(places[0], summary)
     else:
         html = render(summary_of_runs(places))
     write_text_atomic(target, html)

@@ -87,6 +87,17 @@ class _Collected:
         for step, rows in by_step.items():
             self.points[Point(FAMILY, "checkpoint", defence, seed, attack, step)] = Measured(name, rows)
 
+    def fill(self) -> None:
+        """Give every checkpoint and seed its state before any attack: an evaluation's, or else an attack's step 0.
+
+        Greedy evaluation draws nothing, so one evaluation serves all seeds of a checkpoint.
+        """
+        asked = {p.defence: m for p, m in self.points.items() if p.attack == NO_ATTACK}
+        for point, found in list(self.points.items()):
+            before = point._replace(attack=NO_ATTACK)
+            if point.step == 0 and before not in self.points:
+                self.points[before] = asked.get(point.defence, found)
+
 
 def _plan(found: _Collected) -> Plan | None:
     """Return the plan these runs amount to; None when they hold no comparison."""
@@ -149,6 +160,7 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     found = _Collected()
     for folder in folders:
         found.add(Path(folder))
+    found.fill()
     plan = _plan(found)
     records = make_records({a["name"]: a["share"] for a in found.attacks.values()}, found.points)
     pooled = pool(records)
@@ -158,6 +170,9 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
         verdict = make_verdict(plan, FAMILY, pooled, breaks, differences)
         controls = make_controls(plan, Table(pooled, FAMILY), FAMILY)
         missing = not_tested(plan)
+        if verdict["status"] == "not_measured":
+            hint = "Add the run folders of `casehard evaluate` for both checkpoints: safety alone is no claim."
+            verdict["details"] = [*verdict["details"], hint]
     else:
         what = "a single run" if len(folders) == 1 else "these runs"
         lacks = "without the same attack on an undefended checkpoint cannot show a difference"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from casehard.bench.verdict import NAMES, Table, percent
+from casehard.bench.verdict import NAMES, Table, percent, percents
 from casehard.report import figures
 from casehard.report.figures import Bar, Line, Look
 
@@ -166,24 +166,26 @@ class View:
         return out
 
     def strips(self) -> list[dict[str, Any]]:
-        """Return, per attack that breaks anything, the step at which each replicate broke."""
+        """Return, per attack that breaks anything, the step at which each replicate broke by the headline's metric."""
+        metric = self.headline.get("metric", "asr")
         out = []
         for attack in self.attacks:
-            for metric in ("leak", "asr"):
-                found = {
-                    b["defence"]: b
-                    for b in self._mine("breaks")
-                    if (b["attack"], b["metric"]) == (attack["name"], metric)
-                }
-                rows = [(self.looks[n], [r["step"] for r in b["runs"]]) for n, b in found.items()]
-                if not rows or all(step is None for _, steps in rows for step in steps):
-                    continue
-                last = max(b["last"] for b in found.values())
-                said = "; ".join(f"{self.looks[n].title}: {b['text']}" for n, b in found.items())
-                bound = percent(self.gates[f"{metric}_break"])
-                svg = figures.strip(f"{self.family}-{attack['name']}-break-{metric}", rows, last=last, described=said)
-                out.append({"title": f"{SHORT[metric]} above {bound}, {attack['title']}", "svg": svg})
+            found = {
+                b["defence"]: b for b in self._mine("breaks") if (b["attack"], b["metric"]) == (attack["name"], metric)
+            }
+            rows = [(self.looks[n], [r["step"] for r in b["runs"]]) for n, b in found.items()]
+            if not rows or all(step is None for _, steps in rows for step in steps):
+                continue
+            last = max(b["last"] for b in found.values())
+            said = "; ".join(f"{self.looks[n].title}: {b['text']}" for n, b in found.items())
+            svg = figures.strip(f"{self.family}-{attack['name']}-break", rows, last=last, described=said)
+            out.append({"title": attack["title"], "svg": svg})
         return out
+
+    def broken_when(self) -> str:
+        """Say when a model counts as broken in the strips."""
+        metric = self.headline.get("metric", "asr")
+        return f"{SHORT[metric]} above {percent(self.gates[f'{metric}_break'])}"
 
     def break_table(self) -> list[dict[str, Any]]:
         """Return steps to break in words, one row per attack and metric, one column per defence."""
@@ -208,7 +210,10 @@ class View:
         return [t for t in whole if t["rows"]]
 
     def _table(self, attack: str, title: str, *, by_step: bool) -> dict[str, Any]:
+        own = any(a["name"] == attack and a.get("suite") for a in self.attacks)
         steps = sorted({p["steps"] for p in self._mine("pooled") if p["attack"] == attack})
+        # Step 0 stands in the table before any attack, unless this attack asks a suite of its own.
+        steps = [s for s in steps if s > 0 or own or not by_step]
         rows = []
         for metric in SHORT:
             for step in steps:
@@ -221,29 +226,37 @@ class View:
         return {"title": title, "rows": rows}
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return the paired differences, the headline's first, each with its words."""
+        """Return the paired differences of every claimed defence, one table per control, the headline's first."""
         names = {d["name"]: d["title"] for d in self.defences}
-        titles = {a["name"]: a["title"] for a in self.attacks} | {"none": "before any attack"}
-        out = []
-        for d in self._mine("differences"):
-            when = "whole curve" if d["step"] is None else f"step {d['step']}"
-            where = titles[d["attack"]] if d["attack"] == "none" else f"{titles[d['attack']]}, {when}"
-            per_seed = ", ".join(f"{v * 100:+.0f}" for v in d["per_seed"])
-            keys = ("defence", "against", "attack", "metric", "step")
-            out.append(
-                {
-                    "main": all(d[k] == self.headline.get(k) for k in keys),
-                    "defence": names[d["defence"]],
-                    "against": names[d["against"]],
-                    "where": where,
-                    "metric": SHORT[d["metric"]],
-                    "value": f"{d['difference'] * 100:+.1f}",
-                    "span": f"{d['low'] * 100:+.1f} to {d['high'] * 100:+.1f}",
-                    "per_seed": per_seed,
-                    "text": d["text"],
-                }
-            )
-        return sorted(out, key=lambda row: not row["main"])
+        claimed = [d["name"] for d in self.defences if d["role"] == "defence"] or list(names)
+        first = (self.headline.get("defence"), self.headline.get("against"))
+        pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for found in self._mine("differences"):
+            if found["defence"] in claimed:
+                pairs.setdefault((found["defence"], found["against"]), []).append(self._difference(found))
+        order = sorted(pairs, key=lambda pair: pair != first)
+        return [
+            {
+                "title": f"{names[pair[0]]} against {names[pair[1]]}",
+                "rows": sorted(pairs[pair], key=lambda row: not row["main"]),
+            }
+            for pair in order
+        ]
+
+    def _difference(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        titles = {a["name"]: a["title"] for a in self.attacks}
+        when = "whole curve" if found["step"] is None else f"step {found['step']}"
+        where = f"{titles[found['attack']]}, {when}" if found["attack"] in titles else "before any attack"
+        keys = ("defence", "against", "attack", "metric", "step")
+        return {
+            "main": all(found[k] == self.headline.get(k) for k in keys),
+            "where": where,
+            "metric": SHORT[found["metric"]],
+            "value": points(found["difference"]),
+            "span": f"{points(found['low'])} to {points(found['high'])}",
+            "per_seed": ", ".join(points(v, 0) for v in found["per_seed"]),
+            "text": found["text"],
+        }
 
     def tiles(self) -> list[dict[str, str]]:
         """Return the few numbers at the top, each beside its control."""
@@ -282,30 +295,39 @@ class View:
         return out
 
 
+def flow(values: Mapping[str, Any]) -> str:
+    """Write settings on one line, as YAML would."""
+    import yaml
+
+    return yaml.safe_dump(dict(values), default_flow_style=True, width=10**6).strip()[1:-1]
+
+
+def points(value: float, digits: int = 1) -> str:
+    """Write a difference of shares in signed points, without a sign on zero."""
+    text = f"{value * 100:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text
+
+
 def facts(attack: Mapping[str, Any]) -> str:
     """Describe an attack in one line."""
-    extra = ", ".join(f"{k} {v}" for k, v in (attack.get("settings") or {}).items())
+    extra = flow(attack.get("settings") or {})
     text = f"{attack['mode']}, share {attack['share']:g}, {attack['steps']} steps, lr {attack['lr']:g}"
     return f"{text}, {extra}" if extra else text
 
 
 def cell(entry: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return a table cell: the rate, its interval, k/n and the range over seeds."""
+    """Return a table cell: the rate, its interval, k/n and the range over runs."""
     if entry is None:
         return {"rate": "-", "span": "", "count": "", "seeds": ""}
+    rates = entry["rates"]
     if entry["k"] is None:
         out = {"rate": f"{entry['rate']:.3f}", "span": f"{entry['low']:.3f} to {entry['high']:.3f}"}
-        out["count"] = f"n = {entry['n']}"
+        out["count"], over = f"n = {entry['n']}", f"runs {min(rates):.3f} to {max(rates):.3f}"
     else:
-        out = {"rate": percent(entry["rate"]), "span": f"{percent(entry['low'])} to {percent(entry['high'])}"}
-        out["count"] = f"{entry['k']}/{entry['n']}"
-    rates = entry["rates"]
-    if len(rates) == 1:
-        out["seeds"] = "single seed"
-    elif entry["k"] is None:
-        out["seeds"] = f"seeds {min(rates):.3f} to {max(rates):.3f}"
-    else:
-        out["seeds"] = f"seeds {percent(min(rates))} to {percent(max(rates))}"
+        out = {"rate": percent(entry["rate"]), "span": percents(entry["low"], entry["high"])}
+        out["count"], over = f"{entry['k']}/{entry['n']}", f"runs {percents(min(rates), max(rates))}"
+    alone = "one model for all seeds" if entry["shared"] else "single seed"
+    out["seeds"] = over if len(rates) > 1 else alone
     return out
 
 
@@ -342,7 +364,7 @@ def transcripts(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -
 def legend(looks: Mapping[str, Look], defences: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return what each row of the table is: its colour, title, role and method."""
     roles = {
-        "undefended": "control: left as it is",
+        "undefended": "control: undefended",
         "same_passes": "control: plain training, same passes",
         "ablation": "ablation",
         "defence": "defence",
@@ -353,8 +375,8 @@ def legend(looks: Mapping[str, Look], defences: Sequence[Mapping[str, Any]]) -> 
             "title": d["title"],
             "role": roles[d["role"]],
             "method": " ".join(filter(None, (d.get("method") or "", d.get("preset") or ""))),
-            "settings": ", ".join(f"{k}={v}" for k, v in (d.get("settings") or {}).items()),
-            "train": ", ".join(f"{k}={v}" for k, v in (d.get("train") or {}).items()),
+            "settings": flow(d.get("settings") or {}),
+            "train": flow(d.get("train") or {}),
         }
         for d in defences
     ]
