@@ -159,7 +159,7 @@ def test_a_suite_counts_with_the_data_it_points_to(tmp_path: Path) -> None:
 
 
 def test_an_attack_with_its_own_suite_measures_step_0_itself() -> None:
-    values = change("attacks", 0, suite="{base}/suite_translation")
+    values = change("attacks", 0, suite="{base}/data/suite_translation")
     found = [n for n in expand(parse_plan(values), root=Path()).nodes.values() if n.kind == "attack"]
     assert found[0].config["evaluate_at"] == [0, 5, 20, 40]
     assert found[0].config["full_at"] == [0, 40]

@@ -182,7 +182,7 @@ class Plan:
     reference: str
     """Defence that costs are given relative to."""
     seeds: tuple[int, ...] = (0,)
-    suite: str = "{base}/suite"
+    suite: str = "{base}/data/suite"
     system: str | None = None
     """System message of every row; none keeps the template's own."""
     max_length: int | None = None

@@ -156,6 +156,32 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
+def _label_ends(axes: Any, lines: Sequence[Line]) -> None:
+    """Write each line's title beside its end, moved apart where ends lie close together."""
+    labels = [wrap(line.look.title, 18) for line in lines]
+    tall = max(label.count("\n") + 1 for label in labels)
+    heights = spread([line.values[-1] for line in lines], 0.062 * tall + 0.02, 0.0, 1.0)
+    for line, label, height in zip(lines, labels, heights, strict=True):
+        axes.annotate(
+            label,
+            (line.steps[-1], line.values[-1]),
+            xytext=(1.045, (height + 0.03) / 1.06),
+            textcoords="axes fraction",
+            color=line.look.colour,
+            fontsize=8,
+            fontweight="bold",
+            va="center",
+            linespacing=1.05,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.look.colour,
+                "linewidth": 0.6,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
 def curves(
     name: str, lines: Sequence[Line], *, bound: float, bound_text: str, described: str, mark: int | None = None
 ) -> str:
@@ -195,28 +221,7 @@ def curves(
                 clip_on=False,
                 zorder=3,
             )
-        labels = [wrap(line.look.title, 18) for line in lines]
-        tall = max(label.count("\n") + 1 for label in labels)
-        heights = spread([line.values[-1] for line in lines], 0.062 * tall + 0.02, 0.0, 1.0)
-        for line, label, height in zip(lines, labels, heights, strict=True):
-            axes.annotate(
-                label,
-                (line.steps[-1], line.values[-1]),
-                xytext=(1.045, (height + 0.03) / 1.06),
-                textcoords="axes fraction",
-                color=line.look.colour,
-                fontsize=8,
-                fontweight="bold",
-                va="center",
-                linespacing=1.05,
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": line.look.colour,
-                    "linewidth": 0.6,
-                    "shrinkB": 3,
-                    "relpos": (0, 0.5),
-                },
-            )
+        _label_ends(axes, lines)
         ticks = _ticks(sorted({s for line in lines for s in line.steps}), last)
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
@@ -277,7 +282,7 @@ def plane(name: str, points: Sequence[tuple[Bar, Bar]], *, x_label: str, y_label
             axes.annotate(
                 x.look.title,
                 (x.value, y.value),
-                xytext=(x.value + (0.05 if right else -0.05), height),
+                xytext=(max(x.value, x.high) + 0.04 if right else min(x.value, x.low) - 0.04, height),
                 ha="left" if right else "right",
                 va="center",
                 color=colour,

@@ -52,6 +52,25 @@ def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return out + [(f"data: {name}", digest) for name, digest in found["data"].items()]
 
 
+def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything the page shows of one family of bases."""
+    return {
+        "name": view.family,
+        "verdict": verdict,
+        "status": STATUS[verdict["status"]],
+        "tiles": view.tiles(),
+        "attacks": view.attack_figures(),
+        "plane": view.plane(),
+        "before": view.before(),
+        "costs": view.costs(),
+        "strips": view.strips(),
+        "broken_when": view.broken_when(),
+        "break_rows": view.break_table(),
+        "tables": view.tables(),
+        "differences": view.differences(),
+    }
+
+
 def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> str:
     """Return the report's HTML.
 
@@ -75,24 +94,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     # Figures are made here, from escaped text; nothing else on the page is trusted.
     env.filters["figure"] = Markup
     families = [View(summary, verdict["family"]) for verdict in summary["verdicts"]]
-    parts = [
-        {
-            "name": view.family,
-            "verdict": verdict,
-            "status": STATUS[verdict["status"]],
-            "tiles": view.tiles(),
-            "attacks": view.attack_figures(),
-            "plane": view.plane(),
-            "before": view.before(),
-            "costs": view.costs(),
-            "strips": view.strips(),
-            "broken_when": view.broken_when(),
-            "break_rows": view.break_table(),
-            "tables": view.tables(),
-            "differences": view.differences(),
-        }
-        for view, verdict in zip(families, summary["verdicts"], strict=True)
-    ]
+    parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
     plan = summary["plan"]
     code = summary["provenance"]["code"]
     html = env.get_template("page.html.j2").render(

@@ -84,8 +84,8 @@ class View:
                         self.looks[row["name"]],
                         [p["steps"] for p in points],
                         [p["rate"] for p in points],
-                        [min(p["rates"]) for p in points],
-                        [max(p["rates"]) for p in points],
+                        [min(p["rates"]) if len(p["rates"]) > 1 else p["low"] for p in points],
+                        [max(p["rates"]) if len(p["rates"]) > 1 else p["high"] for p in points],
                     )
                 )
         if not lines:
