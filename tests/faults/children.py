@@ -75,4 +75,4 @@ def layout(batch_size, accumulation):
     )
     model = tiny_llama()
     log = fit(model, None, tiny_rows(40), config=config, seed=0).log
-    return [row["loss"] for row in log], float(sum(p.double().abs().sum() for p in model.parameters()))
+    return [row["loss"] for row in log], sum(p.detach().double().abs().sum().item() for p in model.parameters())
