@@ -13,7 +13,7 @@ from casehard.cli.runs import check_out, run_folder
 app = typer.Typer(help="Attack a checkpoint and measure what breaks.", no_args_is_help=True)
 
 Specs = list[str] | None
-CURVE = ("asr", "leak", "over_refusal", "utility")
+CURVE = ("asr", "leak", "over_refusal", "utility", "nll")
 
 
 @app.callback()
