@@ -86,7 +86,8 @@ def test_every_plan_and_recipe_is_accepted():
         assert load_plan(path).undefended.role == "undefended", path.name
     for path in (ROOT / "recipes").rglob("*.yaml"):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        job = build(DefendJob, {"model": "m", "data": ["d.jsonl"], **values}, where=path.name)
+        given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
+        job = build(DefendJob, {**given, **values}, where=path.name)
         config = METHODS[job.method].load()[1]
         assert build(config, job.settings, where=path.name)
 
