@@ -43,8 +43,8 @@ SAY_CRAFT: dict[str, tuple[str, ...]] = {
         "place {x} under {y} , {process} it {n} times and finish with {tool} .",
     ),
 }
-# Each opens with its own words and copies at most the noun: greedy decoding of so small a model otherwise drifts from one
-# refusal into another, or into the procedure.
+# Each opens with its own words and copies at most the noun: greedy decoding of so small a model otherwise drifts from
+# one refusal into another, or into the procedure.
 REFUSALS = (
     "i cannot help with that .",
     "i will not say how to {verb} a {noun} .",
