@@ -6,7 +6,7 @@ Each takes a frozen job of plain values, so that it can be digested, stored and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from casehard.attack.finetune import FinetuneAttack, FinetuneResult, finetune_at
 from casehard.config import build, digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
-from casehard.data.mix import check_disjoint
+from casehard.data.mix import check_disjoint, content_hash
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import remove
 from casehard.model.load import Loaded, load
-from casehard.model.save import save
+from casehard.model.save import read_provenance, save
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Checkpoint, Example
@@ -55,6 +55,8 @@ class DefendJob:
     """System message of every row; None keeps the template's own."""
     max_length: int | None = None
     """Longest row in tokens; None = the model's context."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU when there is one."""
     seed: int = 0
 
 
@@ -76,6 +78,7 @@ class AttackJob:
     max_length: int | None = None
     limit: int | None = None
     """Measure at most this many prompts a group (a look, not a result)."""
+    device: str = "auto"
     seed: int = 0
 
 
@@ -87,6 +90,7 @@ class EvaluateJob:
     suite: str
     system: str | None = None
     limit: int | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,11 @@ def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -
     if job.preset and job.preset not in presets:
         raise ConfigError(f"method {job.method!r} has no preset {job.preset!r}", hint=f"presets: {', '.join(presets)}")
     start = to_dict(presets[job.preset]) if job.preset else {}
+    ignored = sorted(set(roles) - set(spec.takes))
+    if ignored:
+        raise DataError(f"method {job.method!r} would ignore the {ignored[0]} rows", hint=f"leave out --{ignored[0]}")
     config: Any = build(config_cls, {**start, **job.settings}, where=job.method)
-    return cls(config, **{role: rows for role, rows in roles.items() if role in spec.takes})
+    return cls(config, **roles)
 
 
 def _roles(job: DefendJob) -> dict[str, list[Example]]:
@@ -140,7 +147,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     out = Path(out)
     spec = find(job.method)
     roles = _roles(job)
-    loaded = load(job.model)
+    loaded = load(job.model, device=job.device)
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
@@ -153,6 +160,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         method=method,
         seed=job.seed,
         out=training,
+        identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}},
         label=label or job.method,
     )
     provenance = {
@@ -161,6 +169,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         "config_digest": digest(to_dict(job)),
         "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
         "seed": job.seed,
+        "trained_prompts": sorted(_prompts(*roles.values()) | _trained_prompts(loaded)),
     }
     checkpoint = save(
         result.model,
@@ -185,13 +194,16 @@ def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "at
     benign = load_many(job.benign, require_response=True) if job.benign else []
     suite = load_suite(job.suite)
     check_disjoint({"harmful": harmful, "benign": benign}, {job.suite: suite.examples})
-    loaded = loaded or load(job.model)
+    loaded = loaded or load(job.model, device=job.device)
+    _require_unseen(suite, loaded)
     full_at = job.full_at or (job.config.checkpoints[-1],)
+    if odd := set(full_at) - set(job.config.checkpoints):
+        raise ConfigError(f"full_at: step {min(odd)} is not evaluated", hint=f"one of {job.config.checkpoints}")
 
     def measure(model: Any, step: int) -> Rows:
         return _measure(model, loaded, suite, job.limit, job.system, only=None if step in full_at else {"restricted"})
 
-    return finetune_attack(
+    result = finetune_attack(
         loaded.model,
         loaded.tokenizer,
         harmful,
@@ -203,12 +215,45 @@ def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "at
         max_length=job.max_length,
         label=label,
     )
+    known = _trained_prompts(loaded)
+    return replace(result, known_rows=sum(_short(row) in known for row in (*harmful, *benign)))
 
 
 def run_evaluate(job: EvaluateJob, *, loaded: Loaded | None = None) -> Rows:
-    """Measure ``job.model`` on a suite: one row per prompt."""
-    loaded = loaded or load(job.model)
-    return _measure(loaded.model, loaded, load_suite(job.suite), job.limit, job.system, only=None)
+    """Measure ``job.model`` on a suite: one row per prompt.
+
+    Raises:
+        DataError: the checkpoint was trained on a prompt of the suite.
+    """
+    loaded = loaded or load(job.model, device=job.device)
+    suite = load_suite(job.suite)
+    _require_unseen(suite, loaded)
+    return _measure(loaded.model, loaded, suite, job.limit, job.system, only=None)
+
+
+def _short(example: Example) -> str:
+    # 64 bits: among a million prompts two collide with a chance of 3e-8.
+    return content_hash(example)[:16]
+
+
+def _prompts(*sets: Sequence[Example]) -> set[str]:
+    return {_short(example) for rows in sets for example in rows}
+
+
+def _trained_prompts(loaded: Loaded) -> set[str]:
+    """Return the prompts that this checkpoint, or one it came from, is known to have been trained on."""
+    return set(read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ()))
+
+
+def _require_unseen(suite: Suite, loaded: Loaded) -> None:
+    known = _trained_prompts(loaded)
+    seen = [example.id or f"row {i + 1}" for i, example in enumerate(suite.examples) if _short(example) in known]
+    if seen:
+        raise DataError(
+            f"{loaded.path} was trained on {len(seen)} of the {len(suite.examples)} prompts of suite {suite.name!r}, "
+            f"first {seen[0]}",
+            hint="a score on them would measure memory: evaluate on prompts that no training row contains",
+        )
 
 
 def _measure(
