@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from casehard import secrets
 from casehard.attack.finetune import FinetuneAttack, FinetuneResult, finetune_attack
 from casehard.config import build, digest, to_dict
 from casehard.data.batches import EncodedSet
@@ -21,7 +22,8 @@ from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import remove
 from casehard.model.load import Loaded, load
-from casehard.model.save import read_provenance, save
+from casehard.model.provenance import read_provenance
+from casehard.model.save import save
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Checkpoint, Example
@@ -145,6 +147,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         UserError: any setting, row or file is unusable; nothing half-written is left.
     """
     out = Path(out)
+    secrets.refuse(to_dict(job), where="defend")  # before training: the provenance holds these values
     spec = find(job.method)
     roles = _roles(job)
     loaded = load(job.model, device=job.device)
