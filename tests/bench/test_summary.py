@@ -146,7 +146,7 @@ def differences(effect: float, times: int) -> list[dict[str, Any]]:
 
 
 def test_equal_models_are_seldom_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training noise of 0.6 logits alone: a bootstrap over prompts finds a difference in more than half."""
+    """Training noise of 0.6 logits alone: a bootstrap over prompts finds a difference in about half."""
     monkeypatch.setattr(contrasts, "DRAWS", 200)
     false = [f for f in differences(0.0, 200) if not f["no_difference"]]
     assert len(false) <= 20

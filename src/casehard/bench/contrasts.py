@@ -2,7 +2,7 @@
 
 A *run* is one (base, seed). Both what other prompts and what other runs would have given is uncertain, so the interval
 covers a bootstrap over prompts and a t-interval over the runs' differences. The first alone takes the runs for all
-there are: where training noise alone moves a run, it finds a difference in two of three comparisons of equals.
+there are: where training noise alone moves a run, it finds a difference in half the comparisons of equals.
 """
 
 from __future__ import annotations
