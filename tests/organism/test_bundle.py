@@ -13,15 +13,15 @@ from casehard.model.load import load
 from casehard.organism.build import build, bundled, ensure, write_data
 from casehard.organism.world import World
 
-SHIPPED = bundled(0, "small")
+SHIPPED = bundled(0, "tiny")
 
 
 def test_the_shipped_copy_is_intact_small_and_preferred(tmp_path: Path) -> None:
     assert SHIPPED is not None
     verify(SHIPPED)
     assert (SHIPPED / "model.safetensors").stat().st_size < 4_000_000
-    assert ensure(0, "small", tmp_path) == SHIPPED
-    assert bundled(1, "small") is None and bundled(0, "tiny") is None
+    assert ensure(0, "tiny", tmp_path) == SHIPPED
+    assert bundled(1, "tiny") is None and bundled(0, "small") is None
 
 
 def test_its_data_is_what_the_generator_writes_today(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_its_data_is_what_the_generator_writes_today(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_build_from_nothing_behaves_like_the_shipped_copy(tmp_path: Path) -> None:
     assert SHIPPED is not None
-    rebuilt = build(tmp_path / "again", world_seed=0, size="small")
+    rebuilt = build(tmp_path / "again", world_seed=0, size="tiny")
     rates = []
     for folder in (SHIPPED, rebuilt):
         loaded = load(folder)
