@@ -83,7 +83,7 @@ def test_training_rows_in_the_suite_are_refused_before_training(base: Path, tmp_
     held_out = sources.load(f"{base}/data/suite/eval.jsonl")[:3]
     answered = [Example.pair(row.prompt, "anything") for row in held_out]
     sources.save(tmp_path / "rows.jsonl", answered)
-    with pytest.raises(DataError, match="3 of .* also occur in 'unsafe'"):
+    with pytest.raises(DataError, match=r"3 of .* also occur in 'unsafe'"):
         jobs.run_defend(job(base, unsafe=(f"{tmp_path}/rows.jsonl",)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
