@@ -60,13 +60,14 @@ def build(name: str, device: str) -> tuple[LlamaForCausalLM, EncodedSet, int]:
 
 
 class Loop:
-    """A bare outer loop, bf16 autocast over fp32 masters: what the training shell does, without its bookkeeping."""
+    """A bare outer loop, fp32 masters, bf16 autocast on GPUs: what the training shell does, without its bookkeeping."""
 
     def __init__(self, model: LlamaForCausalLM, rows: EncodedSet, size: int, method: Patcher | None) -> None:
         self.model, self.rows, self.size, self.method = model, rows, size, method
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         self.index = 0
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else None
         if method is not None:
             method.prepare(Setup(model, seed=0, max_steps=FAR))
 
@@ -79,9 +80,7 @@ class Loop:
         if self.method is None:
             self.autocast_loss(self.model, batch).backward()
         else:
-            step = Step(
-                self.index, 0, 1, self.autocast_loss, lambda loss: loss.backward(), compute_dtype=torch.bfloat16
-            )
+            step = Step(self.index, 0, 1, self.autocast_loss, lambda loss: loss.backward(), compute_dtype=self.dtype)
             self.method.backward(self.model, batch, step)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -90,8 +89,10 @@ class Loop:
 
 
 def autocast(model: LlamaForCausalLM) -> None:
-    """Patch forward to compute in bfloat16, as accelerate does."""
+    """Patch forward to compute in bfloat16 on a GPU, as accelerate does; CPUs compute in fp32, as the library does."""
     device = next(model.parameters()).device.type
+    if device == "cpu":
+        return
     model.forward = torch.autocast(device, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
 
 
