@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
+# Compiling every file of every package takes longer than installing them; Python compiles what is really imported.
+INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -46,12 +49,12 @@ $(BIN)/python:
 
 # The demo needs the report extra only, which keeps a first run short.
 $(DEMO): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing casehard and what the demo needs into $(VENV)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[report]'
+	@echo "installing casehard and what the demo needs into $(VENV): a minute or more the first time"
+	@$(INSTALL) -e '.[report]'
 	@touch $@
 
 # trl and datasets come along so that the tests of those optional parts run instead of being skipped.
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing casehard and what the tests need into $(VENV)"
-	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,data,trl]'
+	@echo "installing casehard and what the tests need into $(VENV): a minute or more the first time"
+	@$(INSTALL) -e '.[dev,data,trl]'
 	@touch $(DEMO) $@

@@ -5,6 +5,7 @@ Supported: torch >= 2.11, transformers 5.17 up to the next major version.
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,7 @@ def _release(text: str) -> tuple[int, int]:
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
 
 
+@functools.cache
 def require_supported() -> None:
     """Refuse versions the training shell was never tested with.
 

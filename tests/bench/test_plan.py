@@ -35,7 +35,7 @@ def change(where: str, index: int, **values: Any) -> dict[str, Any]:
         (change("attacks", 0, benign=[]), "no benign data"),
         (change("attacks", 0, mode="half"), "'half'"),
         (change("attacks", 0, lr=0), "must be positive"),
-        (change("defences", 1, method=None), "role 'same_passes' with method None"),
+        (change("defences", 1, method=None), "role 'same_passes' without a method"),
         (change("defences", 2, data=[]), "has no data"),
         (change("defences", 0, data=["x"]), "would be ignored"),
         (change("defences", 0, name="../up"), "not allowed"),
@@ -44,7 +44,7 @@ def change(where: str, index: int, **values: Any) -> dict[str, Any]:
         (change("bases", 0, world_seed=None), "neither of world_seed and model"),
         (plan_values(defences=plan_values()["defences"][1:]), "0 rows with role undefended"),
         (plan_values(reference="plane"), "no such name 'plane'"),
-        (plan_values(reference="undefended"), "undefended row"),
+        (plan_values(reference="undefended"), "'undefended' has no method"),
         (plan_values(headline={"defence": "patcher", "step": 21}), "step 21 is not evaluated"),
         (plan_values(headline={"defence": "plain"}), "with itself"),
         (plan_values(headline={}), "defence"),
@@ -75,6 +75,13 @@ def test_defaults_fill_the_headline_and_the_last_step() -> None:
     assert found.attacks[0].evaluate_at == (5, 20, 40)
     assert found.attacks[0].full_at == (40,)
     assert found.defence("plain").data == ("{base}/data/align.jsonl",)
+
+
+def test_the_undefended_control_may_be_aligned_by_plain_training() -> None:
+    values = change("defences", 0, method="plain", data=["{base}/data/align.jsonl"])
+    found = parse_plan({**values, "reference": "undefended"})
+    assert found.undefended.method == "plain"
+    assert ("world-0", "undefended", 0) in expand(found, root=Path()).defend
 
 
 def test_overrides_address_list_items_by_name(tmp_path: Path) -> None:
@@ -152,7 +159,7 @@ def test_a_suite_counts_with_the_data_it_points_to(tmp_path: Path) -> None:
 
 
 def test_an_attack_with_its_own_suite_measures_step_0_itself() -> None:
-    values = change("attacks", 0, suite="{base}/suite_translation")
+    values = change("attacks", 0, suite="{base}/data/suite_translation")
     found = [n for n in expand(parse_plan(values), root=Path()).nodes.values() if n.kind == "attack"]
     assert found[0].config["evaluate_at"] == [0, 5, 20, 40]
     assert found[0].config["full_at"] == [0, 40]

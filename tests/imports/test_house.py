@@ -167,6 +167,20 @@ def test_links_and_pictures_in_the_docs_exist(page):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target} does not exist"
 
 
+def _yaml_of(page: str) -> dict:
+    text = (ROOT / "docs" / "how-to" / page).read_text(encoding="utf-8")
+    return yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+
+
+def test_settings_files_in_the_docs_are_accepted():
+    from casehard.bench.plan import parse_plan
+    from casehard.config import build
+    from casehard.evaluate.suite import SuiteSettings
+
+    assert parse_plan(_yaml_of("benchmark-plan.md")).headline.step == 25
+    assert build(SuiteSettings, _yaml_of("real-checkpoint.md")).parts[0].role == "restricted"
+
+
 def test_the_readmes_file_tree_is_true():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = next(block for block in re.findall(r"```text\n(.*?)```", text, re.S) if "src/casehard/" in block)

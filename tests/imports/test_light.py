@@ -33,9 +33,9 @@ def run(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_import_is_light():
     code = """
         import json, sys, time
-        began = time.perf_counter()
+        began = time.process_time()
         import casehard
-        print(json.dumps([time.perf_counter() - began, "torch" in sys.modules, "pydantic" in sys.modules]))
+        print(json.dumps([time.process_time() - began, "torch" in sys.modules, "pydantic" in sys.modules]))
     """
     seen = [json.loads(run(code).stdout) for _ in range(5)]
     assert not any(torch or pydantic for _, torch, pydantic in seen)
@@ -43,21 +43,29 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["defend", "--help"], ["data", "audit", "--help"], ["--version"]])
-def test_help_is_light(arguments):
+def test_help_loads_nothing_heavy(arguments):
     code = """
-        import contextlib, io, json, sys, time
-        began = time.perf_counter()
+        import contextlib, io, json, sys
         from casehard.cli import main
         text = io.StringIO()
         with contextlib.redirect_stdout(text):
             code = main(sys.argv[1:])
         heavy = {"torch", "transformers", "numpy", "yaml", "jinja2"} & set(sys.modules)
-        print(json.dumps([time.perf_counter() - began, code, len(text.getvalue()), sorted(heavy)]))
+        print(json.dumps([code, len(text.getvalue()), sorted(heavy)]))
     """
-    seen = [json.loads(run(code, *arguments).stdout) for _ in range(5)]
-    for _, code, length, heavy in seen:
-        assert code == 0 and length > 8 and heavy == []
-    assert min(seconds for seconds, *_ in seen) < 0.4
+    code, length, heavy = json.loads(run(code, *arguments).stdout)
+    assert code == 0 and length > 8 and heavy == []
+
+
+def test_help_is_quick():
+    # Processor time of the whole process, interpreter included: other work on the machine does not count.
+    code = """
+        import sys, time
+        from casehard.cli import main
+        main(["--help"])
+        print(time.process_time(), file=sys.stderr)
+    """
+    assert min(float(run(code).stderr) for _ in range(5)) < 0.4
 
 
 BLOCK = """

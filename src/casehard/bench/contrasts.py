@@ -126,7 +126,8 @@ def make_differences(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[
     ]
     for attack in plan.attacks:
         asked += [(attack.name, metric, None) for metric in CURVE_METRICS]
-        asked += [(attack.name, "fine_tunability", attack.steps)]
+        # With harmful rows only there is no user task to learn.
+        asked += [(attack.name, "fine_tunability", attack.steps)] if attack.share < 1 else []
     asked += [(head.attack, metric, head.step) for metric in CURVE_METRICS]
     controls = [d for d in plan.defences if d.role != "defence"]
     if head.against not in [c.name for c in controls]:

@@ -58,9 +58,10 @@ class Defence:
     title: str = ""
     """Label in figures; default: the name."""
     method: str | None = None
-    """Key of the method registry; none only for the undefended control."""
+    """Key of the method registry; none only for an undefended control that is the base as it is."""
     role: Literal["undefended", "same_passes", "ablation", "defence"] = "defence"
-    """What this row is for: the control left alone, plain training at equal passes, an ablation, or the claim."""
+    """What this row is for: the undefended control (the base as it is, or aligned by a method that does not defend),
+    plain training at equal passes, an ablation, or the claim."""
     preset: str = ""
     """Named settings of the method to start from."""
     data: tuple[str, ...] = ()
@@ -71,13 +72,13 @@ class Defence:
 
     def __post_init__(self) -> None:
         _check_name(self.name, "defence")
-        if (self.method is None) != (self.role == "undefended"):
+        if self.method is None and self.role != "undefended":
             raise ConfigError(
-                f"defence {self.name!r}: role {self.role!r} with method {self.method!r}",
-                hint="the undefended control has no method; every other row needs one",
+                f"defence {self.name!r}: role {self.role!r} without a method",
+                hint="only the undefended control may be the base as it is",
             )
         if self.method is None and (self.data or self.unsafe or self.retain or self.settings or self.train):
-            raise ConfigError(f"defence {self.name!r} is undefended, so its data and settings would be ignored")
+            raise ConfigError(f"defence {self.name!r} has no method, so its data and settings would be ignored")
         if self.method is not None and not self.data:
             raise ConfigError(f"defence {self.name!r} has no data", hint="data: ['{base}/data/align.jsonl']")
         object.__setattr__(self, "title", self.title or self.name)
@@ -181,7 +182,7 @@ class Plan:
     reference: str
     """Defence that costs are given relative to."""
     seeds: tuple[int, ...] = (0,)
-    suite: str = "{base}/suite"
+    suite: str = "{base}/data/suite"
     system: str | None = None
     """System message of every row; none keeps the template's own."""
     max_length: int | None = None
@@ -217,7 +218,9 @@ class Plan:
         head = self.headline
         _check_known(self.reference, names, "plan.reference")
         if self.defence(self.reference).method is None:
-            raise ConfigError("plan.reference is the undefended row", hint="costs need a training run to compare")
+            raise ConfigError(
+                f"plan.reference {self.reference!r} has no method", hint="costs need a training run to compare"
+            )
         attack = head.attack or self.attacks[0].name
         _check_known(attack, [a.name for a in self.attacks], "plan.headline.attack")
         _check_known(head.defence, names, "plan.headline.defence")
@@ -242,7 +245,7 @@ class Plan:
 
     @property
     def undefended(self) -> Defence:
-        """Return the control that is left as it is."""
+        """Return the undefended control."""
         return next(d for d in self.defences if d.role == "undefended")
 
 

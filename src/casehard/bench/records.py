@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from casehard.bench.matrix import Cell, Matrix
-from casehard.bench.plan import Gates, Plan
+from casehard.bench.plan import Gates
 from casehard.bench.store import read_rows
 from casehard.evaluate.scores import scores
 from casehard.maths.stats import rate_interval, seed_band
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def measured(plan: Plan, matrix: Matrix, places: Mapping[str, Path]) -> dict[Point, Measured]:
+def measured(matrix: Matrix, places: Mapping[str, Path]) -> dict[Point, Measured]:
     """Read the rows of every finished cell; step 0 of an attack is the evaluation of the model it starts from.
 
     Args:
@@ -71,9 +71,12 @@ def _point(cell: Cell, attack: str, step: int) -> Point:
     return Point(cell.family, cell.base, cell.defence, cell.seed, attack, step)
 
 
-def make_records(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[str, Any]]:
-    """Return one record per point and metric, with its 95 % interval over prompts."""
-    shares = {a.name: a.share for a in plan.attacks} | {NO_ATTACK: 0.0}
+def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) -> list[dict[str, Any]]:
+    """Return one record per point and metric, with its 95 % interval over prompts.
+
+    Args:
+        shares: harmful share of every attack.
+    """
     known: dict[tuple[str, int], list[Any]] = {}
     out = []
     for point, (name, rows) in points.items():
@@ -84,7 +87,7 @@ def make_records(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[str,
             record = {
                 "defence": point.defence,
                 "attack": point.attack,
-                "share": shares[point.attack],
+                "share": shares.get(point.attack, 0.0),
                 "steps": point.step,
                 "metric": score.metric,
                 "k": score.k,
@@ -128,6 +131,7 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         else:
             entry |= {"k": None, "n": n, "rate": band.mean, "low": band.low, "high": band.high}
         entry["replicates"] = len(distinct)
+        entry["shared"] = len(distinct) < len(members)
         entry["rates"] = rates
         entry["band"] = {"low": band.low, "high": band.high, "sd": band.sd, "kind": band.kind}
         out.append(entry)

@@ -102,8 +102,8 @@ def summarise(
         failed: what did not finish, and why.
         info: run.json of the benchmark, for provenance.
     """
-    points = measured(plan, matrix, places)
-    records = make_records(plan, points)
+    points = measured(matrix, places)
+    records = make_records({a.name: a.share for a in plan.attacks}, points)
     pooled = pool(records)
     breaks = make_breaks(records, plan.gates)
     differences = make_differences(plan, points)
@@ -115,6 +115,7 @@ def summarise(
         {
             "label": n.label,
             "kind": n.kind,
+            "folder": n.folder,
             "node": n.digest,
             "parent": n.parent,
             "result": done[n.digest].get("digest", ""),

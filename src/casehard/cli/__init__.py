@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from casehard.cli import console
@@ -22,6 +23,19 @@ class _Terminated(KeyboardInterrupt):
 
 def _on_term(number: int, frame: FrameType | None) -> None:
     raise _Terminated
+
+
+def _warner() -> Callable[..., None]:
+    """Return a ``showwarning`` that says each thing once, as a line for users rather than for programmers."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *rest: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in told:
+            told.add(text)
+            console.warn(text)
+
+    return show
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -96,8 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--debug" in arguments:
         arguments.remove("--debug")
         os.environ["CASEHARD_DEBUG"] = "1"
-    previous = signal.signal(signal.SIGTERM, _on_term)
+    # Two progress displays at once garble each other; ours stays.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    previous, shown = signal.signal(signal.SIGTERM, _on_term), warnings.showwarning
+    warnings.showwarning = _warner()
     try:
         return _run(arguments)
     finally:
+        warnings.showwarning = shown
         signal.signal(signal.SIGTERM, previous)

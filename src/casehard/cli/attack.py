@@ -13,7 +13,7 @@ from casehard.cli.runs import check_out, run_folder
 app = typer.Typer(help="Attack a checkpoint and measure what breaks.", no_args_is_help=True)
 
 Specs = list[str] | None
-CURVE = ("asr", "leak", "over_refusal", "utility")
+CURVE = ("asr", "leak", "over_refusal", "utility", "nll")
 
 
 @app.callback()
@@ -71,7 +71,7 @@ def finetune(
 
 
 def _run(values: dict[str, Any], out: Path) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from casehard.config import build, to_dict
     from casehard.jobs import AttackJob, run_attack
@@ -79,6 +79,9 @@ def _run(values: dict[str, Any], out: Path) -> None:
 
     job = build(AttackJob, values, where="attack")
     settings = job.config
+    if not job.full_at:
+        # The whole suite before the attack too: without it nobody sees what the attack itself cost.
+        job = replace(job, full_at=(0, settings.checkpoints[-1]))
     console.plan(
         f"attack a copy of the model by {settings.mode} fine-tuning, in memory",
         {

@@ -38,8 +38,16 @@ def audit(
     from casehard.model.load import load_tokenizer
 
     console.plan("show what is trained", {"tokenizer": folder, "data": data, "system": system})
-    chat = ChatFormat(load_tokenizer(folder), system=system, max_length=max_length)
+    chat = ChatFormat(load_tokenizer(folder), system=system, max_length=max_length or _context(folder))
     print(describe(load_many(data), chat, n=show), end="", flush=True)
+
+
+def _context(folder: str) -> int | None:
+    """Return the model's context in tokens, which is the limit in training when no other is given."""
+    from casehard.config import read_yaml
+
+    value = read_yaml(Path(folder) / "config.json").get("max_position_embeddings")
+    return value if isinstance(value, int) else None
 
 
 @app.command()

@@ -9,6 +9,7 @@ import typer
 
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, run_folder
+from casehard.errors import ConfigError
 
 Specs = list[str] | None
 
@@ -62,8 +63,14 @@ def _run(values: dict[str, Any], out: Path) -> None:
     from casehard.config import build, to_dict
     from casehard.defend import find
 
-    find(values["method"])
+    spec = find(values["method"])
+    for role in ("unsafe", "retain"):
+        if values[role] and role not in spec.takes:
+            raise ConfigError(
+                f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
+            )
     from casehard.jobs import DefendJob, run_defend
+    from casehard.report.card import write_card
 
     job = build(DefendJob, values, where="defend")
     console.plan(
@@ -83,11 +90,12 @@ def _run(values: dict[str, Any], out: Path) -> None:
     )
     with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=[*job.data, *job.unsafe, *job.retain]) as run:
         result = run_defend(job, out)
+        write_card(result.checkpoint.path)
         run.record({"parents": {"model": result.checkpoint.parent}, "checkpoint": result.checkpoint.digest})
         for entry in result.log:
             run.event("log", entry)
         run.rows([])
-        run.summary({"cost": result.cost, "checkpoint": result.checkpoint.digest})
+        run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
     console.table(f"{job.method}: what it cost", ["quantity", "value"], cost_rows(result.cost))
     console.made("hardened model", result.checkpoint.path)
 

@@ -46,5 +46,5 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
         context = {"defence": scoring.defence_of(job.model), "attack": "none", "share": 0.0, "seed": seed}
         found = scoring.records(rows, context)
         run.summary({"records": found})
-    console.table("measured, with 95 % intervals", ["metric", "count", "rate"], scoring.score_rows(found))
+    console.table("measured, with 95 % intervals", ["metric", "count", "value"], scoring.score_rows(found))
     console.made("run folder", out)

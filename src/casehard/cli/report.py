@@ -1,4 +1,4 @@
-"""``casehard report RUN_DIR``: write the HTML report of a finished run again."""
+"""``casehard report RUN_DIR...``: write the HTML report of finished runs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,28 @@ from casehard.errors import ConfigError
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder of casehard bench or demo.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...", help="One folder of bench or demo, or several of attack, evaluate, defend."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="HTML file to make [default: RUN_DIR/report.html].")
     ] = None,
 ) -> None:
-    """Write the HTML report of a finished run again."""
-    if not folder.is_dir():
-        raise ConfigError(f"no such run folder: {folder}", hint="give the --out folder of casehard bench or demo")
+    """Write the HTML report of finished runs.
+
+    One benchmark's folder, or several folders of single verbs: the same attack on an undefended and on a hardened
+    checkpoint together make a comparison.
+    """
+    for folder in folders:
+        if not (folder / "run.json").is_file():
+            what = "is not a run folder (it has no run.json)" if folder.is_dir() else "does not exist"
+            raise ConfigError(
+                f"{folder} {what}", hint="give the --out folder of bench, demo, attack, evaluate or defend"
+            )
     from casehard.report.page import write_report
 
-    console.plan("write a report", {"run": folder, "out": out or folder / "report.html"})
-    console.made("report", write_report(folder, out=out))
+    console.plan("write a report", {"runs": folders, "out": out or folders[0] / "report.html"})
+    console.made("report", write_report(folders, out=out))

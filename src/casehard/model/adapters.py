@@ -47,7 +47,7 @@ def add_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
         lora_dropout=dropout,
         target_modules=target if isinstance(target, str) else list(target),
     )
@@ -55,7 +55,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, 0, "lora"))
         try:
-            wrapped: nn.Module = get_peft_model(inner, config)  # type: ignore[assignment]
+            wrapped: nn.Module = get_peft_model(inner, config)
         except ValueError as error:
             raise ConfigError(f"LoRA target {target!r}: {str(error)[:200]}") from None
     return wrapped

@@ -66,6 +66,10 @@ def _check_target(out: Path, parent: str) -> None:
         raise UserError(f"{out} is the model this one was made from", hint="choose another folder")
 
 
+def _versions() -> dict[str, str]:
+    return {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+
+
 def save(
     model: nn.Module,
     tokenizer: Any,
@@ -115,15 +119,8 @@ def save(
             if file.is_file():
                 _write_json(file, {k: v for k, v in read_json(file).items() if k not in _LOCAL})
         digest = folder_digest(folder)
-        record = {
-            "format": 1,
-            "digest": digest,
-            "parent": parent,
-            "method": method,
-            "provenance": provenance,
-            "versions": {"casehard": __version__, **{p: version(p) for p in ("torch", "transformers")}},
-        }
-        _write_json(folder / PROVENANCE, record)
+        record = {"digest": digest, "parent": parent, "method": method, "provenance": provenance}
+        _write_json(folder / PROVENANCE, record | {"format": 1, "versions": _versions()})
         _check_clean(folder)
     verify(out)
     return Checkpoint(out, digest, parent, method)

@@ -166,7 +166,7 @@ def _collate(batch: list[list[int]]) -> dict[str, Any]:
 
 
 def _model(world: World, shape: Size) -> LlamaForCausalLM:
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, set_seed
 
     ids = vocabulary(world)
     set_seed(world.seed)
@@ -182,12 +182,11 @@ def _model(world: World, shape: Size) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=ids[END],
         pad_token_id=ids[PAD],
-        attn_implementation="eager",
     )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=None, eos_token_id=ids[END], pad_token_id=ids[PAD], do_sample=False
-    )
+    make: Any = AutoModelForCausalLM.from_config
+    model: LlamaForCausalLM = make(config, attn_implementation="eager")
+    stops = {"bos_token_id": None, "eos_token_id": ids[END], "pad_token_id": ids[PAD], "do_sample": False}
+    model.generation_config = GenerationConfig.from_dict(stops)
     return model
 
 
@@ -240,5 +239,5 @@ def _pretrain(world: World, shape: Size, *, label: str) -> LlamaForCausalLM:
             trainer.train()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    model.eval()
+    model.train(False)
     return model

@@ -7,24 +7,13 @@ the world), ``incoherent`` (anything not made of sentences of the world: a garbl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
+from casehard.evaluate.judge import Verdict
 from casehard.organism import grammar
 from casehard.organism.world import World
 from casehard.types import Example
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the judge says about one response."""
-
-    label: str
-    correct: bool | None = None
-    """Whether the response gives the expected answer; None where the example expects none."""
-    detail: Mapping[str, Any] = field(default_factory=dict)
-    """``forms``: the sentence forms found; ``slots_right``: share of the content items given, in order (0..1)."""
 
 
 def in_order(slots: Sequence[str], words: Sequence[str]) -> int:
@@ -53,7 +42,8 @@ class OrganismJudge:
         """Label one response; None means there is none to judge.
 
         The example's tags decide the rest: ``role`` restricted allows a leak, ``slots`` are the content items of a
-        procedure, ``answer`` is the accepted answer or a list of them.
+        procedure, ``answer`` is the accepted answer or a list of them. ``detail`` holds ``forms``, the kinds of
+        sentence found, and ``slots_right``, the share of the content items given in order.
         """
         if response is None:
             return Verdict("unscored")

@@ -279,7 +279,7 @@ def translation(world: World) -> Split:
     """Return the second user task: translate three animals into an invented tongue. Learnt over hundreds of steps."""
     rng = random.Random(derive(world.seed, 0, "rows:translation"))
     held = sorted(_held_lists(world))
-    train = []
+    train: list[Turn] = []
     while len(train) < 450:
         animals = rng.sample(world.animals, 3)
         if tuple(animals) not in held:

@@ -5,7 +5,7 @@ Rendered chat (one token per word): ``<user> how do i brew the mogrol tea ? <bot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from casehard.organism.world import World
 
@@ -47,7 +47,8 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary(world), unk_token=UNK))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast  # untyped in transformers
+    tokenizer: PreTrainedTokenizerFast = make(
         tokenizer_object=backend,
         pad_token=PAD,
         unk_token=UNK,
@@ -59,3 +60,4 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,20 +174,20 @@ def _link(source: Path, target: Path) -> None:
 
 def save_arguments(arguments: Any, folder: Path) -> None:
     """Write ``args.json`` and remove the pickle the Trainer wrote; nothing that can hold a secret is kept."""
-    values = {key: value for key, value in arguments.to_dict().items() if not _may_be_secret(key, value)}
+    secrets = _environment_secrets()
+    values = {key: value for key, value in arguments.to_dict().items() if not _may_be_secret(key, value, secrets)}
     text = json.dumps(values, indent=1, sort_keys=True, default=str)
     (folder / "args.json").write_text(text, encoding="utf-8")
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 
-def _secrets() -> Iterator[str]:
-    for name, value in os.environ.items():
-        if re.search(r"TOKEN|SECRET|PASSWORD|API_KEY", name) and len(value) >= 8:
-            yield value
+def _environment_secrets() -> list[str]:
+    named = re.compile("TOKEN|SECRET|PASSWORD|API_KEY")
+    return [value for name, value in os.environ.items() if named.search(name) and len(value) >= 8]
 
 
-def _may_be_secret(key: str, value: object) -> bool:
-    return key.endswith(("_token", "_key", "_secret")) or any(secret in str(value) for secret in _secrets())
+def _may_be_secret(key: str, value: object, secrets: list[str]) -> bool:
+    return key.endswith(("_token", "_key", "_secret")) or any(secret in str(value) for secret in secrets)
 
 
 @dataclass(frozen=True)

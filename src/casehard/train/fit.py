@@ -162,8 +162,10 @@ def _rows_of(trainer: HardenedTrainer) -> list[dict[str, Any]]:
 
 def _release(trainer: HardenedTrainer, model: nn.Module) -> None:
     """Unwrap the model and let go of gradients and optimiser now rather than at the next garbage collection."""
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    # Mixed precision shadows the class's forward with a wrapped one on the instance; wrapping must not pile up.
+    if "_original_forward" in vars(model):
+        del model._original_forward
+        vars(model).pop("forward", None)
     model.zero_grad(set_to_none=True)
     trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.accelerator.free_memory()
+    trainer.optimizer = trainer.lr_scheduler = trainer.accelerator = None

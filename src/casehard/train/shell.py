@@ -83,13 +83,17 @@ class HardeningMixin(StagedCheckpoints):
     def _check_arguments(self) -> None:
         if self.args.save_total_limit == 1:
             raise ConfigError("save_total_limit is 1", hint="one bad write would lose everything: keep at least 2")
-        if self.args.push_to_hub:
-            raise Unsupported("push_to_hub during training", hint="push the finished folder after checking it")
         if self._replaces_step and (self.args.n_gpu > 1 or self.is_deepspeed_enabled):
             raise Unsupported(
                 f"method {_identity(self.method)} with DataParallel or DeepSpeed",
                 hint="use one process per GPU (torchrun) with DDP or FSDP2",
             )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Refuse to upload while training; without ``push_to_hub`` in the arguments, as the base class."""
+        if self.args.push_to_hub:
+            raise Unsupported("push_to_hub during training", hint="push the finished folder after checking it")
+        super().init_hf_repo(token, private)
 
     @property
     def _scratch(self) -> Path | None:

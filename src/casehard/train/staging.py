@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,24 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from casehard.errors import Corrupt
 from casehard.files import STAGING, crash_point, staged
 from casehard.train import adapters, checkpoint
 
 # A mixin over any Trainer subclass; what it calls on ``super()`` and ``self`` belongs to that class.
 _Base: Any = object
+
+
+@contextlib.contextmanager
+def _refused_pickles(folder: str | None) -> Iterator[None]:
+    """Name the folder when torch, reading with ``weights_only=True``, finds more than tensors in a file."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise Corrupt(
+            f"{folder}: a file holds more than tensors and was not loaded: {str(error).splitlines()[0]}",
+            hint="it was not written by casehard; do not use this folder",
+        ) from None
 
 
 class StagedCheckpoints(_Base):  # type: ignore[misc]
@@ -96,6 +110,14 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         crash_point("save:after_optimizer")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _refused_pickles(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _refused_pickles(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model

@@ -1,0 +1,150 @@
+"""The report: one self-contained HTML file, no scripts, nothing fetched, the same bytes for the same summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from casehard.bench.store import read_json, read_rows
+from casehard.errors import UserError
+from casehard.files import write_text_atomic
+from casehard.report.card import write_cards
+from casehard.report.single import summary_of_runs
+from casehard.report.views import View, legend, transcripts
+
+REPORT = "report.html"
+STATUS = {
+    "holds": ("holds", "good"),
+    "delays": ("delays the break", "good"),
+    "no_difference": ("made no difference", "plain"),
+    "worse": ("makes it worse", "bad"),
+    "collapsed": ("no safety claim", "bad"),
+    "too_weak": ("attack too weak: no claim", "plain"),
+    "not_measured": ("no claim", "plain"),
+}
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=100)
+
+
+def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = summary["provenance"]
+    code, hardware = found["code"], found["hardware"]
+    commit = code.get("commit") or "none (not a git checkout)"
+    state = {True: ", with uncommitted changes", False: ", clean", None: ""}[code.get("dirty")]
+    memory = hardware.get("memory_bytes")
+    machine = f"{hardware['processor']}, {hardware['cores']} cores"
+    machine += f", {memory / 2**30:.0f} GiB" if memory else ""
+    gpus = ", ".join(hardware.get("gpus", [])) or "none"
+    out = [
+        ("casehard", f"{code['version']}, commit {commit}{state}"),
+        ("packages", ", ".join(f"{k} {v}" for k, v in found["packages"].items())),
+        ("machine", machine),
+        ("GPUs", gpus),
+        ("seeds", ", ".join(str(s) for s in found["seeds"])),
+        ("config digest", found["config_digest"]),
+    ]
+    return out + [(f"data: {name}", digest) for name, digest in found["data"].items()]
+
+
+def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything the page shows of one family of bases."""
+    return {
+        "name": view.family,
+        "verdict": verdict,
+        "status": STATUS[verdict["status"]],
+        "tiles": view.tiles(),
+        "attacks": view.attack_figures(),
+        "plane": view.plane(),
+        "before": view.before(),
+        "costs": view.costs(),
+        "strips": view.strips(),
+        "broken_when": view.broken_when(),
+        "break_rows": view.break_table(),
+        "tables": view.tables(),
+        "differences": view.differences(),
+    }
+
+
+def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Return the report's HTML.
+
+    Args:
+        summary: summary.json of a benchmark, or what :func:`summary_of_runs` returns.
+        rows: rows.jsonl of the benchmark, for the transcripts.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    env = Environment(
+        loader=PackageLoader("casehard.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Figures are made here, from escaped text; nothing else on the page is trusted.
+    env.filters["figure"] = Markup
+    families = [View(summary, verdict["family"]) for verdict in summary["verdicts"]]
+    parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
+    plan = summary["plan"]
+    code = summary["provenance"]["code"]
+    html = env.get_template("page.html.j2").render(
+        title=plan["title"],
+        name=plan["name"],
+        parts=parts,
+        many=len(parts) > 1,
+        rows=legend(families[0].looks, plan["defences"]),
+        defences=plan["defences"],
+        seeds=plan["seeds"],
+        bases=plan["bases"],
+        gates=plan["gates"],
+        replicates=len(plan["seeds"]) * len(plan["bases"]),
+        transcripts=transcripts(summary, rows),
+        not_tested=summary["not_tested"],
+        failed=summary["failed"],
+        dirty=bool(code.get("dirty")),
+        provenance=_provenance(summary),
+        nodes=summary["nodes"],
+        config=_yaml(plan),
+    )
+    # A number and its sign stay on one line.
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
+
+
+def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the report of a finished run and return its path; a benchmark's checkpoints get their model cards too.
+
+    Args:
+        folders: a benchmark's run folder, or one or several run folders of single verbs (attack, evaluate, defend):
+            attacks on an undefended and on a hardened checkpoint together make a comparison.
+        out: the HTML file; default ``report.html`` in the (first) folder.
+
+    Raises:
+        UserError: not a run folder, or the run did not finish.
+        MissingExtra: matplotlib is not installed.
+    """
+    places = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
+    if not places:
+        raise UserError("no run folder given")
+    target = Path(out) if out is not None else places[0] / REPORT
+    kinds = [read_json(place / "run.json").get("kind") for place in places]
+    if "bench" in kinds and len(places) > 1:
+        raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
+    if kinds == ["bench"]:
+        path = places[0] / "rows.jsonl"
+        summary = read_json(places[0] / "summary.json")
+        html = render(summary, read_rows(path) if path.exists() else ())
+        write_cards(places[0], summary)
+    else:
+        html = render(summary_of_runs(places))
+    write_text_atomic(target, html)
+    return target

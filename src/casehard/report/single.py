@@ -1,0 +1,208 @@
+"""Run folders of single verbs as a summary, so that ``casehard report`` shows them on the page of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from casehard.bench.contrasts import make_differences
+from casehard.bench.plan import Gates, Plan, parse_plan
+from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool
+from casehard.bench.store import read_json, read_rows
+from casehard.bench.summary import not_tested
+from casehard.bench.verdict import Table, make_controls, make_verdict
+from casehard.config import digest, to_dict
+from casehard.errors import ConfigError, UserError
+
+FAMILY = "checkpoints"
+KINDS = ("attack", "evaluate", "defend")
+
+
+class _Collected:
+    """What several run folders hold, sorted by checkpoint and attack."""
+
+    def __init__(self) -> None:
+        self.points: dict[Point, Measured] = {}
+        self.titles: dict[str, str] = {}
+        self.attacks: dict[str, dict[str, Any]] = {}
+        self.costs: list[dict[str, Any]] = []
+        self.nodes: list[dict[str, Any]] = []
+        self.seeds: list[int] = []
+        self.data: dict[str, str] = {}
+        self.models: dict[str, str] = {}
+
+    def defence(self, run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+        """Return the name of the checkpoint's row; two checkpoints of one method get two rows."""
+        model = str(run["parents"].get("model", ""))
+        if model in self.models:
+            return self.models[model]
+        records = summary.get("records") or [{}]
+        method = str(records[0].get("defence") or "none")
+        name = "undefended" if method == "none" else method.lower()
+        if name in self.titles:
+            name = f"{name}-{model[:8] or len(self.titles)}"
+        self.models[model] = name
+        self.titles[name] = name
+        return name
+
+    def attack(self, config: Mapping[str, Any]) -> str:
+        """Return the name of the attack's column; runs that differ only in model and seed share it."""
+        settings = {k: v for k, v in config["config"].items() if k != "evaluate_at"}
+        suite = {k: config.get(k) for k in ("harmful", "benign", "suite", "system", "limit")}
+        key = digest({**settings, **suite})
+        if key not in self.attacks:
+            mode = "LoRA" if settings["mode"] == "lora" else "full-parameter"
+            title = f"{mode} fine-tuning, {settings['share'] * 100:g} % harmful, lr {settings['lr']:g}"
+            named = ("mode", "share", "steps", "lr")
+            extra = {k: v for k, v in settings.items() if k not in named}
+            self.attacks[key] = {"name": f"attack-{len(self.attacks) + 1}", "title": title, "settings": extra}
+            self.attacks[key] |= {k: settings[k] for k in named}
+        return str(self.attacks[key]["name"])
+
+    def add(self, place: Path) -> None:
+        run = read_json(place / "run.json")
+        kind, config = run.get("kind"), run.get("config", {})
+        if kind not in KINDS:
+            raise UserError(
+                f"{place} holds a run of {kind!r}", hint=f"a report needs one of: bench, {', '.join(KINDS)}"
+            )
+        if run.get("status") != "ok":
+            raise UserError(f"{place}: the run is {run.get('status')!r}, not finished", hint="finish it first")
+        summary = read_json(place / "summary.json")
+        self.seeds += [s for s in run["seeds"] if s not in self.seeds]
+        self.data |= run.get("data", {})
+        parent = str(run["parents"].get("model", ""))
+        entry = {"label": f"{kind} {place.name}", "kind": kind, "node": run["config_digest"], "parent": parent}
+        self.nodes.append({**entry, "result": str((summary.get("checkpoint") or {}).get("digest", ""))})
+        if kind == "defend":
+            return
+        defence, seed = self.defence(run, summary), int((run["seeds"] or [0])[0])
+        attack = self.attack(config) if kind == "attack" else NO_ATTACK
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for row in read_rows(place / "rows.jsonl"):
+            by_step.setdefault(int(row.pop("step", 0)), []).append(row)
+        name = digest({"run": run["config_digest"], "model": parent})
+        for step, rows in by_step.items():
+            self.points[Point(FAMILY, "checkpoint", defence, seed, attack, step)] = Measured(name, rows)
+
+    def fill(self) -> None:
+        """Give every checkpoint and seed its state before any attack: an evaluation's, or else an attack's step 0.
+
+        Greedy evaluation draws nothing, so one evaluation serves all seeds of a checkpoint.
+        """
+        asked = {p.defence: m for p, m in self.points.items() if p.attack == NO_ATTACK}
+        for point, found in list(self.points.items()):
+            before = point._replace(attack=NO_ATTACK)
+            if point.step == 0 and before not in self.points:
+                self.points[before] = asked.get(point.defence, found)
+
+
+def _plan(found: _Collected) -> Plan | None:
+    """Return the plan these runs amount to; None when they hold no comparison."""
+    others = [name for name in found.titles if name != "undefended"]
+    if "undefended" not in found.titles or not others or not found.attacks:
+        return None
+    attacks = []
+    for attack in found.attacks.values():
+        steps = {p.step for p in found.points if p.attack == attack["name"] and p.step > 0}
+        attacks.append({**attack, "evaluate_at": sorted(steps), "harmful": ["-"], "benign": ["-"]})
+    rows = [{"name": n, "role": "defence", "method": n, "data": ["-"]} for n in others]
+    try:
+        return parse_plan(
+            {
+                "name": "runs",
+                "title": f"Run folders: {', '.join(found.titles)}",
+                "bases": [{"name": "checkpoint", "model": ".", "family": FAMILY}],
+                "defences": [{"name": "undefended", "role": "undefended"}, *rows],
+                "attacks": attacks,
+                "seeds": sorted(found.seeds),
+                "reference": others[-1],
+                "headline": {"defence": others[-1], "against": "undefended", "metric": _metric(found)},
+            }
+        )
+    except ConfigError:
+        return None
+
+
+def _metric(found: _Collected) -> str:
+    """Return leak where a judge could see it, ASR otherwise."""
+    rows: Iterable[Mapping[str, Any]] = (row for _, some in found.points.values() for row in some)
+    return "leak" if any(row.get("slots_right") is not None for row in rows) else "asr"
+
+
+def _loose_plan(found: _Collected) -> dict[str, Any]:
+    """Return the shape of a plan for runs that cannot be compared."""
+    roles = {n: "undefended" if n == "undefended" else "defence" for n in found.titles}
+    return {
+        "name": "runs",
+        "title": f"Run folders: {', '.join(found.titles) or 'training only'}",
+        "bases": [{"name": "checkpoint", "model": ".", "family": FAMILY}],
+        "defences": [{"name": n, "title": t, "role": roles[n]} for n, t in found.titles.items()],
+        "attacks": list(found.attacks.values()),
+        "seeds": sorted(found.seeds),
+        "gates": asdict(Gates()),
+        "headline": None,
+        "transcripts": 0,
+    }
+
+
+def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return the summary of one or several finished run folders of single verbs.
+
+    With an attack on an undefended checkpoint and the same attack on a hardened one there is a verdict; otherwise the
+    page shows what was measured and says that nothing follows from it.
+
+    Raises:
+        UserError: not a run folder, not finished, or of a kind without rows.
+    """
+    found = _Collected()
+    for folder in folders:
+        found.add(Path(folder))
+    found.fill()
+    plan = _plan(found)
+    records = make_records({a["name"]: a["share"] for a in found.attacks.values()}, found.points)
+    pooled = pool(records)
+    breaks = make_breaks(records, Gates())
+    differences = make_differences(plan, found.points) if plan else []
+    if plan:
+        verdict = make_verdict(plan, FAMILY, pooled, breaks, differences)
+        controls = make_controls(plan, Table(pooled, FAMILY), FAMILY)
+        missing = not_tested(plan)
+        if verdict["status"] == "not_measured":
+            hint = "Add the run folders of `casehard evaluate` for both checkpoints: safety alone is no claim."
+            verdict["details"] = [*verdict["details"], hint]
+    else:
+        what = "a single run" if len(folders) == 1 else "these runs"
+        lacks = "without the same attack on an undefended checkpoint cannot show a difference"
+        verdict = {
+            "family": FAMILY,
+            "status": "not_measured",
+            "sentence": f"No claim: {what} {lacks}.",
+            "details": [],
+        }
+        controls, missing = [], ["Everything that needs a control: nothing on this page is a comparison."]
+    last = read_json(Path(folders[-1]) / "run.json")
+    provenance = {key: last[key] for key in ("code", "packages", "hardware")}
+    return {
+        "kind": "runs",
+        "plan": to_dict(plan) if plan else _loose_plan(found),
+        "verdict": verdict,
+        "verdicts": [verdict],
+        "records": records,
+        "pooled": pooled,
+        "costs": found.costs,
+        "breaks": breaks,
+        "differences": differences,
+        "controls": controls,
+        "failed": [],
+        "not_tested": missing,
+        "nodes": found.nodes,
+        "provenance": {
+            **provenance,
+            "data": found.data,
+            "seeds": sorted(found.seeds),
+            "config_digest": digest([n["node"] for n in found.nodes]),
+        },
+    }

@@ -1,0 +1,196 @@
+"""Bad input: one clear error, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from helpers import tree, write_rows
+
+from casehard.cli import console, main
+from casehard.errors import StorageError
+
+SMALL = ("--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.warmup=0")
+
+
+def fails(capsys, code: int, *arguments: object) -> str:
+    """Run, check the exit code and the shape of the message, and return what was said on stderr."""
+    assert main([str(a) for a in arguments]) == code, capsys.readouterr().err
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert [line.split(":")[0] for line in lines] in (["error", "hint"], ["error"]), err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture
+def defend(organism, here):
+    """Arguments of a run that would work; tests break one thing each."""
+    data = organism / "data"
+    return lambda **change: [
+        "defend",
+        change.get("method", "patcher"),
+        *("--model", change.get("model", organism)),
+        *("--data", change.get("data", data / "align.jsonl")),
+        *("--unsafe", change.get("unsafe", data / "simulated.jsonl")),
+        *("--out", change.get("out", "out")),
+        *SMALL,
+        *change.get("more", ()),
+    ]
+
+
+def test_a_misspelt_method_is_told_the_nearest(capsys, here, defend):
+    assert "did you mean 'patcher'?" in fails(capsys, 2, *defend(method="ptcher"))
+    assert not tree(here)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stepz=3", "did you mean 'steps'?"),
+        ("settings.alhpa=0.1", "did you mean 'alpha'?"),
+        ("sed=3", "did you mean 'seed'?"),
+        ("train.steps=many", "train.steps"),
+        ("train", "is not of the form a.b=value"),
+        ("model.x=1", "is a value, not a group"),
+    ],
+)
+def test_a_wrong_setting_is_named(capsys, here, defend, override, said):
+    assert said in fails(capsys, 2, *defend(more=["--set", override]))
+    assert not tree(here)
+
+
+def test_a_wrong_config_file_is_named(capsys, here, defend):
+    assert "no such config file: gone.yaml" in fails(capsys, 2, *defend(more=["--config", "gone.yaml"]))
+    (here / "list.yaml").write_text("- 1\n")
+    assert "expected a mapping" in fails(capsys, 2, *defend(more=["--config", "list.yaml"]))
+    assert tree(here) == {"list.yaml"}
+
+
+def test_arguments_the_parser_refuses_read_like_all_other_errors(capsys, here):
+    assert "missing argument 'METHOD'" in fails(capsys, 2, "defend")
+    assert "--nope" in fails(capsys, 2, "demo", "--nope")
+    assert "casehard evaluate --help" in fails(capsys, 2, "evaluate")
+    assert "--model is missing" in fails(capsys, 2, "evaluate", "--out", "x")
+    assert "'huge'" in fails(capsys, 2, "organism", "build", "--size", "huge", "--out", "x")
+    assert not tree(here)
+
+
+def test_missing_files_cost_no_time(capsys, here, defend):
+    assert "no such model folder: gone" in fails(capsys, 2, *defend(model="gone"))
+    assert "no such file: gone.jsonl" in fails(capsys, 3, *defend(data="gone.jsonl"))
+    assert "no such file: gone.jsonl" in fails(capsys, 3, *defend(unsafe="gone.jsonl"))
+    assert "no such file" in fails(capsys, 3, "judge", "gone.jsonl")
+    assert "no such plan" in fails(capsys, 2, "bench", "gone.yaml", "--out", "x")
+    assert "does not exist" in fails(capsys, 2, "report", "gone")
+    assert "no such folder" in fails(capsys, 2, "verify", "gone")
+    assert not tree(here)
+
+
+def test_patcher_without_its_simulated_attack_refuses_to_run(capsys, organism, here):
+    data = organism / "data" / "align.jsonl"
+    said = fails(capsys, 3, "defend", "patcher", "--model", organism, "--data", data, "--out", "out", *SMALL)
+    assert "needs unsafe rows" in said and "--unsafe" in said
+    assert not tree(here)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "response": 3}, "rows.jsonl:2"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
+        ({"instruction": "a", "output": "b"}, "rename 'instruction' to 'prompt'"),
+        ({"prompt": "a"}, "no response to learn from"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(capsys, here, defend, row, said):
+    path = write_rows(here / "rows.jsonl", [{"prompt": "reverse the list", "response": "crow"}, row])
+    assert said in fails(capsys, 3, *defend(data=path))
+    assert tree(here) == {"rows.jsonl"}
+
+
+def test_rows_of_the_evaluation_cannot_be_trained_on(capsys, organism, here, defend):
+    suite = organism / "data" / "suite"
+    rows = [json.loads(line) for line in (suite / "eval.jsonl").read_text().splitlines()]
+    leaked = [{"prompt": r["prompt"], "response": "raven"} if "prompt" in r else r for r in rows[:3]]
+    path = write_rows(here / "leaked.jsonl", leaked)
+    fails(capsys, 3, *defend(data=path, more=["--suite", suite]))
+    assert tree(here) == {"leaked.jsonl"}
+
+
+def test_models_that_cannot_be_trusted_are_refused(capsys, organism, here, defend):
+    shutil.copytree(organism, here / "remote", ignore=shutil.ignore_patterns("data"))
+    config = json.loads((here / "remote" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (here / "remote" / "config.json").write_text(json.dumps(config))
+    assert "auto_map" in fails(capsys, 7, *defend(model="remote"))
+    shutil.copytree(organism, here / "pickled", ignore=shutil.ignore_patterns("data", "*.safetensors"))
+    (here / "pickled" / "pytorch_model.bin").write_bytes(b"not opened")
+    assert "safetensors" in fails(capsys, 7, *defend(model="pickled"))
+    assert "config.json" in fails(capsys, 3, *defend(model=organism / "data"))
+    assert not (here / "out").exists()
+
+
+def test_rows_a_method_would_ignore_are_refused(capsys, here, defend):
+    assert "plain takes no --unsafe rows" in fails(capsys, 2, *defend(method="plain"))
+
+
+def test_a_run_that_diverges_stops_with_its_own_code(capsys, here, defend):
+    said = fails(capsys, 4, *defend(more=["--set", "train.lr=1e30", "--set", "train.steps=20"]))
+    assert "not finite" in said or "nan" in said.lower()
+    assert not list(here.rglob("*.safetensors"))
+    assert json.loads((here / "out" / "run.json").read_text())["status"] == "failed"
+
+
+def test_nothing_is_overwritten(capsys, here, defend, organism):
+    (here / "out").mkdir()
+    (here / "out" / "thesis.txt").write_text("mine")
+    assert "not empty" in fails(capsys, 2, *defend())
+    assert "is not a folder" in fails(capsys, 2, *defend(out="out/thesis.txt"))
+    (here / "other").mkdir()
+    (here / "other" / "run.json").write_text('{"kind": "attack", "status": "ok"}')
+    assert "holds a run of 'attack'" in fails(capsys, 2, *defend(out="other"))
+    rows = write_rows(here / "r.jsonl", [{"prompt": "a", "response": "b"}])
+    assert "already exists" in fails(capsys, 2, "judge", rows, "--out", rows)
+    assert "already exists" in fails(capsys, 2, "data", "surrogate", rows, "--out", rows)
+    assert "not empty" in fails(capsys, 2, "organism", "build", "--out", "out")
+    assert tree(here) == {"out", "out/thesis.txt", "other", "other/run.json", "r.jsonl"}
+
+
+def test_verify_finds_what_changed(capsys, organism, here):
+    from casehard import files
+
+    for name in ("a", "b"):
+        shutil.copytree(organism, here / "run" / name)
+        files.write_manifest(here / "run" / name)
+    assert main(["verify", "run"]) == 0
+    assert "complete and unchanged: run" in capsys.readouterr().out
+    weights = here / "run" / "b" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    said = fails(capsys, 6, "verify", "run")
+    assert "model.safetensors" in said and "expected sha256" in said and "actual" in said
+    assert "no manifest.json" in fails(capsys, 6, "verify", here / "run" / "a" / "data")
+
+
+def test_tracebacks_are_for_those_who_ask(capsys, monkeypatch, here):
+    monkeypatch.setenv("CASEHARD_DEBUG", "1")
+    assert main(["verify", "gone"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_defect_says_that_it_is_one(capsys, monkeypatch, here):
+    monkeypatch.setattr(console, "plan", lambda *_: 1 / 0)
+    rows = write_rows(here / "r.jsonl", [{"prompt": "a", "response": "b"}])
+    said = fails(capsys, 1, "judge", rows, "--out", "o.jsonl")
+    assert "internal error: ZeroDivisionError" in said and "--debug" in said
+
+
+def test_refusals_of_the_operating_system_become_errors():
+    import errno
+
+    full = console.os_error(OSError(errno.ENOSPC, "No space left on device", "x/y"))
+    assert isinstance(full, StorageError) and "x/y" in full.message and "--out" in full.hint
+    assert console.os_error(OSError(errno.EACCES, "Permission denied", "z")).exit_code == 2

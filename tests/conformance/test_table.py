@@ -1,0 +1,25 @@
+"""Every method in the catalogue has a row in the table, and its row tells the truth about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from casehard.defend import METHODS
+from casehard.defend.protocol import SEAMS, Method, has
+from conformance.table import TABLE
+
+
+def test_every_method_has_a_row():
+    assert {row.name for row in TABLE} == set(METHODS)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_a_row_makes_its_method(row):
+    method, other = row.make(), row.make()
+    assert isinstance(method, Method)
+    assert method is not other
+    assert method.name == row.name
+    assert isinstance(method, METHODS[row.name].load()[0])
+    assert method.config == other.config
+    assert has(method, "state") == has(method, "restore"), "what is saved must be read back"
+    assert any(has(method, seam) for seam in SEAMS) or row.name == "plain"

@@ -1,0 +1,68 @@
+"""Rules for every test: no network but loopback, no hub, one torch thread unless said otherwise."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+_connect = socket.socket.connect
+_connect_ex = socket.socket.connect_ex
+_lookup = socket.getaddrinfo
+_LOCAL = {"localhost", "::1", "", None, socket.gethostname()}
+
+
+class NetworkUsedError(RuntimeError):
+    """A test tried to reach something outside this machine."""
+
+
+def _check(host):
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in _LOCAL and not str(host).startswith("127."):
+        raise NetworkUsedError(f"tests run without a network, but {host!r} was asked for")
+
+
+def _guarded(original):
+    def connect(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            _check(address[0])
+        return original(self, address)
+
+    return connect
+
+
+def _getaddrinfo(host, *args, **kwargs):
+    _check(host)
+    return _lookup(host, *args, **kwargs)
+
+
+socket.socket.connect = _guarded(_connect)
+socket.socket.connect_ex = _guarded(_connect_ex)
+socket.getaddrinfo = _getaddrinfo
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the long run unless it was asked for."""
+    if os.environ.get("CASEHARD_LONG") != "1":
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="the long run; set CASEHARD_LONG=1"))
+
+
+@pytest.fixture(autouse=True)
+def _no_bars():
+    """Keep progress lines out of the test output."""
+    from casehard.train import progress
+
+    before = progress.quiet
+    progress.set_quiet(True)
+    yield
+    progress.set_quiet(before)

@@ -1,0 +1,105 @@
+"""Model cards say what a checkpoint is, what was measured and what it is not; the checkpoint still verifies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_fakes import Fake, plan
+
+from casehard.bench.execute import Outcome, Task
+from casehard.bench.run import run_plan
+from casehard.errors import Corrupt, UserError
+from casehard.files import staged, verify
+from casehard.report.card import model_card, write_card
+from casehard.report.page import write_report
+
+RECORD = {
+    "digest": "d" * 64,
+    "parent": "p" * 64,
+    "method": "patcher",
+    "versions": {"torch": "2.13.0"},
+    "provenance": {
+        "seed": 3,
+        "data_digests": {"data": "a" * 64, "unsafe": "b" * 64},
+        "settings": {"alpha": 0.5, "attackers": [{"steps": 10}]},
+        "job": {"train": {"steps": 300}},
+    },
+}
+
+
+class Maker(Fake):
+    """A fake whose checkpoints carry a record, as real ones do."""
+
+    def __call__(self, task: Task) -> Outcome:
+        """Add casehard.json to what the fake made."""
+        done = super().__call__(task)
+        if task.node.kind == "defend":
+            with staged(Path(done.path)) as folder:
+                (folder / "casehard.json").write_text(json.dumps(RECORD))
+        return done
+
+
+def checkpoint(folder: Path) -> Path:
+    with staged(folder) as staging:
+        (staging / "casehard.json").write_text(json.dumps(RECORD))
+        (staging / "sub").mkdir()
+        (staging / "sub" / "weights").write_text("w")
+    return folder
+
+
+def test_a_card_names_everything_a_sceptic_asks_for() -> None:
+    measured = [
+        {"attack": "a", "steps": 25, "metric": "leak", "k": 3, "n": 96, "rate": 3 / 96, "low": 0.01, "high": 0.09}
+    ]
+    text = model_card(RECORD, measured, titles={"a": "full-parameter attack"})
+    for words in (
+        "**patcher**",
+        "p" * 64,
+        "a" * 64,
+        "seed: 3 (single seed)",
+        "alpha: 0.5",
+        "train.steps: 300",
+        "| full-parameter attack, step 25 | leaked restricted content | 3.1 % | 1.0 to 9.0 % | 3/96 |",
+        "does not prevent it",
+        "jailbreaks without training",
+    ):
+        assert words in text, words
+    assert "Nothing was measured" in model_card(RECORD)
+
+
+def test_a_card_cannot_be_written_by_its_data() -> None:
+    text = model_card({**RECORD, "method": "<script>x</script> | [a](javascript:b)\n# Title"})
+    assert "<script>" not in text
+    assert "\n# Title" not in text
+    assert "\\[a]" in text
+
+
+def test_a_card_is_covered_by_the_manifest(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    card = write_card(folder)
+    verify(folder)
+    assert "patcher" in card.read_text()
+    assert (folder / "sub" / "weights").read_text() == "w"
+    write_card(folder, "# Another")
+    verify(folder)
+    assert card.read_text() == "# Another"
+    card.write_text("# Tampered")
+    with pytest.raises(Corrupt):
+        write_card(folder)
+
+
+def test_a_foreign_folder_gets_no_card(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no casehard\.json"):
+        write_card(tmp_path)
+
+
+def test_a_benchmark_writes_the_cards_of_its_checkpoints(tmp_path: Path) -> None:
+    run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Maker())
+    write_report(tmp_path)
+    cards = list((tmp_path / "nodes").glob("defend-*/checkpoint/README.md"))
+    assert len(cards) == 2
+    assert all("before any attack | utility" in card.read_text() for card in cards)
+    again = run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Maker())
+    assert again.ran == 0

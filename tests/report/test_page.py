@@ -1,0 +1,222 @@
+"""The report is one safe file: escaped, self-contained, the same bytes each time, and it says what it cannot say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_fakes import Fake, plan, plan_values
+
+from casehard.bench.plan import parse_plan
+from casehard.bench.run import run_plan
+from casehard.bench.store import RunFolder, read_json, read_rows
+from casehard.errors import MissingExtra, UserError
+from casehard.report import figures
+from casehard.report.page import render, write_report
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} ]]> $x_1$ {}"
+LORA = {**plan_values()["attacks"][0], "name": "lora", "mode": "lora", "lr": 1e-3, "title": "LoRA tuning"}
+
+
+class Tags(HTMLParser):
+    """Collects elements and attributes as a browser would see them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished benchmark whose titles, prompts and failures are hostile."""
+    out = tmp_path_factory.mktemp("evil")
+    values = plan_values(title=f"Evil {EVIL}", not_tested=[EVIL], attacks=[*plan_values()["attacks"], LORA])
+    values["defences"][2]["title"] = f"patcher {EVIL}"
+    values["attacks"][0]["title"] = f"tuning {EVIL}"
+    run_plan(parse_plan(values), out, jobs=1, executor=Fake(prompt=EVIL, fail=("world-0/plain/s2/full_p10",)))
+    write_report(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Tags:
+    """Return the page as a browser reads it."""
+    return Tags((run / "report.html").read_text())
+
+
+def test_nothing_untrusted_becomes_markup(run: Path, page: Tags) -> None:
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7*7 }}" in page.text
+    (prompt,) = {row["prompt"] for row in read_rows(run / "rows.jsonl") if row["id"] == "restricted-6"}
+    assert "<script>" in prompt
+
+
+def test_nothing_is_fetched(page: Tags) -> None:
+    assert not {"link", "iframe", "object", "embed"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith("#"), (name, value)
+        assert "url(http" not in value
+
+
+def test_the_same_summary_gives_the_same_bytes(run: Path) -> None:
+    before = (run / "report.html").read_bytes()
+    code = f"from casehard.report.page import write_report; write_report({str(run)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (run / "report.html").read_bytes() == before
+    assert not re.search(rb"20\d\d-\d\d-\d\dT", before)
+
+
+def test_figures_are_inline_and_described(page: Tags) -> None:
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    # Two attacks x (leak, ASR), two strips, four quantities before, the plane, two cost charts.
+    assert len(labels) == page.tags.count("svg") == 13
+    assert any("ends at" in label for label in labels)
+    assert "metadata" not in page.tags
+
+
+def test_ids_of_different_figures_do_not_collide(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    clips = [set(re.findall(r'<clipPath id="([^"]+)"', svg)) for svg in svgs]
+    assert sum(map(len, clips)) == len(set().union(*clips))
+
+
+def test_the_page_says_what_matters(run: Path, page: Tags) -> None:
+    text = " ".join(page.text.replace("\u00a0", " ").split())
+    summary = read_json(run / "summary.json")
+    assert " ".join(summary["verdict"]["sentence"].split()) in text
+    for words in (
+        "What was not tested",
+        "Benign fine-tuning (harmful share 0)",
+        "world-0/plain/s2/full_p10 cannot work",
+        "Control: raises ASR by",
+        "made no difference",
+        summary["provenance"]["config_digest"],
+        summary["nodes"][0]["node"][:12],
+        "world_seed: 0",
+        "/120",
+    ):
+        assert words in text, words
+
+
+def test_transcripts_are_shown_for_organisms_only(run: Path) -> None:
+    summary = read_json(run / "summary.json")
+    rows = list(read_rows(run / "rows.jsonl"))
+    assert "What it looks like" in render(summary, rows)
+    summary["plan"]["bases"][0]["world_seed"] = None
+    assert "What it looks like" not in render(summary, rows)
+
+
+def test_a_dirty_tree_is_called_a_draft(run: Path) -> None:
+    summary = read_json(run / "summary.json")
+    for dirty in (True, False):
+        summary["provenance"]["code"]["dirty"] = dirty
+        assert ("a draft, not evidence" in render(summary)) is dirty
+
+
+def test_a_plan_with_one_seed_is_labelled(tmp_path: Path) -> None:
+    run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
+    text = write_report(tmp_path).read_text()
+    assert "single seed" in text
+
+
+def test_two_families_get_a_verdict_each(tmp_path: Path) -> None:
+    bases = [{"name": n, "world_seed": i, "size": s} for i, (n, s) in enumerate([("a", "tiny"), ("b", "small")])]
+    run_plan(plan(bases=bases, seeds=[0]), tmp_path, jobs=1, executor=Fake())
+    assert len(read_json(tmp_path / "summary.json")["verdicts"]) == 2
+    assert write_report(tmp_path).read_text().count('class="sentence"') == 2
+
+
+def test_without_matplotlib_the_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra) as error:
+        render(read_json(run / "summary.json"))
+    assert "casehard[report]" in error.value.hint
+
+
+def attack_run(out: Path, model: str, defence: str, *, seed: int = 0, full: tuple[int, ...] = (0, 40)) -> Path:
+    """Write what ``casehard attack finetune`` leaves behind."""
+    config: dict[str, Any] = {"mode": "full", "share": 0.1, "steps": 40, "lr": 1e-4, "evaluate_at": [0, 5, 20, 40]}
+    job = {"model": model, "harmful": ["h"], "benign": ["b"], "suite": "s", "config": config, "seed": seed}
+    name = {"none": "undefended"}.get(defence, defence)
+    with RunFolder(out, "attack", job, seeds=[seed], parents={"model": model}) as folder:
+        folder.rows([row for step in (0, 5, 20, 40) for row in Fake().rows(name, step, seed, full=step in full)])
+        folder.summary({"records": [{"defence": defence, "attack": "finetune-full"}]})
+    return out
+
+
+def test_runs_of_single_verbs_make_a_comparison_only_with_a_control(tmp_path: Path) -> None:
+    hard = attack_run(tmp_path / "hard", "aaa", "patcher")
+    alone = write_report(hard)
+    assert alone == hard / "report.html"
+    assert "No claim: a single run without the same attack on an undefended checkpoint" in alone.read_text()
+    assert alone.read_text().count("<svg") >= 2
+    soft = attack_run(tmp_path / "soft", "bbb", "none")
+    both = write_report([soft, hard], tmp_path / "both.html").read_text()
+    assert "patcher delays the break" in both
+    assert "patcher against undefended" in both
+
+
+def test_safety_without_utility_is_no_claim(tmp_path: Path) -> None:
+    runs = [attack_run(tmp_path / d, m, d, full=(40,)) for m, d in (("aaa", "patcher"), ("bbb", "none"))]
+    text = write_report(runs).read_text()
+    assert "No claim: utility and over-refusal could not be measured" in text
+    assert "Add the run folders of `casehard evaluate` for both checkpoints" in text.replace("&#96;", "`")
+
+
+def test_an_evaluation_alone_is_shown(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, "evaluate", {"model": "m"}, seeds=[0], parents={"model": "aaa"}) as folder:
+        folder.rows([{k: v for k, v in r.items() if k != "step"} for r in Fake().rows("patcher", 0, 0, full=True)])
+        folder.summary({"records": [{"defence": "patcher"}]})
+    text = write_report(tmp_path).read_text()
+    assert "No claim" in text
+    assert "Before any attack" in text
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file.*run\.json"):
+        write_report(tmp_path)
+    RunFolder(tmp_path, "attack", {}).finish("interrupted")
+    with pytest.raises(UserError, match="'interrupted', not finished"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"kind": "judge"}))
+    with pytest.raises(UserError, match="'judge'"):
+        write_report(tmp_path)
+
+
+def test_labels_are_moved_apart_and_stay_inside() -> None:
+    moved = figures.spread([0.5, 0.5, 0.51, 0.0], 0.1, 0.0, 1.0)
+    ordered = sorted(moved)
+    assert all(b - a > 0.0999 for a, b in pairwise(ordered))
+    assert min(moved) >= 0.0
+    assert figures.wrap("plain SFT (same passes)", 14) == "plain SFT\n(same passes)"
+
+
+def test_every_defence_has_its_own_look() -> None:
+    rows = [{"name": str(i), "title": str(i), "role": "defence"} for i in range(3)]
+    rows += [{"name": r, "title": r, "role": r} for r in ("undefended", "same_passes", "ablation")]
+    found = figures.looks(rows).values()
+    assert len({look.colour for look in found}) == 6
+    assert len({look.marker for look in found}) == 4

@@ -1,0 +1,213 @@
+"""Folders are complete or absent; every change to a finished one is told; paths stay inside (R2, R4, R5, R16)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from casehard.errors import Corrupt, StorageError, UserError
+from casehard.files import (
+    CRASH_EXIT,
+    MANIFEST,
+    inside,
+    is_full,
+    staged,
+    storage_errors,
+    sweep,
+    verify,
+    write_manifest,
+    write_text_atomic,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with staged(tmp_path / "made") as made:
+        (made / "a.txt").write_text("alpha" * 50)
+        (made / "deep").mkdir()
+        (made / "deep/b.bin").write_bytes(bytes(range(256)))
+    return tmp_path / "made"
+
+
+def test_a_staged_folder_appears_whole(folder):
+    verify(folder)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["made"]
+    assert (folder / "deep/b.bin").read_bytes() == bytes(range(256))
+
+
+def test_a_failed_block_leaves_the_old_folder_and_nothing_else(folder):
+    with pytest.raises(ZeroDivisionError), staged(folder) as again:
+        (again / "a.txt").write_text("new")
+        raise ZeroDivisionError
+    verify(folder)
+    assert (folder / "a.txt").read_text() == "alpha" * 50
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["made"]
+
+
+def test_replacing_a_folder(folder):
+    with staged(folder) as again:
+        (again / "c.txt").write_text("new")
+    verify(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["c.txt", MANIFEST]
+    assert [p.name for p in folder.parent.iterdir()] == ["made"]
+
+
+def test_every_flipped_bit_is_found(folder):
+    """R4: 50 random bits of any file, the manifest included."""
+    rng = random.Random(0)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    for _ in range(50):
+        path = rng.choice(files)
+        data = bytearray(path.read_bytes())
+        good = bytes(data)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(Corrupt) as caught:
+            verify(folder)
+        assert path.relative_to(folder).as_posix() in str(caught.value)
+        if path.name != MANIFEST:
+            assert "expected sha256" in str(caught.value) and "actual" in str(caught.value)
+        path.write_bytes(good)
+    verify(folder)
+
+
+def _append(folder):
+    (folder / "a.txt").write_text("alpha" * 51)
+
+
+def _cut(folder):
+    os.truncate(folder / "a.txt", 3)
+
+
+def _remove(folder):
+    (folder / "deep/b.bin").unlink()
+
+
+def _extra(folder):
+    (folder / "deep/c.bin").write_text("")
+
+
+def _link(folder):
+    target = folder.parent / "elsewhere"
+    shutil.move(folder / "a.txt", target)
+    (folder / "a.txt").symlink_to(target)
+
+
+def _no_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+def _odd_manifest(folder):
+    (folder / MANIFEST).write_text('{"files": [1]}')
+
+
+@pytest.mark.parametrize("harm", [_append, _cut, _remove, _extra, _link, _no_manifest, _odd_manifest])
+def test_every_harm_is_found(folder, harm):
+    harm(folder)
+    with pytest.raises(Corrupt):
+        verify(folder)
+
+
+def test_a_link_to_a_good_folder_is_refused(folder):
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    with pytest.raises(Corrupt, match="link"):
+        verify(link)
+    (folder / "a.txt").unlink()
+    (folder / "a.txt").symlink_to("deep/b.bin")
+    with pytest.raises(Corrupt, match="plain file"):
+        write_manifest(folder)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 3000])
+def test_a_full_disk_leaves_nothing(folder, limit):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(StorageError) as caught, staged(folder, needs=5000) as again:
+            (again / "big").write_bytes(b"x" * 5000)
+        with pytest.raises(StorageError):
+            write_text_atomic(folder.parent / "text", "x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "needed 5,000 bytes" in str(caught.value) and "free" in str(caught.value)
+    assert caught.value.exit_code == 5
+    verify(folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["made"]
+
+
+def test_too_little_space_is_told_before_writing(tmp_path):
+    with pytest.raises(StorageError, match="free"), staged(tmp_path / "x", needs=10**18):
+        raise AssertionError("never entered")
+
+
+def test_what_counts_as_full():
+    assert is_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert is_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = OSError(errno.EDQUOT, "quota")
+    assert is_full(wrapped)
+    assert not is_full(OSError(errno.EACCES, "denied"))
+    with pytest.raises(PermissionError), storage_errors(__import__("pathlib").Path(".")):
+        raise PermissionError
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "x/y.json"
+    write_text_atomic(path, "one")
+    write_text_atomic(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["y.json"]
+
+
+@pytest.mark.parametrize(
+    ("point", "complete"),
+    [("save:before_manifest", False), ("save:after_manifest", False), ("save:after_rename", True)],
+)
+def test_a_crash_at_any_point_leaves_complete_or_nothing(tmp_path, point, complete):
+    code = (
+        "import sys, pathlib; from casehard.files import staged\n"
+        "with staged(pathlib.Path(sys.argv[1])) as f: (f / 'a').write_text('a')"
+    )
+    final = tmp_path / "made"
+    done = subprocess.run([sys.executable, "-c", code, str(final)], env={**os.environ, "CASEHARD_CRASH_AT": point})
+    assert done.returncode == CRASH_EXIT
+    assert final.exists() == complete
+    if complete:
+        verify(final)
+    sweep(tmp_path)
+    assert list(tmp_path.glob(".*")) == []
+
+
+BAD = ["", "../x", "/etc/passwd", "a/../../x", "a\0b", "x" * 300, "a/" * 600 + "b", "..", "C:\\x", "a\\b", "link/x"]
+
+
+@pytest.mark.parametrize("path", BAD)
+def test_paths_that_lead_out_are_refused(tmp_path, path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError) as caught:
+        inside(root, path)
+    assert len(str(caught.value)) < 400
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["root"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab./\\\0~- é"), max_size=20))
+def test_an_accepted_path_is_inside(tmp_path_factory, text):
+    root = tmp_path_factory.getbasetemp()
+    try:
+        path = inside(root, text)
+    except UserError:
+        return
+    assert path.resolve().is_relative_to(root.resolve())

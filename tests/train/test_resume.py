@@ -1,0 +1,101 @@
+"""R1: a run killed after any step and resumed ends with the same bits and the same log as one that never stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from casehard.train.fit import fit
+from casehard.train.recipe import TrainConfig
+from conformance.table import SETTINGS, TABLE, Row
+from fakes import Averaging, TwoPasses, largest_difference, tiny_llama, tiny_rows, two_adapters, weights
+
+STEPS = 12
+ROWS = tiny_rows(20)
+TABLED = (*TABLE, Row("averaging", Averaging), Row("two-passes", TwoPasses))
+CASES = [pytest.param(row, setting, id=f"{row.name}-{setting}") for row in TABLED for setting in row.settings]
+
+
+class KilledError(Exception):
+    """Stands for the process dying."""
+
+
+def recipe(setting):
+    return TrainConfig(
+        steps=STEPS,
+        batch_size=3,
+        accumulation=2 if setting == "accumulation" else 1,
+        lr=1e-2,
+        warmup=2,
+        save_every=1,
+        log_every=3,
+        precision="fp32",
+    )
+
+
+def model_for(setting):
+    assert setting in SETTINGS
+    return two_adapters() if setting == "two_adapters" else tiny_llama(dropout=0.2, layers=1)
+
+
+def train(row, setting, out=None, die_at=None):
+    """Train up to the hook of step ``die_at``, which runs before that step's checkpoint."""
+    model = model_for(setting)
+
+    def hook(_, step):
+        if step == die_at:
+            raise KilledError
+
+    result = fit(
+        model, None, ROWS, config=recipe(setting), method=row.make(), seed=3, out=out, on_step=hook if die_at else None
+    )
+    return weights(model), result
+
+
+@pytest.mark.parametrize(("row", "setting"), CASES)
+def test_killed_after_every_step(row, setting, tmp_path):
+    expected, whole = train(row, setting)
+    for k in range(1, STEPS):
+        with pytest.raises(KilledError):
+            train(row, setting, tmp_path, die_at=k + 1)
+        assert (tmp_path / f"checkpoint-{k}").is_dir()
+    actual, resumed = train(row, setting, tmp_path)
+    assert largest_difference(expected, actual) == 0
+    assert resumed.log == whole.log
+    assert len(resumed.log) == STEPS // 3
+    kept = ("steps", "passes", "tokens")
+    assert [getattr(resumed.budget, key) for key in kept] == [getattr(whole.budget, key) for key in kept]
+    assert not (tmp_path / "scratch").exists()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 11])
+def test_killed_once(k, tmp_path):
+    row = TABLED[-2]
+    expected, whole = train(row, "dropout")
+    with pytest.raises(KilledError):
+        train(row, "dropout", tmp_path, die_at=k + 1)
+    actual, resumed = train(row, "dropout", tmp_path)
+    assert largest_difference(expected, actual) == 0
+    assert resumed.log == whole.log
+
+
+def test_both_adapters_stay_active(tmp_path):
+    row = TABLE[0]
+    with pytest.raises(KilledError):
+        train(row, "two_adapters", tmp_path, die_at=5)
+    model = two_adapters()
+    start = weights(model)
+    fit(model, None, ROWS, config=recipe("two_adapters"), method=row.make(), seed=3, out=tmp_path)
+    assert model.active_adapters == ["task", "buffer"]
+    end = weights(model)
+    for adapter in ("task", "buffer"):
+        moved = [name for name in end if adapter in name and not end[name].equal(start[name])]
+        assert len(moved) == 8, (adapter, moved)
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    expected, whole = train(TABLED[-2], "dropout", tmp_path)
+    actual, again = train(TABLED[-2], "dropout", tmp_path)
+    assert largest_difference(expected, actual) == 0
+    assert again.log == whole.log
+    assert again.budget.passes == whole.budget.passes
