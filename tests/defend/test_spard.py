@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Encoded, EncodedSet, indices_at
+from casehard.defend.passes import rows_of_rank
 from casehard.defend.protocol import Setup, Step
 from casehard.defend.spard import MAX_SKIPS, PRESETS, Spard, SpardConfig, preset
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
@@ -274,9 +275,8 @@ def test_every_checks_only_then_and_the_stream_covers_each_epoch():
     assert method.checks == 4
     seen = [i for step in range(2) for i in indices_at(len(SAFE), 5, seed=0, step=step, purpose="spard-safe")]
     assert sorted(seen) == list(range(10))
-    row = method._batch("safe", 2, torch.device("cpu"))
-    expected = SAFE.batch_at(5, seed=0, step=1, purpose="spard-safe")
-    assert torch.equal(row["input_ids"], expected["input_ids"])
+    row = rows_of_rank(SAFE, 5, seed=0, step=1, purpose="spard-safe")
+    assert torch.equal(row["input_ids"], SAFE.batch_at(5, seed=0, step=1, purpose="spard-safe")["input_ids"])
 
 
 def test_resume_is_bit_exact_and_keeps_the_first_tau():
@@ -460,7 +460,7 @@ def test_planted_harmful_rows_sft_violates_and_spag_holds():
 
 
 def shared_run():
-    """Two constraints under SGD; Adam's first steps (sign-like) would turn the rounding of another padding into steps."""
+    """Two constraints under SGD: Adam's first, sign-like steps would blow up the rounding of another padding."""
     model = tiny_llama()
     method = Spard(SpardConfig(tau=3.9, delta=0.02, batch_size=4, eta_safe=0.5), safe={"a": SAFE, "b": OTHER})
     drive(method, model, 4, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))

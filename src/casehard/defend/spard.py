@@ -24,24 +24,23 @@ repeats the uninterrupted one; ranks share one safe batch, add up loss and token
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from casehard.data.batches import IGNORE, Batch, Encoded, EncodedSet, collate, indices_at
+from casehard.data.batches import IGNORE, EncodedSet, collate
+from casehard.defend.passes import quiet, reshard, rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
-from casehard.maths.collective import rank, sharded, sum_gradients, sum_over_ranks, world
+from casehard.maths.collective import sharded, sum_gradients, sum_over_ranks, world
 from casehard.maths.optimizers import OptimizerView, learning_rate
 from casehard.maths.projection import Projection, project_
 from casehard.maths.tensors import norm
-from casehard.seeds import derive
 
 MAX_SKIPS = 10
 """Consecutive checks without a finite loss or gradient after which the run stops: it is no longer protected."""
@@ -144,16 +143,16 @@ class Spard:
         """Check the safety loss after the utility step and, if it is violated, project."""
         if step.index % self.config.every:
             return
-        with _mode(model, dropout=self.config.dropout, seed=(self._seed, step.index)):
+        with quiet(model, dropout=self.config.dropout, seed=(self._seed, step.index)):
             losses, totals, values = self._forward(model, step)
             self.checks += 1
             if not all(math.isfinite(v) for v in values):
-                _reshard(model)
+                reshard(model)
                 self._skip(step, "the safety loss")
                 return
             excess = [v - tau for v, tau in zip(values, self.taus, strict=True)]
             if max(excess) <= self.config.delta:
-                _reshard(model)
+                reshard(model)
                 self._in_a_row = 0
                 step.log({"safe_loss": sum(values) / len(values), "trigger_rate": 0.0})
                 return
@@ -196,10 +195,10 @@ class Spard:
         total, tokens = 0.0, 0
         device = next(model.parameters()).device
         order = sorted(rows.rows, key=lambda row: len(row.input_ids))
-        with _mode(model, dropout=False, seed=(self._seed, 0)), torch.no_grad():
+        with quiet(model, dropout=False, seed=(self._seed, 0)), torch.no_grad():
             for begin in range(0, len(order), 16):
                 batch = {k: v.to(device) for k, v in collate(order[begin : begin + 16], rows.pad_id).items()}
-                count = _tokens(batch)
+                count = trained_tokens(batch)
                 total += float(model(**batch).loss) * count
                 tokens += count
         loss = total / tokens
@@ -208,26 +207,14 @@ class Spard:
         log({"tau" if len(self.safe) == 1 else f"tau_{topic}": self.config.tau_scale * loss})
         return self.config.tau_scale * loss
 
-    def _batch(self, topic: str, index: int, device: torch.device) -> Batch:
-        """Return this rank's rows of check ``index``: the rank-th, (rank + world)-th, ... of the shared batch."""
-        rows = self.safe[topic]
-        picked = indices_at(
-            len(rows),
-            self.config.batch_size,
-            seed=self._seed,
-            step=index // self.config.every,
-            purpose=f"spard-{topic}",
-        )
-        mine: list[Encoded] = [rows.rows[i] for i in picked[rank() :: world()]]
-        return {key: value.to(device) for key, value in collate(mine, rows.pad_id).items()}
-
     def _forward(self, model: nn.Module, step: Step) -> tuple[list[torch.Tensor], list[float], list[float]]:
         """Return, for each topic, this rank's summed loss (with graph), all ranks' tokens and the mean over them."""
         device = next(model.parameters()).device
         sums, counts = [], []
-        for topic in self.safe:
-            batch = self._batch(topic, step.index, device)
-            counts.append(_tokens(batch))
+        for topic, rows in self.safe.items():
+            number, size = step.index // self.config.every, self.config.batch_size
+            batch = rows_of_rank(rows, size, seed=self._seed, step=number, purpose=f"spard-{topic}", device=device)
+            counts.append(trained_tokens(batch))
             # The seam's loss is this micro-batch's part of a step.
             sums.append(step.loss(model, batch) * (step.micros * counts[-1]))
         both = torch.stack([s.detach().double() for s in sums])
@@ -328,35 +315,6 @@ class Spard:
                 f"spard: {what} was not finite in {MAX_SKIPS} checks in a row, up to step {step.index}",
                 hint="lower the learning rate, or compute in float32",
             )
-
-
-def _tokens(batch: Batch) -> int:
-    return int((batch["labels"][:, 1:] != IGNORE).sum())
-
-
-def _reshard(model: nn.Module) -> None:
-    """Let go of what FSDP2 gathered for a forward pass that no backward pass follows."""
-    for module in model.modules():
-        if callable(reshard := getattr(module, "reshard", None)):
-            reshard()
-
-
-@contextlib.contextmanager
-def _mode(model: nn.Module, *, dropout: bool, seed: tuple[int, int]) -> Iterator[None]:
-    """Run without dropout, or with masks drawn from (seed, step); modes and generators are as before afterwards."""
-    if dropout:
-        with torch.random.fork_rng():
-            torch.manual_seed(derive(*seed, "spard-dropout"))
-            yield
-        return
-    modules = [m for m in model.modules() if m.training]
-    try:
-        for m in modules:
-            m.training = False
-        yield
-    finally:
-        for m in modules:
-            m.training = True
 
 
 def preset(name: str, **changes: Any) -> SpardConfig:
