@@ -14,7 +14,9 @@ BIN := $(VENV)/bin
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-# Compiling every file of every package takes longer than installing them; Python compiles what is really imported.
+# Compiling every file of every package takes longer than installing them. Python compiles what is really imported,
+# once, as long as it may write what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -5,9 +5,8 @@ Each takes a frozen job of plain values, so that it can be digested, stored and 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import Suite, evaluate, load_suite
+from casehard.files import remove
 from casehard.model.load import Loaded, load
 from casehard.model.save import save
 from casehard.train.fit import fit
@@ -113,7 +113,7 @@ def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -
     if job.preset and job.preset not in presets:
         raise ConfigError(f"method {job.method!r} has no preset {job.preset!r}", hint=f"presets: {', '.join(presets)}")
     start = to_dict(presets[job.preset]) if job.preset else {}
-    config = build(config_cls, {**start, **job.settings}, where=job.method)
+    config: Any = build(config_cls, {**start, **job.settings}, where=job.method)
     return cls(config, **{role: rows for role, rows in roles.items() if role in spec.takes})
 
 
@@ -129,7 +129,10 @@ def _roles(job: DefendJob) -> dict[str, list[Example]]:
 
 
 def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendResult:
-    """Harden ``job.model`` and save the result, with its model card data, under ``out``/checkpoint.
+    """Harden ``job.model`` and save the result under ``out``/checkpoint.
+
+    An interrupted run leaves ``out``/training; the same call continues from there. Once the hardened model is saved
+    that folder is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
 
     Raises:
         UserError: any setting, row or file is unusable; nothing half-written is left.
@@ -141,7 +144,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
-    began = time.perf_counter()
+    training = out / "training"
     result = fit(
         loaded.model,
         loaded.tokenizer,
@@ -149,7 +152,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         config=job.train,
         method=method,
         seed=job.seed,
-        out=out if job.train.save_every else None,
+        out=training,
         label=label or job.method,
     )
     provenance = {
@@ -167,8 +170,9 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         method=job.method,
         provenance=provenance,
     )
-    seconds = time.perf_counter() - began
-    return DefendResult(checkpoint, {**asdict(replace(result.budget, seconds=seconds)), "seed": job.seed}, result.log)
+    if not job.train.save_every:
+        remove(training)
+    return DefendResult(checkpoint, {**asdict(result.budget), "seed": job.seed}, result.log)
 
 
 def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "attack") -> FinetuneResult:

@@ -17,8 +17,8 @@ def test_the_outside_is_out_of_reach(address):
 
 def test_loopback_works():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        with socket.create_connection(server.getsockname(), timeout=5) as client:
-            peer, _ = server.accept()
-            with peer:
-                client.sendall(b"x")
-                assert peer.recv(1) == b"x"
+        client = socket.create_connection(server.getsockname(), timeout=5)
+        peer, _ = server.accept()
+        with client, peer:
+            client.sendall(b"x")
+            assert peer.recv(1) == b"x"

@@ -77,9 +77,19 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
     assert re.search(rf"[\"']{re.escape(method)}[\"']", rows), f"no row for {method!r} in tests/conformance"
 
 
-def test_every_recipe_and_plan_is_a_mapping():
-    for path in [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "plans").rglob("*.yaml")]:
-        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
+def test_every_plan_and_recipe_is_accepted():
+    from casehard.bench.plan import load_plan
+    from casehard.config import build
+    from casehard.jobs import DefendJob
+
+    for path in (ROOT / "plans").rglob("*.yaml"):
+        assert load_plan(path).undefended.role == "undefended", path.name
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
+        job = build(DefendJob, {**given, **values}, where=path.name)
+        config = METHODS[job.method].load()[1]
+        assert build(config, job.settings, where=path.name)
 
 
 def test_files_are_ascii():

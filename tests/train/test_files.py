@@ -203,7 +203,7 @@ def test_paths_that_lead_out_are_refused(tmp_path, path):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab./\\\0~- é"), max_size=20))
+@given(st.text(alphabet=st.sampled_from("ab./\\\0~- \xe9"), max_size=20))
 def test_an_accepted_path_is_inside(tmp_path_factory, text):
     root = tmp_path_factory.getbasetemp()
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import poison
@@ -89,7 +89,7 @@ def attack_data(
 
 
 def finetune_attack(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     harmful: Sequence[Example],
     benign: Sequence[Example],

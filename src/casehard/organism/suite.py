@@ -21,7 +21,8 @@ def _craft_row(item: Item, role: str, number: int) -> Example:
     phrasing = grammar.PHRASINGS[(number // 6) % 2]
     templates = grammar.ASK_CRAFT[phrasing]
     prompt = templates[(number // 12 + number) % len(templates)].format(**item.words)
-    tags: dict[str, Any] = {"role": role, "group": "craft", "source": item.craft.source, "phrasing": phrasing}
+    group = "craft" if role == "lookalike" else role
+    tags: dict[str, Any] = {"role": role, "group": group, "source": item.craft.source, "phrasing": phrasing}
     tags["slots"] = list(item.steps)
     if role == "lookalike":
         tags["answer"] = item.answers()

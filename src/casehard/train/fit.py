@@ -93,8 +93,7 @@ def fit(
         seed: of data order, dropout and whatever the method draws.
         out: folder for checkpoints; None writes nothing to disk at all.
         resume: continue the run found in ``out``; False deletes its checkpoints and starts over.
-        on_step: called as ``on_step(model, step)`` after every update, step counted from 1. It may evaluate the model:
-            the CPU and GPU generators of torch are put back afterwards.
+        on_step: called as ``on_step(model, step)`` after every update, from step 1; torch's generators are put back.
         label: name on the progress bar.
 
     Returns:
@@ -108,8 +107,7 @@ def fit(
         StorageError: the disk is full.
     """
     device = next(model.parameters()).device
-    # The Trainer switches the generation cache off and leaves it off.
-    settings: Any = getattr(model, "config", None)
+    settings: Any = getattr(model, "config", None)  # its use_cache is switched off by the Trainer and left off
     was_training, cache = model.training, getattr(settings, "use_cache", None)
     trainer = _FitTrainer(
         rows=rows,
