@@ -489,6 +489,44 @@ def test_two_ranks_equal_one(tmp_path: Path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(model), ranks[0]["weights"], strict=True))
 
 
+def _shard(rank, world, port, out):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = tiny_llama()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    triggers = []
+    for tau in (3.9, 100.0):
+        method = Spard(SpardConfig(tau=tau, delta=0.0, batch_size=4, eta_safe=0.5), safe=SAFE)
+        drive(method, model, 3, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        triggers.append(method.triggers)
+    full = [p.full_tensor().detach().clone() for p in model.parameters()]
+    if rank == 0:
+        torch.save({"weights": full, "triggers": triggers}, out / "sharded.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_equals_replicated(tmp_path: Path):
+    import torch.multiprocessing as mp
+
+    mp.spawn(_shard, (2, 27000 + torch.randint(900, ()).item(), tmp_path), nprocs=2)
+    got = torch.load(tmp_path / "sharded.pt")
+    model = tiny_llama()
+    for tau, triggers in zip((3.9, 100.0), got["triggers"], strict=True):
+        method = Spard(SpardConfig(tau=tau, delta=0.0, batch_size=4, eta_safe=0.5), safe=SAFE)
+        drive(method, model, 3, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        assert method.triggers == triggers
+    assert got["triggers"][0] > 0
+    assert all(torch.allclose(a, b, atol=2e-6) for a, b in zip(weights(model), got["weights"], strict=True))
+
+
 def test_view_is_read_only():
     model = tiny_llama()
     optimizer = drive(None, model, 2)

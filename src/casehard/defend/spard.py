@@ -143,6 +143,8 @@ class Spard:
         """Check the safety loss after the utility step and, if it is violated, project."""
         if step.index % self.config.every:
             return
+        # Before the forward pass: after it, FSDP2 shows gathered parameters that the backward pass frees.
+        kept = [(p, p.grad) for p in model.parameters() if p.requires_grad]
         with quiet(model, dropout=self.config.dropout, seed=(self._seed, step.index)):
             losses, totals, values = self._forward(model, step)
             self.checks += 1
@@ -157,7 +159,6 @@ class Spard:
                 step.log({"safe_loss": sum(values) / len(values), "trigger_rate": 0.0})
                 return
             self.triggers += 1
-            kept = [(p, p.grad) for p in model.parameters() if p.requires_grad]
             for p, _ in kept:
                 p.grad = None
             gradients = self._gradients(losses, totals, [p for p, _ in kept], optimizer, step)

@@ -219,8 +219,9 @@ def project_(
         assert before is not None
         shrink = min(1.0, rho * math.sqrt(before / square))
     if shrink > 0 and square > 0:
-        for p, s in zip(parameters, step, strict=True):
-            p.detach().add_(s.to(p.dtype), alpha=-shrink)
+        with torch.no_grad():
+            for p, s in zip(parameters, step, strict=True):
+                p.add_(s.to(p.dtype), alpha=-shrink)
     alphas = [value * shrink for value in solved.values]
     change = gram @ torch.tensor(alphas, dtype=torch.float64)
     residuals = [v - d for v, d in zip(violations, change.tolist(), strict=True)]
