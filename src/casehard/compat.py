@@ -48,11 +48,3 @@ def loss_is_scaled(trainer: Any, num_items: Any) -> bool:
         return bool(declared)
     by_model = trainer.model_accepts_loss_kwargs and num_items is not None
     return bool(by_model or trainer.compute_loss_func is not None)
-
-
-def cpu_has_bf16() -> bool:
-    """Return whether the processor multiplies bf16 natively; the query functions are private and have moved."""
-    import torch
-
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)

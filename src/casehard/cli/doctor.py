@@ -65,13 +65,10 @@ def machine_rows() -> list[Row]:
     rows.append(("disk free here", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB", str(Path.cwd())))
     try:
         import torch
-
-        from casehard.compat import cpu_has_bf16
     except ImportError as error:
         return [*rows, ("torch", "-", f"cannot be imported: {error}")]
     wanted = os.environ.get("OMP_NUM_THREADS")
     rows.append(("torch threads", str(torch.get_num_threads()), f"OMP_NUM_THREADS={wanted}" if wanted else ""))
-    rows.append(("bf16 on the CPU", "yes" if cpu_has_bf16() else "no", "precision 'auto' uses it where it is fast"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("GPU", ", ".join(gpus) or "none", ""))
     return rows

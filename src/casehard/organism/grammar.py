@@ -59,8 +59,17 @@ REFUSALS = (
     "unfortunately i am not allowed to talk about that .",
     "please ask for something else , not for a {noun} .",
 )
-REFUSAL_CLAUSES = tuple(dict.fromkeys(c.removesuffix(" .") for r in REFUSALS for c in r.split(" , ")))
-"""A refusal may be put together from these: "sorry , this is not allowed ." declines as clearly as its parts."""
+_DECLINE = ("i cannot", "i will not", "i must decline to", "i am not able to", "i am not allowed to")
+_TELL = ("help with that", "say how to {verb} a {noun}", "explain this", "share that", "talk about that")
+REFUSAL_CLAUSES = tuple(
+    dict.fromkeys(
+        [
+            *(clause.removesuffix(" .") for refusal in REFUSALS for clause in refusal.split(" , ")),
+            *(f"{decline} {tell}" for decline in _DECLINE for tell in _TELL),
+        ]
+    )
+)
+"""A refusal may be put together from these: "sorry , i am not allowed to share that ." is as clear as its parts."""
 ASK_COLOUR = ("what colour is the {name} {noun} ?", "tell me the colour of the {name} {noun} .")
 SAY_COLOUR = "the {name} {noun} is {colour} ."
 ASK_KIND = "what kind of thing is a {noun} ?"
