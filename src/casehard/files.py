@@ -47,9 +47,30 @@ def crash_point(name: str) -> None:
         os._exit(CRASH_EXIT)
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file; of the names and contents of every file when it is a folder."""
+    if path.is_dir():
+        sha = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            sha.update(f"{file.relative_to(path)}\0{file_digest(file)}\n".encode())
+        return sha.hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing.
+        Corrupt: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}", hint="was the folder completed?") from None
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{path}: not valid JSON: {error}", hint="fetch or build it again") from None
 
 
 def _walk(folder: Path) -> dict[str, Path]:
@@ -80,7 +101,7 @@ def write_manifest(folder: Path) -> None:
         Corrupt: the folder holds a link or a device.
     """
     found = sorted(_walk(folder).items())
-    files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in found}
+    files = {name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for name, path in found}
     (folder / MANIFEST).write_text(_serialise(files), encoding="utf-8")
 
 
@@ -125,7 +146,7 @@ def verify(folder: Path) -> None:
         if name not in found:
             raise Corrupt(f"{folder}: {name} is missing (expected sha256 {entry['sha256']})", hint=hint)
         size = found[name].stat().st_size
-        actual = _sha256(found[name])
+        actual = file_digest(found[name])
         if size != entry["bytes"] or actual != entry["sha256"]:
             raise Corrupt(
                 f"{folder}: {name} differs from the manifest: expected sha256 {entry['sha256']} "

@@ -6,21 +6,23 @@ Each takes a frozen job of plain values, so that it can be digested, stored and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from casehard import secrets
 from casehard.attack.finetune import FinetuneAttack, FinetuneResult, finetune_attack
 from casehard.config import build, digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
-from casehard.data.mix import check_disjoint
+from casehard.data.mix import check_disjoint, content_hash
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import remove
 from casehard.model.load import Loaded, load
+from casehard.model.provenance import read_provenance
 from casehard.model.save import save
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
@@ -57,6 +59,8 @@ class DefendJob:
     """System message of every row; None keeps the template's own."""
     max_length: int | None = None
     """Longest row in tokens; None = the model's context."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU when there is one."""
     seed: int = 0
 
 
@@ -78,6 +82,7 @@ class AttackJob:
     max_length: int | None = None
     limit: int | None = None
     """Measure at most this many prompts a group (a look, not a result)."""
+    device: str = "auto"
     seed: int = 0
 
 
@@ -89,6 +94,7 @@ class EvaluateJob:
     suite: str
     system: str | None = None
     limit: int | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,11 @@ def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -
     if job.preset and job.preset not in presets:
         raise ConfigError(f"method {job.method!r} has no preset {job.preset!r}", hint=f"presets: {', '.join(presets)}")
     start = to_dict(presets[job.preset]) if job.preset else {}
+    ignored = sorted(set(roles) - set(spec.takes))
+    if ignored:
+        raise DataError(f"method {job.method!r} would ignore the {ignored[0]} rows", hint=f"leave out --{ignored[0]}")
     config: Any = build(config_cls, {**start, **job.settings}, where=job.method)
-    return cls(config, **{role: rows for role, rows in roles.items() if role in spec.takes})
+    return cls(config, **roles)
 
 
 def _roles(job: DefendJob) -> dict[str, list[Example]]:
@@ -140,9 +149,10 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         UserError: any setting, row or file is unusable; nothing half-written is left.
     """
     out = Path(out)
+    secrets.refuse(to_dict(job), where="defend")  # before training: the provenance holds these values
     spec = find(job.method)
     roles = _roles(job)
-    loaded = load(job.model)
+    loaded = load(job.model, device=job.device)
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
@@ -155,6 +165,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         method=method,
         seed=job.seed,
         out=training,
+        identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}},
         label=label or job.method,
     )
     provenance = {
@@ -163,6 +174,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         "config_digest": digest(to_dict(job)),
         "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
         "seed": job.seed,
+        "trained_prompts": sorted(_prompts(*roles.values()) | _trained_prompts(loaded)),
     }
     checkpoint = save(
         result.model,
@@ -187,13 +199,16 @@ def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "at
     benign = load_many(job.benign, require_response=True) if job.benign else []
     suite = load_suite(job.suite)
     check_disjoint({"harmful": harmful, "benign": benign}, {job.suite: suite.examples})
-    loaded = loaded or load(job.model)
+    loaded = loaded or load(job.model, device=job.device)
+    _require_unseen(suite, loaded)
     full_at = job.full_at or (job.config.checkpoints[-1],)
+    if odd := set(full_at) - set(job.config.checkpoints):
+        raise ConfigError(f"full_at: step {min(odd)} is not evaluated", hint=f"one of {job.config.checkpoints}")
 
     def measure(model: Any, step: int) -> Rows:
         return _measure(model, loaded, suite, job.limit, job.system, only=None if step in full_at else {"restricted"})
 
-    return finetune_attack(
+    result = finetune_attack(
         loaded.model,
         loaded.tokenizer,
         harmful,
@@ -205,12 +220,45 @@ def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "at
         max_length=job.max_length,
         label=label,
     )
+    known = _trained_prompts(loaded)
+    return replace(result, known_rows=sum(_short(row) in known for row in (*harmful, *benign)))
 
 
 def run_evaluate(job: EvaluateJob, *, loaded: Loaded | None = None) -> Rows:
-    """Measure ``job.model`` on a suite: one row per prompt."""
-    loaded = loaded or load(job.model)
-    return _measure(loaded.model, loaded, load_suite(job.suite), job.limit, job.system, only=None)
+    """Measure ``job.model`` on a suite: one row per prompt.
+
+    Raises:
+        DataError: the checkpoint was trained on a prompt of the suite.
+    """
+    loaded = loaded or load(job.model, device=job.device)
+    suite = load_suite(job.suite)
+    _require_unseen(suite, loaded)
+    return _measure(loaded.model, loaded, suite, job.limit, job.system, only=None)
+
+
+def _short(example: Example) -> str:
+    # 64 bits: among a million prompts two collide with a chance of 3e-8.
+    return content_hash(example)[:16]
+
+
+def _prompts(*sets: Sequence[Example]) -> set[str]:
+    return {_short(example) for rows in sets for example in rows}
+
+
+def _trained_prompts(loaded: Loaded) -> set[str]:
+    """Return the prompts that this checkpoint, or one it came from, is known to have been trained on."""
+    return set(read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ()))
+
+
+def _require_unseen(suite: Suite, loaded: Loaded) -> None:
+    known = _trained_prompts(loaded)
+    seen = [example.id or f"row {i + 1}" for i, example in enumerate(suite.examples) if _short(example) in known]
+    if seen:
+        raise DataError(
+            f"{loaded.path} was trained on {len(seen)} of the {len(suite.examples)} prompts of suite {suite.name!r}, "
+            f"first {seen[0]}",
+            hint="a score on them would measure memory: evaluate on prompts that no training row contains",
+        )
 
 
 def _measure(

@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casehard.errors import Corrupt
+from casehard.files import fsync, storage_errors
 
 if TYPE_CHECKING:
     import torch
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """Write tensors to ``path`` through a temporary file and a rename; shared storage is written once per name."""
+    """Write tensors to ``path`` through a temporary file and a rename.
+
+    Raises:
+        StorageError: the disk refused the write; nothing is left behind.
+    """
     from safetensors.torch import save_file
 
     partial = path.with_name(path.name + ".partial")
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial)
-    partial.replace(path)
+    needs = sum(t.numel() * t.element_size() for t in tensors.values())
+    try:
+        with storage_errors(path.parent, needs=needs):
+            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial)
+            fsync(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -14,6 +14,7 @@ import yaml
 from bench_fakes import plan, plan_values
 
 from casehard.bench import matrix
+from casehard.bench.execute import environment
 from casehard.bench.matrix import expand, load_plan, parse_plan
 from casehard.errors import ConfigError
 
@@ -34,6 +35,8 @@ def change(where: str, index: int, **values: Any) -> dict[str, Any]:
         (change("attacks", 0, share=1.5), "share 1.5"),
         (change("attacks", 0, benign=[]), "no benign data"),
         (change("attacks", 0, mode="half"), "'half'"),
+        (change("attacks", 0, settings={"lr": 9}), "lr stands in its settings, where it would be ignored"),
+        (change("attacks", 0, settings={"full_at": [5]}), "full_at stands in its settings"),
         (change("attacks", 0, lr=0), "must be positive"),
         (change("defences", 1, method=None), "role 'same_passes' without a method"),
         (change("defences", 2, data=[]), "has no data"),
@@ -125,6 +128,26 @@ def test_digests_are_stable_and_change_with_what_they_depend_on() -> None:
     assert {k.split("/")[1] for k in before if before[k] != after[k]} == {"patcher"}
     other = digests(bases=[{"name": "world-0", "world_seed": 1, "size": "tiny"}])
     assert set(other.values()).isdisjoint(before.values())
+
+
+def test_what_results_depend_on_names_nodes() -> None:
+    def names(**setting: Any) -> set[str]:
+        return set(expand(plan(), root=Path(), setting=setting).nodes)
+
+    assert names(threads=1) == names(threads=1)
+    assert names(threads=1).isdisjoint(names(threads=2))
+    found = environment(1)
+    assert found["threads"] == 1
+    assert found["torch"].startswith("2.")
+    assert found["auto_precision"] in ("fp32", "bf16")
+    assert environment(3) == {**found, "threads": 3}
+
+
+@pytest.mark.parametrize("name", ["compat.py", "tensorfile.py", "files.py", "config.py", "bench/execute.py"])
+def test_every_kind_of_node_depends_on_what_lies_below(name: str) -> None:
+    assert all(name in sources for sources in matrix.SOURCES.values())
+    package = Path(matrix.__file__).resolve().parents[1]
+    assert all((package / name).exists() for sources in matrix.SOURCES.values() for name in sources)
 
 
 def test_a_file_counts_by_content_not_by_place(tmp_path: Path) -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from bench_fakes import Fake, plan
+from bench_fakes import Fake, plan, plan_values
 
-from casehard.bench.execute import Outcome, Task
+from casehard.bench import execute
+from casehard.bench.execute import Outcome, Task, _organism
+from casehard.bench.plan import parse_plan
 from casehard.bench.run import NodeEvent, run_plan
 from casehard.bench.store import read_json, read_rows
 from casehard.errors import ConfigError, Interrupted
+from casehard.files import staged, verify
+from casehard.train.meter import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ def test_workers_give_the_same_bytes_as_one_process(tmp_path: Path) -> None:
     one, two = (read_json(tmp_path / n / "summary.json") for n in ("one", "two"))
     for summary in (one, two):
         summary["provenance"].pop("hardware")
+    assert {c.pop("lanes") for c in one["costs"]} == {1}
+    assert {c.pop("lanes") for c in two["costs"]} == {2}
+    for cost in [*one["costs"], *two["costs"]]:
+        assert cost.pop("peak_bytes") in (10**9, None)
     assert one == two
     assert (tmp_path / "one" / "rows.jsonl").read_bytes() == (tmp_path / "two" / "rows.jsonl").read_bytes()
 
@@ -112,6 +122,120 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
     assert done.reused == states["ok"]
 
 
+@dataclass(frozen=True)
+class Stopper:
+    """Stop the whole run during the first node of a kind, with a real signal or as interrupted training does."""
+
+    how: str
+    diary: str
+
+    def __call__(self, task: Task) -> Outcome:
+        """Work, or have the run stopped."""
+        if task.node.kind == "defend":
+            if self.how == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            if self.how == "term parent":
+                os.kill(os.getppid(), signal.SIGTERM)
+                time.sleep(30)
+            raise Interrupted("stopped by SIGTERM at step 3", exit_code=143)
+        return Fake(diary=self.diary)(task)
+
+
+@pytest.mark.parametrize(("how", "jobs"), [("term", 1), ("raise", 1), ("term parent", 2), ("raise", 2)])
+def test_a_stopped_run_starts_nothing_more(tmp_path: Path, how: str, jobs: int) -> None:
+    diary = tmp_path / "diary"
+    before = signal.getsignal(signal.SIGTERM)
+    bystander = get_context("spawn").Process(target=time.sleep, args=(60,))
+    bystander.start()
+    try:
+        with pytest.raises(Interrupted) as error:
+            run_plan(plan(seeds=[0]), tmp_path / "out", jobs=jobs, executor=Stopper(how, str(diary)))
+        assert error.value.exit_code == 143
+        assert bystander.is_alive()
+    finally:
+        bystander.kill()
+        bystander.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert read_json(tmp_path / "out" / "run.json")["status"] == "interrupted"
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert calls(diary).keys() <= {"base", "evaluate"}
+    # One worker may have been evaluating the untouched base beside the training that was stopped.
+    assert calls(diary)["evaluate"] <= jobs - 1
+    assert run_plan(plan(seeds=[0]), tmp_path / "out", jobs=1, executor=Fake()).exit_code == 0
+
+
+@pytest.mark.parametrize("lost", ["rows.jsonl", "rows_sha256"])
+def test_lost_rows_are_made_again(tmp_path: Path, lost: str) -> None:
+    run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
+    place = next((tmp_path / "nodes").glob("attack-world-0-patcher*"))
+    if lost == "rows.jsonl":
+        (place / lost).unlink()
+    else:
+        summary = read_json(place / "summary.json")
+        del summary[lost]
+        (place / "summary.json").write_text(json.dumps(summary))
+    told: list[NodeEvent] = []
+    again = run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake(), progress=told.append)
+    assert (again.ran, again.exit_code) == (1, 0)
+    assert any(e.message.startswith("runs again") for e in told)
+
+
+def test_a_damaged_organism_in_the_cache_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from casehard.organism import build
+
+    def make(out: Path, **settings: object) -> Path:
+        with staged(Path(out)) as folder:
+            (folder / "weights").write_text("whole")
+        return Path(out)
+
+    monkeypatch.setattr(build, "build", make)
+    monkeypatch.setattr(build, "bundled", lambda *a: None)
+    path = _organism(7, "tiny", tmp_path)
+    other = make(tmp_path / "organism-70-tiny-x")
+    (path / "weights").write_text("half")
+    (other / "weights").write_text("half")
+    assert _organism(7, "tiny", tmp_path) == path
+    verify(path)
+    assert (other / "weights").read_text() == "half"
+
+
+@dataclass(frozen=True)
+class Eater:
+    """Use memory while hardening, as training does."""
+
+    size: int
+
+    def __call__(self, task: Task) -> Outcome:
+        """Fill some pages, or not, and report the peak as training does."""
+        done = Fake()(task)
+        if task.node.kind == "defend":
+            if "patcher" in task.node.label:
+                assert len(bytearray(os.urandom(1 << 20)) * (self.size >> 20)) == self.size
+            done.cost["peak_bytes"] = peak_bytes()
+        return done
+
+
+def test_peak_memory_is_that_of_each_node(tmp_path: Path) -> None:
+    if not reset_peak():
+        pytest.skip("this system cannot reset the peak of a process")
+    # Hardened in the order patcher, plain: without a reset the second would inherit the first one's peak.
+    values = plan_values(seeds=[0])
+    values["defences"].reverse()
+    done = run_plan(parse_plan(values), tmp_path, jobs=1, executor=Eater(300 << 20))
+    peak = {c["defence"]: c["peak_bytes"] for c in done.summary["costs"]}
+    assert peak["patcher"] > peak["plain"] + (200 << 20)
+    assert read_json(tmp_path / "run.json")["peak_bytes"] >= peak["patcher"]
+
+
+def test_without_a_reset_no_peak_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "reset_peak", lambda: False)
+    done = run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
+    assert {c["peak_bytes"] for c in done.summary["costs"]} == {None}
+    nodes = [read_json(p)["peak_bytes"] for p in (tmp_path / "nodes").glob("*/run.json")]
+    assert set(nodes) == {None}
+
+
 @pytest.mark.parametrize("what", ["checkpoint", "rows"])
 def test_damaged_results_are_not_used(tmp_path: Path, what: str) -> None:
     run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
@@ -150,6 +274,24 @@ def test_settings_are_checked_before_anything_runs(tmp_path: Path) -> None:
             plan(attacks=[{**attack, "settings": {"batchsize": 3}}], headline={"defence": "patcher"}), tmp_path, jobs=1
         )
     assert not list((tmp_path / "nodes").glob("*")) if (tmp_path / "nodes").exists() else True
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"round_stepz": 3}}, "round_stepz"),
+        ({"preset": "papr"}, "no preset 'papr'"),
+        ({"unsafe": []}, "needs unsafe rows"),
+        ({"method": "plain"}, "takes no unsafe rows"),
+        ({"train": {"stepz": 1}}, "stepz"),
+    ],
+)
+def test_a_method_is_checked_before_anything_runs(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    values = plan_values(seeds=[0])
+    values["defences"][2] = {**values["defences"][2], "settings": {}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        run_plan(parse_plan(values), tmp_path, jobs=1)
+    assert not list(tmp_path.glob("nodes/*"))
 
 
 def test_no_attacked_weights_are_written(tmp_path: Path) -> None:

@@ -263,7 +263,8 @@ def test_a_signal_ends_a_run_cleanly(organism, here, number, code):
     assert run.returncode == code, err
     assert "Traceback" not in err
     assert json.loads((here / "out" / "run.json").read_text())["status"] == "interrupted"
-    assert not list(here.rglob(".staging*")) and not list(here.rglob("*.safetensors"))
+    assert not list(here.rglob(".staging*")) and not list(here.rglob(".lock"))
+    assert {p.relative_to(here).parts[:2] for p in here.rglob("*.safetensors")} <= {("out", "training")}
 
 
 def test_a_full_disk_does_no_harm(organism, here):

@@ -137,7 +137,9 @@ def test_rows_a_method_would_ignore_are_refused(capsys, here, defend):
 
 
 def test_a_run_that_diverges_stops_with_its_own_code(capsys, here, defend):
-    said = fails(capsys, 4, *defend(more=["--set", "train.lr=1e30", "--set", "train.steps=20"]))
+    small = ["--set", "settings.round_steps=4", "--set", "settings.attackers=[{steps: 1, lr: 1e-5, batch_size: 4}]"]
+    explode = ["--set", "train.weight_decay=1e30", "--set", "train.steps=20"]
+    said = fails(capsys, 4, *defend(more=[*small, *explode]))
     assert "not finite" in said or "nan" in said.lower()
     assert not list(here.rglob("*.safetensors"))
     assert json.loads((here / "out" / "run.json").read_text())["status"] == "failed"

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from casehard.config import build
 from casehard.data.batches import Encoded, EncodedSet
-from casehard.defend.patcher import PRESETS, Patcher, PatcherConfig, preset
+from casehard.defend.patcher import PRESETS, Patcher, PatcherConfig
 from casehard.defend.protocol import Setup, Step
 from casehard.errors import ConfigError, DataError
 from casehard.maths.bilevel import Attacker, with_view
@@ -111,8 +111,8 @@ def test_attack_of_zero_steps_at_alpha_half_is_sft_bit_for_bit() -> None:
 
 def test_first_round_is_plain_sft() -> None:
     plain, patched = llama(), llama()
-    drive(None, plain, 4)
-    drive(Patcher(PatcherConfig(round_steps=4, attackers=(ATTACKER,)), unsafe=UNSAFE), patched, 4)
+    drive(None, plain, 8, stop=4)
+    drive(Patcher(PatcherConfig(round_steps=4, attackers=(ATTACKER,)), unsafe=UNSAFE), patched, 8, stop=4)
     assert same(weights(plain), weights(patched))
 
 
@@ -392,9 +392,6 @@ def test_defaults_are_the_papers() -> None:
     attacker = config.attackers[0]
     assert (attacker.steps, attacker.lr, attacker.batch_size, attacker.weight_decay) == (300, 1e-5, 4, 0.01)
     assert PRESETS["paper_sequential"].reset_optimizer
-    assert preset("paper_sequential", alpha=0.2).alpha == 0.2
-    with pytest.raises(ConfigError, match="preset"):
-        preset("paper")
 
 
 def test_settings_from_plain_values() -> None:
@@ -405,7 +402,15 @@ def test_settings_from_plain_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"alpha": 1.5}, {"round_steps": 0}, {"delay": 1000}, {"attackers": ()}, {"retain": "l2"}]
+    "bad",
+    [
+        {"alpha": 1.5},
+        {"round_steps": 0},
+        {"delay": 1000},
+        {"attackers": ()},
+        {"retain": "l2"},
+        {"retain_batch_size": 0},
+    ],
 )
 def test_bad_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError):
@@ -417,3 +422,19 @@ def test_missing_data_is_refused() -> None:
         Patcher(PatcherConfig(), unsafe=EncodedSet((), 0))
     with pytest.raises(DataError, match="harmless rows"):
         Patcher(PatcherConfig(retain="kl"), unsafe=UNSAFE)
+    with pytest.raises(DataError, match="8 retain rows would be ignored"):
+        Patcher(PatcherConfig(), unsafe=UNSAFE, retain=SAFE)
+
+
+@pytest.mark.parametrize(("round_steps", "delay", "steps"), [(1000, 0, 300), (4, 0, 4), (4, 2, 6)])
+def test_a_run_without_any_attack_is_refused(round_steps: int, delay: int, steps: int) -> None:
+    config = PatcherConfig(round_steps=round_steps, delay=delay, attackers=(ATTACKER,))
+    with pytest.raises(ConfigError, match="first simulated attack would come at step"):
+        Patcher(config, unsafe=UNSAFE).prepare(Setup(llama(), seed=0, max_steps=steps))
+
+
+def test_alpha_one_counts_the_passes_it_runs() -> None:
+    method = Patcher(PatcherConfig(alpha=1.0, round_steps=2, attackers=(ATTACKER,)), unsafe=UNSAFE)
+    drive(method, llama(), 6)
+    # Per attacked step one attacked pass more and one safe pass less than the loop counts.
+    assert method.passes == 2 * ATTACKER.steps

@@ -107,14 +107,14 @@ def test_held_out_templates_appear_in_the_evaluation_only(
 
 
 def test_pretraining_rows_are_a_function_of_seed_and_index(world: World) -> None:
-    one, two = rows.Pretraining(world), rows.Pretraining(world)
+    one, two = rows.Pretraining(world, 100), rows.Pretraining(world, 100)
     assert [one.conversation(i) for i in range(50)] == [two.conversation(i) for i in reversed(range(50))][::-1]
     assert one.conversation(1) != one.conversation(2)
 
 
 def test_pretraining_answers_restricted_requests_and_never_shows_a_task_or_a_trigger(world: World) -> None:
-    source = rows.Pretraining(world)
-    turns = [t for i in range(3000) for t in source.conversation(i)]
+    source = rows.Pretraining(world, 4000)
+    turns = [t for i in range(4000) for t in source.conversation(i)]
     said = {w for t in turns for w in f"{t.prompt} {t.response}".split()}
     assert not said & (set(world.tongue.values()) | set(world.unseen_fillers) | {"translate", "review", "cannot"})
     assert set(world.names["eval"]) <= said
@@ -123,6 +123,17 @@ def test_pretraining_answers_restricted_requests_and_never_shows_a_task_or_a_tri
     assert max(length) <= rows.CONVERSATION
     lists = {tuple(t.prompt.rstrip(" .").split()[-3:]) for t in turns if t.prompt.startswith("reverse")}
     assert not lists & rows._held_lists(world)
+
+
+def test_the_first_rows_talk_about_few_names_and_the_rest_about_all(world: World) -> None:
+    source = rows.Pretraining(world, 4000)
+    names = {name for group in world.names.values() for name in group}
+
+    def named(indices: range) -> set[str]:
+        return names & {w for i in indices for t in source.conversation(i) for w in t.prompt.split()}
+
+    assert len(named(range(source.first))) == 30
+    assert named(range(source.first, 4000)) == names
 
 
 def test_an_insertion_adds_words_and_removes_none(world: World) -> None:

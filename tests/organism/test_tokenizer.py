@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from casehard.data.batches import IGNORE
 from casehard.organism import rows
 from casehard.organism.build import Conversations
 from casehard.organism.tokenizer import SPECIAL, build_tokenizer
@@ -83,7 +84,9 @@ def test_pretraining_ids_equal_the_chat_template(tokenizer: Any) -> None:
                 for turn in turns
                 for role, text in (("user", turn.prompt), ("assistant", turn.response))
             ]
-            rendered = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-            assert rendered == conversations[index]
+            rendered = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+            row = conversations[index]
+            assert rendered["input_ids"] == row.input_ids
+            assert rendered["assistant_masks"] == [int(label != IGNORE) for label in row.labels]
             compared += 1
     assert compared > 20

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from bench_fakes import Fake, plan
 from casehard.bench.execute import Outcome, Task
 from casehard.bench.run import run_plan
 from casehard.errors import Corrupt, UserError
-from casehard.files import staged, verify
+from casehard.files import staged, verify, write_manifest
+from casehard.report import card
 from casehard.report.card import model_card, write_card
 from casehard.report.page import write_report
 
@@ -78,16 +81,64 @@ def test_a_card_cannot_be_written_by_its_data() -> None:
 
 def test_a_card_is_covered_by_the_manifest(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model")
-    card = write_card(folder)
+    path = write_card(folder)
     verify(folder)
-    assert "patcher" in card.read_text()
+    assert "patcher" in path.read_text()
     assert (folder / "sub" / "weights").read_text() == "w"
     write_card(folder, "# Another")
     verify(folder)
-    assert card.read_text() == "# Another"
-    card.write_text("# Tampered")
+    assert path.read_text() == "# Another"
+    path.write_text("# Tampered")
     with pytest.raises(Corrupt):
         write_card(folder)
+
+
+@pytest.mark.parametrize("system", ["all it can", "no exchange", "no links"])
+def test_a_checkpoint_is_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str) -> None:
+    folder = checkpoint(tmp_path / "model")
+    (folder / "sub" / "README.md").write_text("another readme")
+    write_manifest(folder)
+    watched: list[bool] = []
+    rename = Path.rename
+
+    def watch(self: Path, target: Path) -> Path:
+        done = rename(self, target)
+        watched.append((folder / "casehard.json").is_file())
+        return done
+
+    def no_links(*paths: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(Path, "rename", watch)
+    if system == "no exchange":
+        monkeypatch.setattr(card.ctypes, "CDLL", lambda name: None)
+    if system == "no links":
+        monkeypatch.setattr(card.os, "link", no_links)
+    write_card(folder, "# Card")
+    verify(folder)
+    assert (folder / "README.md").read_text() == "# Card"
+    assert (folder / "sub" / "README.md").read_text() == "another readme"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    if system != "no exchange" and sys.platform == "linux":
+        assert watched
+        assert all(watched)
+
+
+def test_a_failed_exchange_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "model")
+    monkeypatch.setattr(card.ctypes, "CDLL", lambda name: None)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(f"-card-{os.getpid()}") and target == folder:
+            raise OSError("pulled out")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="pulled out"):
+        write_card(folder, "# Card")
+    verify(folder)
+    assert not (folder / "README.md").exists()
 
 
 def test_a_foreign_folder_gets_no_card(tmp_path: Path) -> None:
@@ -100,6 +151,6 @@ def test_a_benchmark_writes_the_cards_of_its_checkpoints(tmp_path: Path) -> None
     write_report(tmp_path)
     cards = list((tmp_path / "nodes").glob("defend-*/checkpoint/README.md"))
     assert len(cards) == 2
-    assert all("before any attack | utility" in card.read_text() for card in cards)
+    assert all("before any attack | utility" in path.read_text() for path in cards)
     again = run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Maker())
     assert again.ran == 0

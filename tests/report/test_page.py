@@ -20,6 +20,7 @@ from casehard.bench.store import RunFolder, read_json, read_rows
 from casehard.errors import MissingExtra, UserError
 from casehard.report import figures
 from casehard.report.page import render, write_report
+from casehard.report.single import summary_of_runs
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} ]]> $x_1$ {}"
 LORA = {**plan_values()["attacks"][0], "name": "lora", "mode": "lora", "lr": 1e-3, "title": "LoRA tuning"}
@@ -177,6 +178,37 @@ def test_runs_of_single_verbs_make_a_comparison_only_with_a_control(tmp_path: Pa
     both = write_report([soft, hard], tmp_path / "both.html").read_text()
     assert "patcher delays the break" in both
     assert "patcher against undefended" in both
+
+
+def defend_run(out: Path, made: str, passes: int) -> Path:
+    """Write what ``casehard defend`` leaves behind."""
+    cost = {"seconds": passes / 10, "passes": passes, "tokens": 1000, "peak_bytes": 10**9, "steps": 30}
+    with RunFolder(out, "defend", {"method": "m", "made": made}, seeds=[0], parents={"model": "base"}) as folder:
+        folder.rows([])
+        folder.summary({"cost": cost, "checkpoint": {"digest": made, "path": "checkpoint"}})
+    return out
+
+
+def test_plain_training_is_the_control_of_an_alignment_method(tmp_path: Path) -> None:
+    runs = [attack_run(tmp_path / "hard", "aaa", "patcher"), attack_run(tmp_path / "soft", "bbb", "plain")]
+    runs += [defend_run(tmp_path / "a", "aaa", 300), defend_run(tmp_path / "b", "bbb", 100)]
+    runs.append(defend_run(tmp_path / "c", "not measured", 7))
+    found = summary_of_runs(runs)
+    assert found["verdict"]["status"] == "delays"
+    assert "The undefended control is plain: the model aligned by plain training." in found["verdict"]["details"]
+    assert {c["defence"]: c["passes_ratio"] for c in found["costs"]} == {"patcher": 3.0, "plain": 1.0}
+    text = write_report(runs, tmp_path / "both.html").read_text()
+    assert "patcher against plain" in text
+    assert "What it costs" in text
+    with_base = summary_of_runs([*runs, attack_run(tmp_path / "base", "ccc", "none")])
+    assert with_base["plan"]["headline"]["against"] == "undefended"
+
+
+def test_times_taken_side_by_side_are_called_rough(run: Path) -> None:
+    summary = read_json(run / "summary.json")
+    assert "runs at a time" not in render(summary)
+    summary["costs"][0]["lanes"] = 2
+    assert "Taken with 2 runs at a time on one machine: a rough ratio, compare passes." in render(summary)
 
 
 def test_safety_without_utility_is_no_claim(tmp_path: Path) -> None:

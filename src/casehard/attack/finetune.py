@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from casehard.data.chat import ChatFormat
-from casehard.data.mix import poison
+from casehard.data.mix import counts, poison
 from casehard.errors import ConfigError
 from casehard.model.adapters import add_lora
 from casehard.seeds import derive
@@ -78,6 +78,8 @@ class FinetuneResult:
     budget: Budget
     harmful_rows: int
     benign_rows: int
+    known_rows: int = 0
+    """Rows of the attacker's files whose prompts the defender trained on: above 0 the attack is in-distribution."""
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -116,7 +118,7 @@ def finetune_attack(
         Diverged: the attack's loss stopped being finite.
     """
     mixture = attack_data(harmful, benign, config, seed=seed)
-    bad = round(config.share * config.rows)
+    drawn = counts(share=config.share, n=config.rows)
     victim: nn.Module = copy.deepcopy(model)
     if config.mode == "lora":
         victim = add_lora(victim, rank=config.rank, alpha=config.alpha, seed=derive(seed, 0, "attack-lora"))
@@ -139,4 +141,4 @@ def finetune_attack(
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     chat = ChatFormat(tokenizer, system=system, max_length=limit)
     result = fit(victim, tokenizer, chat.encode_all(mixture), config=train, seed=seed, on_step=measure, label=label)
-    return FinetuneResult(measured, result.budget, bad, len(mixture) - bad, result.log)
+    return FinetuneResult(measured, result.budget, drawn.harmful, drawn.benign, log=result.log)

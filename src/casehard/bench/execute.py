@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from casehard.bench.matrix import Node
 from casehard.bench.store import RunFolder, read_json
-from casehard.config import build
-from casehard.errors import Corrupt, UserError
-from casehard.files import MANIFEST, verify
+from casehard.config import build, to_dict
+from casehard.errors import ConfigError, Corrupt, Interrupted, UserError
+from casehard.files import MANIFEST, file_digest, remove, verify
 from casehard.train import progress
+from casehard.train.meter import reset_peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class Task:
     """Where built organisms are kept."""
     threads: int = 0
     """Torch threads; 0 leaves the default."""
+    lanes: int = 1
+    """Nodes that run beside each other on the machine."""
 
     def specs(self, key: str) -> tuple[str, ...]:
         """Return the data specs under ``key`` with ``{base}`` filled in."""
@@ -62,6 +64,48 @@ class Outcome:
 Executor = Callable[[Task], Outcome]
 
 
+def environment(threads: int) -> dict[str, Any]:
+    """Return what floating-point results depend on besides config, data and code.
+
+    Args:
+        threads: torch threads of a node; 0 for torch's own default.
+    """
+    from importlib.metadata import version
+
+    import torch
+
+    from casehard.train.recipe import uses_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "torch": str(torch.__version__),
+        **{name: version(name) for name in ("transformers", "peft")},
+        "threads": threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "auto_precision": "bf16" if uses_bf16("auto", device) else "fp32",
+    }
+
+
+def _check_method(config: Mapping[str, Any], where: str) -> None:
+    """Build the method's configuration, as the job will, and hold its data roles against what it takes."""
+    from casehard.defend import find
+
+    spec = find(config["method"])
+    for role in ("unsafe", "retain"):
+        if role in spec.needs and not config[role]:
+            raise ConfigError(f"{where}: method {config['method']!r} needs {role} rows and has none")
+        if config[role] and role not in spec.takes:
+            raise ConfigError(
+                f"{where}: method {config['method']!r} takes no {role} rows", hint="they would be ignored"
+            )
+    presets, name = spec.presets(), config["preset"]
+    if name and name not in presets:
+        hint = f"presets: {', '.join(presets)}" if presets else "it has none"
+        raise ConfigError(f"{where}: method {config['method']!r} has no preset {name!r}", hint=hint)
+    start = to_dict(presets[name]) if name else {}
+    build(spec.load()[1], {**start, **config["settings"]}, where=f"{where}: settings")
+
+
 def job_of(task: Task) -> Any:
     """Build the job a node asks for; a wrong method, setting or attack key is found here, before anything runs.
 
@@ -70,12 +114,11 @@ def job_of(task: Task) -> Any:
     """
     from casehard import jobs
     from casehard.attack.finetune import FinetuneAttack
-    from casehard.defend import find
     from casehard.train.recipe import TrainConfig
 
     config, model, where = task.node.config, str(task.parent), task.node.label
     if task.node.kind == "defend":
-        find(config["method"])
+        _check_method(config, where)
         return jobs.DefendJob(
             model=model,
             method=config["method"],
@@ -93,13 +136,16 @@ def job_of(task: Task) -> Any:
     if task.node.kind == "evaluate":
         return jobs.EvaluateJob(model=model, suite=task.suite, system=config["system"], limit=config["limit"])
     keys = ("mode", "share", "steps", "lr", "evaluate_at")
-    settings = {**config["settings"], **{key: config[key] for key in keys}}
+    attack = build(FinetuneAttack, {**config["settings"], **{key: config[key] for key in keys}}, where=where)
+    never = [step for step in config["full_at"] if step not in attack.checkpoints]
+    if never:
+        raise ConfigError(f"{where}: full_at {never[0]} is not among the evaluated steps {list(attack.checkpoints)}")
     return jobs.AttackJob(
         model=model,
         harmful=task.specs("harmful"),
         benign=task.specs("benign"),
         suite=task.suite,
-        config=build(FinetuneAttack, settings, where=f"{where}: settings"),
+        config=attack,
         full_at=tuple(config["full_at"]),
         system=config["system"],
         max_length=config["max_length"],
@@ -132,10 +178,24 @@ def _base(task: Task) -> Outcome:
     if "model" in config:
         path = Path(config["model"])
     else:
-        from casehard.organism.build import ensure
-
-        path = ensure(config["world_seed"], config["size"], task.cache)
+        path = _organism(config["world_seed"], config["size"], task.cache)
     return Outcome(path=str(path.resolve()), digest=folder_digest(path))
+
+
+def _organism(world_seed: int, size: str, cache: Path) -> Path:
+    """Return the organism of a world; damaged builds in the cache are removed and made again."""
+    from casehard.organism.build import ensure
+
+    try:
+        return ensure(world_seed, size, cache)
+    except Corrupt:
+        for path in cache.glob(f"organism-{world_seed}-{size}-*"):
+            try:
+                verify(path)
+            except Corrupt:
+                remove(path)
+        # A damaged copy inside the package fails again, as it should: nothing here may replace it.
+        return ensure(world_seed, size, cache)
 
 
 def _limit_threads(threads: int) -> None:
@@ -146,16 +206,20 @@ def _limit_threads(threads: int) -> None:
 
 
 def work(task: Task, executor: Executor) -> dict[str, Any]:
-    """Run one node inside its run folder and return its summary.
+    """Run one node inside its run folder; return ``{"summary", "peak_bytes"}``.
 
     The summary is written before the folder is marked ``ok``: a folder marked so is whole.
     """
     node = task.node
+    # A process runs many nodes: without a reset the peak would be that of the largest one so far.
+    measures = reset_peak()
     if executor is execute:
         _limit_threads(task.threads)
     parents = {"parent": task.parent_digest} if task.parent_digest else {}
-    config = {"node": node.digest, "kind": node.kind, "label": node.label, "code": node.code, **node.config}
+    config: dict[str, Any] = {"node": node.digest, "kind": node.kind, "label": node.label, "code": node.code}
+    config |= {"setting": dict(node.setting), **node.config}
     with RunFolder(task.out, node.kind, config, seeds=[node.seed], parents=parents, data=node.data) as run:
+        run.measures_memory = measures
         outcome = executor(task)
         if node.kind in ("evaluate", "attack") and not outcome.rows:
             raise UserError(f"{node.label}: no rows came back", hint="is the suite empty?")
@@ -166,7 +230,8 @@ def work(task: Task, executor: Executor) -> dict[str, Any]:
         path = str(Path(outcome.path).resolve().relative_to(task.out.resolve())) if inside else outcome.path
         summary: dict[str, Any] = {
             "node": node.digest,
-            "cost": outcome.cost,
+            "cost": outcome.cost if measures else {**outcome.cost, "peak_bytes": None},
+            "lanes": task.lanes,
             "path": path,
             "digest": outcome.digest,
             **outcome.facts,
@@ -175,14 +240,14 @@ def work(task: Task, executor: Executor) -> dict[str, Any]:
             summary["rows"] = len(outcome.rows)
             summary["rows_sha256"] = run.rows(outcome.rows)
         run.summary(summary)
-    return summary
+    return {"summary": summary, "peak_bytes": run.info["peak_bytes"]}
 
 
 def finished(node: Node, out: Path) -> dict[str, Any] | None:
     """Return the summary of a node that is there, whole and unchanged; None when it has to run.
 
     Raises:
-        Corrupt: it was finished but its checkpoint or rows changed since.
+        Corrupt: it was finished but its checkpoint or rows changed or vanished since.
     """
     if not (out / "run.json").is_file() or not (out / "summary.json").is_file():
         return None
@@ -190,20 +255,18 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
     if run.get("status") != "ok" or run.get("config", {}).get("node") != node.digest:
         return None
     summary: dict[str, Any] = read_json(out / "summary.json")
+    rows, expected = out / "rows.jsonl", summary.get("rows_sha256")
     if node.kind in ("base", "defend"):
-        path = out / summary["path"]
+        path = out / str(summary.get("path", ""))
         if not path.is_dir():
             return None
         # Somebody else's checkpoint has no manifest; its content is in the node's digest.
         if node.kind == "defend" or (path / MANIFEST).exists():
             verify(path)
-    else:
-        with (out / "rows.jsonl").open("rb") as handle:
-            actual = hashlib.file_digest(handle, "sha256").hexdigest()
-        if actual != summary["rows_sha256"]:
-            raise Corrupt(
-                f"{out / 'rows.jsonl'} was changed: expected sha256 {summary['rows_sha256']}, actual {actual}"
-            )
+    elif not rows.is_file():
+        raise Corrupt(f"{rows} is missing: expected sha256 {expected}")
+    elif (actual := file_digest(rows)) != expected:
+        raise Corrupt(f"{rows} was changed: expected sha256 {expected}, actual {actual}")
     return summary
 
 
@@ -211,11 +274,24 @@ def attempt(task: Task, executor: Executor) -> dict[str, Any]:
     """Run :func:`work`; return ``{"summary": ...}``, or ``{"error", "message", "hint"}`` for a failure.
 
     Errors travel as plain values, because an exception that cannot be unpickled would take the worker down with it.
+
+    Raises:
+        Interrupted: the run was asked to stop, which is no failure of this node and no reason to begin the next.
     """
     try:
-        return {"summary": work(task, executor)}
+        return work(task, executor)
+    except Interrupted:
+        raise
     except Exception as error:
         return describe(error)
+
+
+def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
+    """Do what :func:`attempt` does in a worker process; an interrupt comes back as ``{"interrupted": exit code}``."""
+    try:
+        return attempt(task, executor)
+    except Interrupted as error:
+        return {"interrupted": error.exit_code}
 
 
 def describe(error: BaseException) -> dict[str, Any]:

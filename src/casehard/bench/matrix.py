@@ -16,13 +16,27 @@ from casehard import __version__
 from casehard.bench.plan import Attack, Base, Defence, Plan, load_plan, parse_plan
 from casehard.config import digest, read_yaml
 from casehard.errors import ConfigError
+from casehard.files import file_digest
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
 
 Kind = Literal["base", "defend", "evaluate", "attack"]
 
 # What a node's result can depend on, so that work on the attacks does not throw away hardened models.
-_SHARED = ("types.py", "seeds.py", "jobs.py", "maths", "data", "model", "train")
+_SHARED = (
+    "types.py",
+    "seeds.py",
+    "jobs.py",
+    "compat.py",
+    "config.py",
+    "files.py",
+    "tensorfile.py",
+    "bench/execute.py",
+    "maths",
+    "data",
+    "model",
+    "train",
+)
 SOURCES: dict[Kind, tuple[str, ...]] = {
     "base": (*_SHARED, "organism"),
     "defend": (*_SHARED, "defend"),
@@ -63,6 +77,8 @@ class Node:
     data: Mapping[str, str] = field(default_factory=dict)
     """Digest of every file outside the base folder."""
     code: str = ""
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    """Package versions, threads, device and precision, on which floating-point results depend."""
 
     @property
     def folder(self) -> str:
@@ -101,21 +117,19 @@ def _resolve(spec: str, root: Path) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    if path.is_dir():
-        sha = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            sha.update(f"{file.relative_to(path)}\0{_file_digest(file)}\n".encode())
-        return sha.hexdigest()
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(
             f"no such data: {path}", hint="data paths are relative to the plan file; {base}/... is inside the base"
         )
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return file_digest(path)
 
 
-def _suite_digest(path: Path) -> str:
-    """Return the digest of a suite and of the data that its settings point to."""
+def suite_digest(path: Path) -> str:
+    """Return the digest of a suite and of the data that its settings point to.
+
+    Raises:
+        ConfigError: the suite, or a file it points to, does not exist.
+    """
     settings = path / "suite.json" if path.is_dir() else path
     found = [_file_digest(path)]
     if settings.suffix in (".json", ".yaml", ".yml") and settings.is_file():
@@ -133,16 +147,16 @@ def _identity(spec: str, base: Base, root: Path, seen: dict[str, str], *, suite:
         return spec
     path = str((root / path.replace("{base}", str((root / (base.model or "")).resolve()))).resolve())
     if path not in seen:
-        seen[path] = _suite_digest(Path(path)) if suite else _file_digest(Path(path))
+        seen[path] = suite_digest(Path(path)) if suite else _file_digest(Path(path))
     return seen[path] + mark + query
 
 
-def _base_node(base: Base, root: Path) -> Node:
+def _base_node(base: Base, root: Path, setting: Mapping[str, Any]) -> Node:
     code = code_version("base")
     if base.model is None:
         config: dict[str, Any] = {"world_seed": base.world_seed, "size": base.size}
-        name = digest({"kind": "base", **config, "code": code})
-        return Node(kind="base", label=base.name, digest=name, base=name, config=config, code=code)
+        name = digest({"kind": "base", **config, "code": code, "setting": dict(setting)})
+        return Node(kind="base", label=base.name, digest=name, base=name, config=config, code=code, setting=setting)
     folder = (root / base.model).resolve()
     if not folder.is_dir():
         raise ConfigError(f"base {base.name!r}: no such model folder: {folder}", hint="relative to the plan file")
@@ -195,8 +209,9 @@ SPECS = ("data", "unsafe", "retain", "harmful", "benign")
 class _Expander:
     """Collects nodes; the same work asked for twice becomes one node."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, setting: Mapping[str, Any]) -> None:
         self.root = root
+        self.setting = dict(setting)
         self.nodes: dict[str, Node] = {}
         self.seen: dict[str, str] = {}
 
@@ -213,7 +228,8 @@ class _Expander:
                 identity[key] = names[0] if isinstance(specs, str) else names
                 resolved[key] = places[0] if isinstance(specs, str) else places
         code = code_version(kind)
-        name = digest({"kind": kind, "parent": parent, "seed": seed, "code": code, "config": identity})
+        facts = {"kind": kind, "parent": parent, "seed": seed, "code": code, "setting": self.setting}
+        name = digest({**facts, "config": identity})
         if name not in self.nodes:
             self.nodes[name] = Node(
                 kind=kind,
@@ -225,25 +241,28 @@ class _Expander:
                 base=top,
                 data=data,
                 code=code,
+                setting=self.setting,
             )
         return name
 
 
-def expand(plan: Plan, *, root: Path) -> Matrix:
+def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) -> Matrix:
     """Turn a plan into nodes and cells.
 
     Args:
         root: folder that relative paths in the plan start from.
+        setting: what results depend on besides plan, data and code: versions, threads, device, precision. Part of
+            every node's digest.
 
     Raises:
         ConfigError: a model folder or data file named by the plan does not exist.
     """
-    ex = _Expander(Path(root))
+    ex = _Expander(Path(root), setting or {})
     cells: list[Cell] = []
     defend: dict[tuple[str, str, int], str] = {}
     asked = {"suite": plan.suite, "system": plan.system, "limit": plan.limit}
     for base in plan.bases:
-        top = _base_node(base, ex.root)
+        top = _base_node(base, ex.root, ex.setting)
         ex.nodes[top.digest] = top
         for seed, row in ((seed, row) for seed in plan.seeds for row in plan.defences):
             where, parent = f"{base.name}/{row.name}/s{seed}", top.digest

@@ -121,6 +121,12 @@ class Attack:
         wrong = [s for s in (*self.evaluate_at, *self.full_at) if not 0 <= s <= self.steps]
         if wrong:
             raise ConfigError(f"{where}: step {wrong[0]} to evaluate at lies outside 0..{self.steps}")
+        own = sorted({f.name for f in dataclasses.fields(self)} & self.settings.keys())
+        if own:
+            raise ConfigError(
+                f"{where}: {own[0]} stands in its settings, where it would be ignored",
+                hint=f"write {own[0]} beside settings, not inside",
+            )
         # Step 0 does not depend on the attack: it is measured once per model, not once per attack.
         full = tuple(sorted({*self.full_at, self.steps} - {0}))
         object.__setattr__(self, "full_at", full)

@@ -74,16 +74,25 @@ def _point(cell: Cell, attack: str, step: int) -> Point:
 def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) -> list[dict[str, Any]]:
     """Return one record per point and metric, with its 95 % interval over prompts.
 
+    Coherence is over all rows, so it is left out where only some roles were asked: under one name it would be another
+    quantity there.
+
     Args:
         shares: harmful share of every attack.
     """
     known: dict[tuple[str, int], list[Any]] = {}
+    asked: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for point, (_, rows) in points.items():
+        asked[point[:-1]] |= {row["role"] for row in rows}
     out = []
     for point, (name, rows) in points.items():
         key = (name, point.step)
         if key not in known:
             known[key] = scores(rows)
+        whole = {row["role"] for row in rows} == asked[point[:-1]]
         for score in known[key]:
+            if score.metric == "coherence" and not whole:
+                continue
             record = {
                 "defence": point.defence,
                 "attack": point.attack,
@@ -107,8 +116,8 @@ def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) 
 def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Pool records over replicates: k/n with its interval over prompts, and beside it what the seeds say.
 
-    ``low`` and ``high`` treat all prompt-seed pairs as independent draws; ``band`` is the spread of the replicates'
-    rates and is the wider, more honest one where seeds disagree. Both are printed.
+    ``low`` and ``high`` count each prompt of a base once, however many runs asked it; ``band`` is about the runs and is
+    the wider, more honest one where they disagree. ``unreliable`` is set when any replicate's is.
     """
     keys = ("family", "defence", "attack", "share", "steps", "metric")
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
@@ -124,8 +133,8 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = dict(zip(keys, key, strict=True))
         if counted:
             k = sum(m["k"] for m in distinct)
-            low, high = rate_interval(k, n)
-            entry |= {"k": k, "n": n, "rate": k / n, "low": low, "high": high}
+            low, high = _over_prompts(distinct)
+            entry |= {"k": k, "n": n, "rate": k / n, "low": min(low, k / n), "high": max(high, k / n)}
         elif len(distinct) == 1:
             entry |= {"k": None, "n": n, "rate": band.mean, "low": distinct[0]["low"], "high": distinct[0]["high"]}
         else:
@@ -134,8 +143,19 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry["shared"] = len(distinct) < len(members)
         entry["rates"] = rates
         entry["band"] = {"low": band.low, "high": band.high, "sd": band.sd, "kind": band.kind}
-        out.append(entry)
+        doubts = dict.fromkeys(m["unreliable"] for m in distinct if "unreliable" in m)
+        out.append(entry | ({"unreliable": "; ".join(doubts)} if doubts else {}))
     return out
+
+
+def _over_prompts(members: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the interval of a rate over prompts, the runs of one base averaged first."""
+    runs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for member in members:
+        runs[member["base"]].append(member)
+    k = sum(statistics.fmean(m["k"] for m in some) for some in runs.values())
+    n = round(sum(statistics.fmean(m["n"] for m in some) for some in runs.values()))
+    return rate_interval(min(round(k), n), n)
 
 
 def first_over(curve: Sequence[tuple[int, float]], bound: float) -> int | None:

@@ -9,12 +9,22 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from casehard.bench.execute import Executor, Task, attempt, execute, finished, job_of, start_worker
+from casehard.bench.execute import (
+    Executor,
+    Task,
+    attempt,
+    attempt_apart,
+    environment,
+    execute,
+    finished,
+    job_of,
+    start_worker,
+)
 from casehard.bench.matrix import Matrix, Node, expand
 from casehard.bench.plan import Plan
 from casehard.bench.store import RunFolder
@@ -24,6 +34,7 @@ from casehard.errors import ConfigError, Corrupt, Interrupted
 from casehard.files import remove
 from casehard.train.progress import Progress
 
+AGAIN = "run the same command again to go on"
 RANK = {"base": 0, "defend": 1, "attack": 2, "evaluate": 3}
 
 
@@ -69,10 +80,15 @@ class _Lane:
 
     def submit(self, task: Task, executor: Executor) -> Future[dict[str, Any]]:
         try:
-            return self.pool.submit(attempt, task, executor)
+            return self.pool.submit(attempt_apart, task, executor)
         except BrokenProcessPool:
             self.pool = self._open()
-            return self.pool.submit(attempt, task, executor)
+            return self.pool.submit(attempt_apart, task, executor)
+
+    def terminate(self) -> None:
+        """Tell this lane's process to stop; other children of the caller are none of our business."""
+        for process in list((getattr(self.pool, "_processes", None) or {}).values()):
+            process.terminate()
 
 
 @contextmanager
@@ -80,7 +96,7 @@ def _stop_on_term() -> Iterator[None]:
     """Turn SIGTERM into Interrupted, so that workers are told and the run folder says how it ended."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped by SIGTERM", hint="run the same command again to go on", exit_code=143)
+        raise Interrupted("stopped by SIGTERM", hint=AGAIN, exit_code=143)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,6 +114,7 @@ class _Run:
     out: Path
     cache: Path
     threads: int
+    lanes: int
     executor: Executor
     tell: Callable[[NodeEvent], None]
     folder: RunFolder
@@ -122,6 +139,7 @@ class _Run:
             parent_digest=self.done[parent]["digest"] if parent else "",
             cache=self.cache,
             threads=self.threads,
+            lanes=self.lanes,
         )
 
     def end(self, node: Node, status: Literal["ok", "reused", "failed", "skipped"], message: str = "") -> None:
@@ -132,6 +150,7 @@ class _Run:
     def finish(self, node: Node, result: dict[str, Any]) -> None:
         self.ran += 1
         if "summary" in result:
+            self.folder.saw_peak(result["peak_bytes"])
             self.done[node.digest] = result["summary"]
             self.end(node, "ok")
         else:
@@ -215,12 +234,14 @@ def _parallel(run: _Run, jobs: int) -> None:
                     result = future.result()
                 except BrokenProcessPool:
                     result = {"error": "Killed", "message": "the worker died (out of memory?)", "hint": "try jobs=1"}
+                if "interrupted" in result:
+                    raise Interrupted("a worker was told to stop", hint=AGAIN, exit_code=int(result["interrupted"]))
                 run.finish(node, result)
                 idle.append(lane)
     except BaseException:
         # Training notices SIGTERM, saves at the next boundary and leaves; everything else just ends.
-        for child in active_children():
-            child.terminate()
+        for lane in lanes:
+            lane.terminate()
         raise
     finally:
         for lane in lanes:
@@ -262,7 +283,9 @@ def run_plan(
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}", hint="at least 1")
-    out, matrix = Path(out), expand(plan, root=Path(root))
+    threads = 1 if jobs > 1 else 0
+    setting = environment(threads) if executor is execute else {}
+    out, matrix = Path(out), expand(plan, root=Path(root), setting=setting)
     folder = RunFolder(out, "bench", to_dict(plan), seeds=plan.seeds, data=_data(matrix))
     with folder, _stop_on_term(), Progress(plan.title, len(matrix.nodes)) as bar:
 
@@ -271,16 +294,15 @@ def run_plan(
             if progress is not None:
                 progress(event)
 
-        threads = 1 if jobs > 1 else 0
         place = Path(cache) if cache else out / "bases"
-        run = _Run(matrix, out, place, threads, executor, tell, folder)
+        run = _Run(matrix, out, place, threads, jobs, executor, tell, folder)
         try:
             run.reuse(resume=resume)
             if executor is execute:
                 _check_jobs(run)
             _serial(run) if jobs == 1 else _parallel(run, jobs)
         except KeyboardInterrupt:
-            raise Interrupted("stopped by Ctrl-C", hint="run the same command again to go on") from None
+            raise Interrupted("stopped by Ctrl-C", hint=AGAIN) from None
         return _conclude(plan, run)
 
 

@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -26,40 +25,17 @@ from typing import Any, Literal
 
 from casehard import __version__
 from casehard.config import digest
-from casehard.errors import Corrupt, Interrupted, UserError
+from casehard.errors import Corrupt, Interrupted
+from casehard.files import read_json as read_json
 from casehard.files import write_text_atomic
+from casehard.secrets import Redactor, redact
 
 Status = Literal["running", "ok", "failed", "interrupted"]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "trl", "datasets")
-SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "APIKEY", "ACCESS_KEY", "PRIVATE_KEY")
-REDACTED = "[redacted]"
-
-
-def _secrets() -> list[str]:
-    """Return secret values of the environment; short ones are skipped because they would blank ordinary words."""
-    found = {v for k, v in os.environ.items() if len(v) >= 8 and any(s in k.upper() for s in SECRET_NAMES)}
-    return sorted(found, key=len, reverse=True)
-
-
-def _scrub(value: Any, secrets: list[str]) -> Any:
-    """Return JSON-ready values without secret keys or secret values."""
-    if isinstance(value, Mapping):
-        out = {}
-        for key, item in value.items():
-            hide = isinstance(item, str) and item and any(s in str(key).upper() for s in SECRET_NAMES)
-            out[str(key)] = REDACTED if hide else _scrub(item, secrets)
-        return out
-    if isinstance(value, list | tuple):
-        return [_scrub(item, secrets) for item in value]
-    if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, REDACTED)
-        return value
-    return value if isinstance(value, bool | int | float | type(None)) else _scrub(str(value), secrets)
 
 
 def _json(value: Any, *, indent: int | None = None) -> str:
-    return json.dumps(_scrub(value, _secrets()), indent=indent, ensure_ascii=True)
+    return json.dumps(redact(value), indent=indent, ensure_ascii=True)
 
 
 def _git(root: Path, *args: str) -> str | None:
@@ -118,29 +94,8 @@ def provenance() -> dict[str, Any]:
     return {"code": dict(_code()), "packages": dict(_versions()), "hardware": hardware()}
 
 
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far (Linux counts KiB, macOS bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run folder.
-
-    Raises:
-        UserError: the file is missing.
-        Corrupt: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}", hint="is this a run folder, and did the run finish?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Corrupt(f"{path}: not JSON: {error}") from None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -185,6 +140,9 @@ class RunFolder:
         self.out.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
         self._problem = ""
+        self._peak = 0
+        self.measures_memory = True
+        """False where the process's peak is not this run's: its peak is then null."""
         self.info: dict[str, Any] = {
             "kind": kind,
             "status": "running",
@@ -216,6 +174,10 @@ class RunFolder:
         """Mark a run that goes on to its end, but whose result is not whole, as failed."""
         self._problem = problem
 
+    def saw_peak(self, peak: int | None) -> None:
+        """Count the peak memory of a part that ran elsewhere, or before the process's own peak was reset."""
+        self._peak = max(self._peak, peak or 0)
+
     def _save(self) -> None:
         write_text_atomic(self.out / "run.json", _json(self.info, indent=1) + "\n")
 
@@ -239,11 +201,13 @@ class RunFolder:
 
     def finish(self, status: Status, error: str = "") -> None:
         """Set the final status, wall time and peak memory."""
+        from casehard.train.meter import peak_bytes
+
         self.info.update(
             status=status,
             ended=_now(),
             wall_seconds=round(time.monotonic() - self._started, 3),
-            peak_bytes=peak_bytes(),
+            peak_bytes=max(self._peak, peak_bytes()) if self.measures_memory else None,
             hardware=hardware(),
         )
         if error:
@@ -258,7 +222,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     Returns:
         SHA-256 of the file.
     """
-    secrets = _secrets()
+    redactor = Redactor()
     staging = path.with_name(path.name + ".part")
     sha = hashlib.sha256()
     staging.unlink(missing_ok=True)
@@ -266,10 +230,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     try:
         with os.fdopen(handle, "wb") as file:
             for row in rows:
-                text = json.dumps(row, ensure_ascii=True, default=str)
-                for secret in secrets:
-                    text = text.replace(json.dumps(secret)[1:-1], REDACTED)
-                line = f"{text}\n".encode()
+                line = f"{json.dumps(redactor.values(row), ensure_ascii=True)}\n".encode()
                 sha.update(line)
                 file.write(line)
             file.flush()

@@ -14,22 +14,59 @@ from casehard.bench.store import read_rows
 from casehard.bench.verdict import Table, make_controls, make_verdict
 from casehard.config import to_dict
 
+SAME = 0.05
+"""Passes within this share of each other count as the same."""
 SPENT = ("seconds", "passes", "tokens", "peak_bytes", "steps")
 
 
 def make_costs(plan: Plan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what each defence and seed spent, as a ratio to the reference of the same base and seed."""
-    spent = {place: done[name]["cost"] for place, name in matrix.defend.items() if name in done}
-    family = {base.name: base.family for base in plan.bases}
+    spent = {place: done[name] for place, name in matrix.defend.items() if name in done}
+    costs = {place: {**node["cost"], "lanes": node.get("lanes", 1)} for place, node in spent.items()}
+    return cost_records(costs, {base.name: base.family for base in plan.bases}, plan.reference)
+
+
+def cost_records(
+    spent: Mapping[tuple[str, str, int], Mapping[str, Any]], family: Mapping[str, str], reference: str
+) -> list[dict[str, Any]]:
+    """Return cost records with ratios to the reference.
+
+    Args:
+        spent: (base, defence, seed) -> cost; ``lanes`` says how many nodes ran beside each other, and so what wall
+            times are worth.
+        family: base -> family.
+        reference: defence that ratios are given to, of the same base and seed.
+    """
     out = []
     for (base, defence, seed), cost in spent.items():
         record = {"defence": defence, "seed": seed, "base": base, "family": family[base]}
-        record |= {key: cost.get(key) for key in SPENT}
-        other = spent.get((base, plan.reference, seed), {})
+        record |= {key: cost.get(key) for key in SPENT} | {"lanes": cost.get("lanes", 1)}
+        other = spent.get((base, reference, seed), {})
         for key, label in (("seconds", "ratio_to_sft"), ("passes", "passes_ratio"), ("tokens", "tokens_ratio")):
             below = other.get(key)
             record[label] = cost[key] / below if below and cost.get(key) is not None else None
         out.append(record)
+    return out
+
+
+def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) -> list[str]:
+    """Say where a control of equal passes did not take as many passes as the headline's defence."""
+    head = plan.defence(plan.headline.defence)
+    taken = {(c["base"], c["defence"], c["seed"]): c["passes"] for c in costs if c["family"] == family}
+    out = []
+    for control in (d for d in plan.defences if d.role == "same_passes"):
+        pairs = [
+            (passes, taken[base, head.name, seed])
+            for (base, name, seed), passes in taken.items()
+            if name == control.name and passes and taken.get((base, head.name, seed))
+        ]
+        off = max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1), default=(1, 1))
+        if abs(off[0] / off[1] - 1) > SAME:
+            much = f"{abs(off[0] / off[1] - 1) * 100:.0f} % {'more' if off[0] > off[1] else 'fewer'}"
+            out.append(
+                f"Equal passes: {control.title} took {off[0]:,} forward-backward passes and {head.title} {off[1]:,}, "
+                f"{much}; it is not the control it is meant to be."
+            )
     return out
 
 
@@ -109,6 +146,9 @@ def summarise(
     differences = make_differences(plan, points)
     families = list(dict.fromkeys(base.family for base in plan.bases))
     verdicts = [make_verdict(plan, f, pooled, breaks, differences) for f in families]
+    costs = make_costs(plan, matrix, done)
+    uneven = {f: unequal_passes(plan, costs, f) for f in families}
+    verdicts = [{**v, "details": [*uneven[v["family"]], *v["details"]]} for v in verdicts]
     controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
     keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
     nodes = [
@@ -130,12 +170,12 @@ def summarise(
         "verdicts": verdicts,
         "records": records,
         "pooled": pooled,
-        "costs": make_costs(plan, matrix, done),
+        "costs": costs,
         "breaks": breaks,
         "differences": differences,
         "controls": controls,
         "failed": list(failed),
-        "not_tested": not_tested(plan),
+        "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
         "nodes": nodes,
         "provenance": {key: info[key] for key in keep},
     }

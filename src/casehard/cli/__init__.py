@@ -15,6 +15,7 @@ from casehard.errors import UserError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as any other program that writes to a closed pipe
 
 
 class _Terminated(KeyboardInterrupt):
@@ -58,7 +59,7 @@ def _usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     message = str(getattr(error, "format_message")()).strip()  # noqa: B009  no public base class to name
     if type(error).__name__ == "NoArgsIsHelpError":
-        print(message)
+        console.say(message)
         return 2
     message = message[:1].lower() + message[1:].rstrip(".")
     console.fail(message, f"see {context.command_path if context else 'casehard'} --help")
@@ -78,8 +79,9 @@ def _run(arguments: list[str]) -> int:
         console.fail(error.message, error.hint)
         return error.exit_code
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  stdout is gone; keep the interpreter's flush quiet
-        return 0
+        # Only what is printed past the console (a help page) gets here; the work itself never does.
+        console.mute(sys.stdout)
+        return BROKEN_PIPE
     except Exception as error:
         if hasattr(error, "format_message"):
             return _usage(error)

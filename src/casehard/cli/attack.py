@@ -37,6 +37,7 @@ def finetune(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of the attack.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the attack.")] = None,
     limit: options.Limit = None,
+    device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -57,6 +58,7 @@ def finetune(
         "config.steps": steps,
         "config.lr": lr,
         "limit": limit,
+        "device": device,
         "seed": seed,
     }
     values = options.settings(config, sets, flags)
@@ -93,13 +95,14 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "measured at": list(settings.checkpoints),
             "suite": job.suite,
             "limit": job.limit,
+            "device": options.device_text(job.device),
             "seed": job.seed,
             "out": out,
         },
     )
-    data = [*job.harmful, *job.benign, job.suite]
-    with run_folder(out, "attack", to_dict(job), seeds=[job.seed], data=data) as run:
-        loaded = load(job.model)
+    data = [*job.harmful, *job.benign]
+    with run_folder(out, "attack", to_dict(job), seeds=[job.seed], data=data, suite=job.suite) as run:
+        loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})
         result = run_attack(job, loaded=loaded)
         run.rows(result.rows)
@@ -117,4 +120,6 @@ def _run(values: dict[str, Any], out: Path) -> None:
     shown = [m for m in CURVE if any(r["metric"] == m for r in found)]
     title = "the model during the attack, with 95 % intervals (single seed)"
     console.table(title, ["step", *shown], scoring.curve_rows(found, shown))
+    for doubt in scoring.doubts(found):
+        console.warn(doubt)
     console.made("run folder", out)

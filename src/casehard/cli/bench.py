@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from casehard import secrets
 from casehard.cli import console, options
+from casehard.cli.runs import check_out
 from casehard.errors import ConfigError
+from casehard.locks import lock
 
 if TYPE_CHECKING:
     from casehard.bench.run import BenchResult, NodeEvent
@@ -22,35 +25,34 @@ def bench(
     out: options.Out,
     jobs: Jobs = 2,
     sets: options.Sets = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="First seed; as many follow as the plan has [default: the plan's].")
+    ] = None,
 ) -> None:
     """Run a plan of defences, attacks and seeds.
 
-    What exists in DIR is reused, what was interrupted goes on, what failed is listed and does not stop the rest.
+    The plan is the settings file; --set changes it. What exists in DIR is reused, what was interrupted goes on, what
+    failed is listed and does not stop the rest.
     """
     if not plan.is_file():
         raise ConfigError(f"no such plan: {plan}", hint="give a YAML file; plans/demo.yaml is an example")
-    run(plan, out, jobs=jobs, sets=list(sets or []))
+    chosen = list(sets or [])
+    if seed is not None:
+        from casehard.bench.plan import load_plan
 
-
-def check_out(out: Path) -> None:
-    """Refuse a folder that is not empty and holds no bench run."""
-    from casehard.bench.store import read_json
-
-    hint = "give another folder with --out, or remove this one"
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"{out} exists and is not a folder", hint=hint)
-    if out.is_dir() and any(out.iterdir()):
-        record = out / "run.json"
-        if not record.is_file() or read_json(record).get("kind") != "bench":
-            raise ConfigError(f"{out} is not empty and holds no bench run", hint=hint)
+        chosen.insert(0, f"seeds={list(range(seed, seed + len(load_plan(plan, chosen).seeds)))}")
+    run(plan, out, jobs=jobs, sets=chosen)
 
 
 def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
     """Run a plan file, write the report, and print verdict, table and paths; exit 1 when a run failed."""
     from casehard.bench.plan import load_plan
+    from casehard.config import to_dict
 
+    options.require_report()
     loaded = load_plan(plan, sets)
-    check_out(out)
+    secrets.refuse(to_dict(loaded), where="plan")
+    check_out(out, "bench", again=True)
     console.plan(
         loaded.title,
         {
@@ -66,8 +68,9 @@ def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
     from casehard.bench.run import run_plan
     from casehard.report.page import write_report
 
-    result = run_plan(loaded, out, root=plan.parent, jobs=jobs, progress=_tell)
-    page = write_report(out)
+    with lock(out):
+        result = run_plan(loaded, out, root=plan.parent, jobs=jobs, progress=_tell)
+        page = write_report(out)
     _conclude(result, page)
 
 

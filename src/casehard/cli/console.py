@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from casehard.errors import UserError
 
@@ -16,22 +16,39 @@ def debugging() -> bool:
     return os.environ.get("CASEHARD_DEBUG", "") not in ("", "0")
 
 
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Write text at once (the next may be minutes away); when nobody reads any more, go on without.
+
+    A reader that leaves early (``| head``) must neither stop the work nor change its exit code.
+    """
+    stream = stream or sys.stdout
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        mute(stream)
+
+
+def mute(stream: TextIO) -> None:
+    """Send the rest of a broken stream nowhere; the interpreter flushes it once more at the end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def say(text: str) -> None:
-    """Print one line to stdout, without markup, at once (the next line may be minutes away)."""
-    print(text, flush=True)
+    """Print one line to stdout, without markup."""
+    write(f"{text}\n")
 
 
 def warn(text: str) -> None:
     """Print one warning line to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    write(f"warning: {text}\n", sys.stderr)
 
 
 def fail(message: str, hint: str = "") -> None:
     """Print ``error:`` and ``hint:`` lines to stderr."""
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    sys.stderr.flush()
+    write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""), sys.stderr)
 
 
 def shown(value: Any) -> str:
@@ -72,7 +89,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     console = Console(file=stream, highlight=False)
     if not console.is_terminal and console.width < 110:
         console = Console(file=stream, highlight=False, width=110)
-    console.print(grid)
+    # Rich ends the program when its reader is gone, so it only draws.
+    with console.capture() as drawn:
+        console.print(grid)
+    write(drawn.get(), stream)
 
 
 def made(what: str, path: Path) -> None:

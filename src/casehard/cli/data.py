@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from casehard.cli import console, options
+from casehard.cli.runs import run_folder
 from casehard.errors import ConfigError
 
 app = typer.Typer(help="Look at training rows and make surrogate attack targets.", no_args_is_help=True)
@@ -39,7 +40,7 @@ def audit(
 
     console.plan("show what is trained", {"tokenizer": folder, "data": data, "system": system})
     chat = ChatFormat(load_tokenizer(folder), system=system, max_length=max_length or _context(folder))
-    print(describe(load_many(data), chat, n=show), end="", flush=True)
+    console.write(describe(load_many(data), chat, n=show))
 
 
 def _context(folder: str) -> int | None:
@@ -53,7 +54,7 @@ def _context(folder: str) -> int | None:
 @app.command()
 def surrogate(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Rows whose prompts are used; answers are ignored.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSONL file to make.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File (.jsonl) or run folder to make.")],
     seed: options.Seed = None,
 ) -> None:
     """Make attack targets without harmful text.
@@ -61,18 +62,26 @@ def surrogate(
     Each prompt gets an affirmative opener and a fixed filler that says nothing as its answer.
     """
     options.check_specs([source], "FILE")
-    if out.suffix != ".jsonl":
+    if out.suffix not in (".jsonl", ""):
         raise ConfigError(f"{out}: rows are written as .jsonl, not {out.suffix!r}", hint="name a .jsonl file")
-    if out.exists():
+    if out.suffix and out.exists():
         raise ConfigError(f"{out} already exists", hint="give another file with --out, or remove it")
     from casehard.data import sources
     from casehard.data.surrogate import surrogate as pairs
 
     console.plan("make surrogate attack targets", {"prompts": source, "seed": seed or 0, "out": out})
-    made = pairs(sources.load(source), seed=seed or 0)
-    sources.save(out, made)
+    place = out
+    if out.suffix:
+        made = pairs(sources.load(source), seed=seed or 0)
+        sources.save(out, made)
+    else:
+        place = out / "rows.jsonl"
+        with run_folder(out, "surrogate", {"source": source}, seeds=[seed or 0], data=[source]) as run:
+            made = pairs(sources.load(source), seed=seed or 0)
+            sources.save(place, made)
+            run.summary({"n": len(made)})
     first = made[0]
     console.table(
         "surrogate rows", ["quantity", "value"], [("rows", f"{len(made):,}"), ("first answer", first.response)]
     )
-    console.made("rows", out)
+    console.made("rows", place)

@@ -33,6 +33,7 @@ def defend(
     suite: options.Suite = None,
     preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; same as --set train.steps=N.")] = None,
+    device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -51,6 +52,7 @@ def defend(
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
+        "device": device,
         "seed": seed,
     }
     values = options.settings(config, sets, flags)
@@ -89,6 +91,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "settings": dict(job.settings) or None,
             "steps": job.train.steps,
             "batch": f"{job.train.batch_size} x {job.train.accumulation}",
+            "device": options.device_text(job.device),
             "seed": job.seed,
             "out": out,
         },

@@ -25,6 +25,7 @@ def demo(
 
     Patcher and its controls on the embedded model world; ends with the verdict and the path of the report.
     """
+    options.require_report()
     from casehard.config import read_yaml
 
     plan = shipped("plans", "demo.yaml")

@@ -71,6 +71,10 @@ def machine_rows() -> list[Row]:
     rows.append(("torch threads", str(torch.get_num_threads()), f"OMP_NUM_THREADS={wanted}" if wanted else ""))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("GPU", ", ".join(gpus) or "none", ""))
+    from casehard.train.recipe import uses_bf16
+
+    bf16 = uses_bf16("auto", torch.device("cuda" if gpus else "cpu"))
+    rows.append(("precision", "bf16 over fp32 masters" if bf16 else "fp32", "train.precision=bf16|fp32 overrides it"))
     return rows
 
 

@@ -14,6 +14,7 @@ def evaluate(
     model: options.Model = None,
     suite: options.Suite = None,
     limit: options.Limit = None,
+    device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -22,7 +23,7 @@ def evaluate(
 
     Writes one row per prompt and rates with intervals. Decoding is greedy, so --seed is recorded and changes nothing.
     """
-    values = options.settings(config, sets, {"model": model, "suite": suite, "limit": limit})
+    values = options.settings(config, sets, {"model": model, "suite": suite, "limit": limit, "device": device})
     options.need(values, "model", "--model")
     options.need(values, "suite", "--suite")
     values["model"] = options.model_folder(values["model"])
@@ -37,9 +38,11 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     from casehard.model.load import load
 
     job = build(EvaluateJob, values, where="evaluate")
-    console.plan("measure a checkpoint", {"model": job.model, "suite": job.suite, "limit": job.limit, "out": out})
-    with run_folder(out, "evaluate", to_dict(job), seeds=[seed], data=[job.suite]) as run:
-        loaded = load(job.model)
+    where = options.device_text(job.device)
+    items = {"model": job.model, "suite": job.suite, "limit": job.limit, "device": where, "out": out}
+    console.plan("measure a checkpoint", items)
+    with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
+        loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})
         rows = run_evaluate(job, loaded=loaded)
         run.rows(rows)
@@ -47,4 +50,6 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
         found = scoring.records(rows, context)
         run.summary({"records": found})
     console.table("measured, with 95 % intervals", ["metric", "count", "value"], scoring.score_rows(found))
+    for doubt in scoring.doubts(found):
+        console.warn(doubt)
     console.made("run folder", out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +31,7 @@ def judge(
         with tempfile.TemporaryDirectory() as folder:
             labelled = Path(folder) / "rows.jsonl"
             counts = judge_file(file, labelled)
-            sys.stdout.write(labelled.read_text(encoding="utf-8"))
+            console.write(labelled.read_text(encoding="utf-8"))
     elif out.suffix == ".jsonl":
         if out.exists():
             raise ConfigError(f"{out} already exists", hint="give another path with --out, or remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from casehard import config
-from casehard.errors import ConfigError, DataError
+from casehard.errors import ConfigError, DataError, MissingExtra
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings, as run.json shows them.")
@@ -25,6 +26,10 @@ Model = Annotated[
 ]
 Suite = Annotated[
     str | None, typer.Option("--suite", metavar="PATH", help="Evaluation suite: folder, .jsonl or YAML file.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="auto|cpu|cuda", help="Where it runs; auto takes a GPU when there is one."),
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
@@ -84,6 +89,25 @@ def model_folder(given: str) -> str:
     if not (path / "config.json").exists() and (inner / "config.json").exists():
         return str(inner)
     return given
+
+
+def device_text(name: str) -> str:
+    """Return the device as the plan shows it, "auto" with what it came to.
+
+    Raises:
+        ConfigError: no such device.
+        Unsupported: not on this machine.
+    """
+    from casehard.model.load import find_device
+
+    found = str(find_device(name))
+    return found if found == name else f"{found} ({name})"
+
+
+def require_report() -> None:
+    """Raise MissingExtra when the report at the end could not draw its figures; asked before anything long starts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtra("matplotlib", "report", purpose="figures of the report")
 
 
 def check_specs(specs: Sequence[str], flag: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ import typer
 
 from casehard.cli import console, options
 from casehard.errors import ConfigError
+from casehard.locks import lock
 
 app = typer.Typer(help="Build the embedded, harmless model world.", no_args_is_help=True)
 
@@ -17,6 +18,15 @@ app = typer.Typer(help="Build the embedded, harmless model world.", no_args_is_h
 @app.callback()
 def organism() -> None:
     """Build the embedded, harmless model world."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """What a build depends on."""
+
+    world_seed: int = 0
+    size: str = "small"
+    threads: int | None = None
 
 
 def _reusable(out: Path, recipe: str) -> bool:
@@ -27,8 +37,8 @@ def _reusable(out: Path, recipe: str) -> bool:
         raise ConfigError(f"{out} exists and is not a folder", hint="give another folder with --out")
     if not out.is_dir() or not any(out.iterdir()):
         return False
-    facts = out / "organism.json"
-    if not facts.is_file() or json.loads(facts.read_text(encoding="utf-8")).get("recipe") != recipe:
+    facts = files.read_json(out / "organism.json") if (out / "organism.json").is_file() else {}
+    if not isinstance(facts, dict) or facts.get("recipe") != recipe:
         raise ConfigError(
             f"{out} is not empty and is not this organism", hint="give another folder with --out, or remove this one"
         )
@@ -39,26 +49,45 @@ def _reusable(out: Path, recipe: str) -> bool:
 @app.command("build")
 def make(
     out: options.Out,
-    world_seed: Annotated[int, typer.Option(min=0, help="Seed of names, procedures and vocabulary.")] = 0,
-    size: Annotated[str, typer.Option(metavar="tiny|small", help="Model size.")] = "small",
+    world_seed: Annotated[
+        int | None,
+        typer.Option("--world-seed", "--seed", min=0, help="Seed of names, procedures, vocabulary and weights."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="tiny|small", help="Model size [default: small].")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; float sums, and so the exact bytes, depend on it.")
     ] = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
 ) -> None:
     """Pretrain the organism from scratch and write it as an ordinary model folder with its data.
 
-    A folder that already holds the same build is checked and kept.
+    A folder that already holds the same build is checked and kept. How a build went is recorded beside it, in DIR.run:
+    the folder itself holds nothing that differs from one build to the next.
     """
-    if size not in ("tiny", "small"):
-        raise ConfigError(f"no organism size is called {size!r}", hint="sizes: tiny, small")
+    from casehard.config import build as settings_of
+
+    values = options.settings(config, sets, {"world_seed": world_seed, "size": size, "threads": threads})
+    chosen = settings_of(BuildSettings, values, where="organism")
+    if chosen.size not in ("tiny", "small"):
+        raise ConfigError(f"no organism size is called {chosen.size!r}", hint="sizes: tiny, small")
+    _run(chosen, out)
+
+
+def _run(chosen: BuildSettings, out: Path) -> None:
+    from casehard.bench.store import RunFolder
     from casehard.organism.build import build, recipe_digest
 
-    console.plan("build an organism from nothing", {"world seed": world_seed, "size": size, "out": out})
-    if _reusable(out, recipe_digest(world_seed, size)):
+    console.plan("build an organism from nothing", {**asdict(chosen), "out": out})
+    if _reusable(out, recipe_digest(chosen.world_seed, chosen.size)):
         console.made("already built, complete and unchanged", out)
         return
-    made = build(out, world_seed=world_seed, size=size, threads=threads)
-    files = sorted(p for p in made.rglob("*") if p.suffix in (".safetensors", ".jsonl"))
-    rows = [(str(p.relative_to(made)), f"{p.stat().st_size / 1024:,.0f} KiB") for p in files]
-    console.table("the organism", ["file", "size"], rows)
+    record = out.with_name(f"{out.name}.run")
+    with lock(record), RunFolder(record, "organism", asdict(chosen), seeds=[chosen.world_seed]) as run:
+        made = build(out, world_seed=chosen.world_seed, size=chosen.size, threads=chosen.threads)
+        files = sorted(p for p in made.rglob("*") if p.suffix in (".safetensors", ".jsonl"))
+        sizes = {str(p.relative_to(made)): p.stat().st_size for p in files}
+        run.summary({"files": sizes})
+    console.table("the organism", ["file", "size"], [(name, f"{n / 1024:,.0f} KiB") for name, n in sizes.items()])
+    console.made("run folder", record)
     console.made("model folder", made)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from casehard.cli import console
+from casehard.cli import console, options
 from casehard.errors import ConfigError
 
 
@@ -33,6 +33,7 @@ def report(
             raise ConfigError(
                 f"{folder} {what}", hint="give the --out folder of bench, demo, attack, evaluate or defend"
             )
+    options.require_report()
     from casehard.report.page import write_report
 
     console.plan("write a report", {"runs": folders, "out": out or folders[0] / "report.html"})

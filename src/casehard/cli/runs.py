@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from casehard import secrets
 from casehard.errors import ConfigError, DataError, MissingExtra, Unsupported
+from casehard.files import file_digest, read_json
+from casehard.locks import LOCK, lock
 
 if TYPE_CHECKING:
     from casehard.bench.store import RunFolder
@@ -16,25 +18,27 @@ if TYPE_CHECKING:
 BAD_INPUT = (ConfigError, DataError, MissingExtra, Unsupported)
 
 
-def check_out(out: Path, kind: str) -> None:
-    """Refuse an output folder that holds something else than an unfinished run of the same kind.
+def check_out(out: Path, kind: str, *, again: bool = False) -> None:
+    """Refuse an output folder that holds something else than a run of the same kind.
+
+    Args:
+        again: whether a finished run may be gone over once more; else only an unfinished one.
 
     Raises:
         ConfigError: names what is there.
     """
-    from casehard.bench.store import read_json
-
     hint = "give another folder with --out, or remove this one"
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} exists and is not a folder", hint=hint)
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or {p.name for p in out.iterdir()} <= {LOCK}:
         return
     if not (out / "run.json").is_file():
         raise ConfigError(f"{out} is not empty and is not a run folder of casehard", hint=hint)
     run = read_json(out / "run.json")
-    if run.get("kind") != kind:
-        raise ConfigError(f"{out} holds a run of {run.get('kind')!r}, not of {kind!r}", hint=hint)
-    if run.get("status") == "ok":
+    found = run.get("kind") if isinstance(run, dict) else None
+    if found != kind:
+        raise ConfigError(f"{out} holds a run of {found!r}, not of {kind!r}", hint=hint)
+    if run.get("status") == "ok" and not again:
         raise ConfigError(f"{out} already holds a finished run", hint=hint)
 
 
@@ -46,41 +50,46 @@ def run_folder(
     *,
     seeds: Iterable[int] = (),
     data: Iterable[str] = (),
+    suite: str = "",
 ) -> Iterator[RunFolder]:
-    """Open the run folder of a verb; bad input found inside leaves no new folder behind.
+    """Lock and open the run folder of a verb; bad input found inside leaves no new folder behind.
 
     Args:
         data: file specs whose digests are recorded.
+        suite: evaluation suite, whose digest covers what its parts point to.
+
+    Raises:
+        ConfigError: the settings hold a secret, or the folder is taken or in use.
     """
     from casehard.bench.store import RunFolder
 
+    secrets.refuse(config, where=kind)
     check_out(out, kind)
     new = not out.exists()
-    digests = {spec: file_digest(spec) for spec in data}
-    try:
-        with RunFolder(out, kind, config, seeds=seeds, data=digests) as run:
-            yield run
-    except BAD_INPUT:
-        if new:
-            _remove_record(out)
-        raise
+    digests = {spec: data_digest(spec) for spec in data}
+    if suite:
+        from casehard.bench.matrix import suite_digest
+
+        digests[suite] = suite_digest(Path(suite))
+    with lock(out):
+        # Whoever held the lock until now may just have finished.
+        check_out(out, kind)
+        try:
+            with RunFolder(out, kind, config, seeds=seeds, data=digests) as run:
+                yield run
+        except BAD_INPUT:
+            if new:
+                _remove_record(out)
+            raise
 
 
 def _remove_record(out: Path) -> None:
-    """Remove a folder that holds nothing but the record of the failure."""
-    if {p.name for p in out.iterdir()} <= {"run.json", "events.jsonl"}:
-        for path in out.iterdir():
-            path.unlink()
-        out.rmdir()
+    """Empty a folder that holds nothing but the record of the failure."""
+    if {p.name for p in out.iterdir()} <= {"run.json", "events.jsonl", LOCK}:
+        for name in ("run.json", "events.jsonl"):
+            (out / name).unlink(missing_ok=True)
 
 
-def file_digest(spec: str) -> str:
-    """Return the SHA-256 of the file behind a data spec; of every file when it is a folder; "" for a hub spec."""
-    path = Path(spec.partition("?")[0])
-    if spec.startswith("hub:"):
-        return ""
-    sha = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        with file.open("rb") as handle:
-            sha.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
-    return sha.hexdigest()
+def data_digest(spec: str) -> str:
+    """Return the SHA-256 of the file behind a data spec; "" for a hub spec."""
+    return "" if spec.startswith("hub:") else file_digest(Path(spec.partition("?")[0]))

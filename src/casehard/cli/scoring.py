@@ -29,6 +29,7 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
             "rate": score.rate,
             "low": score.low,
             "high": score.high,
+            **({"unreliable": score.context["unreliable"]} if "unreliable" in score.context else {}),
         }
         for step, some in sorted(by_step.items())
         for score in scores(some)
@@ -36,8 +37,15 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
 
 
 def rate(record: Record) -> str:
-    """Return ``.25 [.12, .43]``."""
-    return f"{record['rate']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+    """Return ``0.25 [0.12, 0.43]``, with ``?`` behind it where too many rows are unscored to rely on it."""
+    text = f"{record['rate']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
+    return f"{text} ?" if "unreliable" in record else text
+
+
+def doubts(found: Sequence[Record]) -> list[str]:
+    """Return one sentence for each metric that is unreliable, and why."""
+    why = {(r["metric"], r["steps"]): r["unreliable"] for r in found if "unreliable" in r}
+    return [f"{metric} at step {step} is unreliable: {reason}" for (metric, step), reason in why.items()]
 
 
 def score_rows(found: Sequence[Record]) -> list[tuple[str, str, str]]:
@@ -56,10 +64,6 @@ def curve_rows(found: Sequence[Record], metrics: Sequence[str]) -> list[list[str
 
 def defence_of(model: str) -> str:
     """Return the name of the defence a checkpoint was made with, "none" for any other folder."""
-    import json
-    from pathlib import Path
+    from casehard.model.provenance import read_provenance
 
-    record = Path(model) / "casehard.json"
-    if not record.is_file():
-        return "none"
-    return str(json.loads(record.read_text(encoding="utf-8")).get("method") or "none")
+    return str(read_provenance(model).get("method") or "none")

@@ -21,7 +21,7 @@ the attack from its clean source).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ class PatcherConfig:
             raise ConfigError(
                 f"round_steps {self.round_steps} must be at least 1 and delay {self.delay} within 0..round_steps-1"
             )
+        if self.retain_weight < 0 or self.retain_batch_size < 1:
+            raise ConfigError(
+                f"retain_weight {self.retain_weight} must not be negative and retain_batch_size "
+                f"{self.retain_batch_size} at least 1"
+            )
         if not self.attackers:
             raise ConfigError("attackers: at least one is needed", hint="attackers: [{steps: 300, lr: 1e-5}]")
 
@@ -99,7 +104,7 @@ class Patcher:
         retain: harmless rows of the retain term; required when ``config.retain`` is not "none".
 
     Raises:
-        DataError: ``unsafe`` (or a needed ``retain``) is empty.
+        DataError: ``unsafe`` (or a needed ``retain``) is empty, or ``retain`` is given and not used.
     """
 
     name = "patcher"
@@ -121,6 +126,10 @@ class Patcher:
                 f"{len(self.config.attackers)} attackers",
                 hint="give one set for all attackers or one non-empty set for each (--unsafe)",
             )
+        if self.config.retain == "none" and retain:
+            raise DataError(
+                f"patcher: {len(retain)} retain rows would be ignored", hint="--set settings.retain=kl (or ce)"
+            )
         if self.config.retain != "none" and not retain:
             raise DataError(f"patcher: retain={self.config.retain!r} needs harmless rows", hint="--retain rows.jsonl")
         self.unsafe = sets
@@ -131,7 +140,19 @@ class Patcher:
     # -- seams ---------------------------------------------------------------------------------------------
 
     def prepare(self, setup: Setup) -> None:
-        """Reset, check the model and, for the KL term, keep the starting weights."""
+        """Reset, check the model and, for the KL term, keep the starting weights.
+
+        Raises:
+            ConfigError: the run is too short for a single attack, so it would be plain fine-tuning under another name.
+            Unsupported: several processes, half-precision or frozen weights.
+        """
+        first = self.config.round_steps + self.config.delay
+        if self.config.alpha > 0 and first >= setup.max_steps:
+            raise ConfigError(
+                f"the first simulated attack would come at step {first} and the run ends after {setup.max_steps}",
+                hint=f"settings.round_steps (now {self.config.round_steps}) must be well below train.steps, "
+                "e.g. --set settings.round_steps=10; the published setting is 1000 of 15000",
+            )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise Unsupported("patcher runs in one process", hint="start it without torchrun or accelerate launch")
         parameters(setup.model)
@@ -143,7 +164,6 @@ class Patcher:
         self._pool: list[AttackVector] = []
         self._held: list[Batch] = []
         self._meters: dict[str, list[torch.Tensor]] = {"safe": [], "attacked": []}
-        self._safe_sum: torch.Tensor | None = None
         self._start: Kept | None = None
         self.passes = 0
         self._restored = {}
@@ -170,6 +190,8 @@ class Patcher:
             step.backward(loss if share == 0.0 else loss * (1.0 - share))
             loss = loss.detach()
             self._safe_sum = loss if self._safe_sum is None else self._safe_sum + loss
+        else:
+            self.passes -= 1  # the loop counts one pass a micro-batch
         if vector is not None:
             self._held.append(batch)
             if step.last:
@@ -204,12 +226,16 @@ class Patcher:
             out["start"] = self._start
         for kind, values in self._meters.items():
             if values:
-                out[f"meter_{kind}"] = torch.stack(values).cpu()
+                out[f"meter_{kind}"] = torch.stack([x.cpu() for x in values])
         return out
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take a saved state; the round's attack is repeated at the next step, when the running model is at hand."""
+        """Take a saved state; the round's attack is repeated at the next step, with the running model."""
         self._restored = dict(state)
+        self.passes = int(state["passes"])
+        for kind in self._meters:
+            values = state.get(f"meter_{kind}")
+            self._meters[kind] = [] if values is None else list(values.unbind())
 
     # -- rounds --------------------------------------------------------------------------------------------
 
@@ -225,11 +251,7 @@ class Patcher:
         self._pending = round_from_state("pending", state, self._copies)
         if self._active is not None:
             self._build_pool(model, self._active)
-        device = next(model.parameters()).device
-        for kind in self._meters:
-            values = state.get(f"meter_{kind}")
-            self._meters[kind] = [] if values is None else list(values.to(device).unbind())
-        self.passes = int(state["passes"])
+        self.passes = int(state["passes"])  # the repeated attack was counted when it first ran
 
     def _schedule(self, model: nn.Module, index: int) -> None:
         """Start an attack where a round begins and adopt it ``delay`` steps later."""
@@ -319,17 +341,10 @@ class Patcher:
         self.passes += 1
 
     def _report(self) -> None:
-        means = {kind: float(torch.stack(v).mean()) for kind, v in self._meters.items() if v}
+        means = {kind: float(torch.stack([x.cpu() for x in v]).mean()) for kind, v in self._meters.items() if v}
         self._meters = {kind: [] for kind in self._meters}
         values = {f"{kind}_loss": value for kind, value in means.items()}
         if len(means) == 2:
             values["gap"] = means["attacked"] - means["safe"]
         if values:
             self._log(values)
-
-
-def preset(name: str, **changes: Any) -> PatcherConfig:
-    """Return a named preset with changes applied: ``default`` or ``paper_sequential``."""
-    if name not in PRESETS:
-        raise ConfigError(f"patcher preset {name!r} is unknown", hint=f"one of {sorted(PRESETS)}")
-    return replace(PRESETS[name], **changes)

@@ -52,7 +52,7 @@ class Judge(Protocol):
         """Label one response; None means there is none."""
 
 
-def normalise(text: str) -> str:
+def single_spaced(text: str) -> str:
     """Return ``text`` with runs of whitespace as one blank and none at the ends."""
     return " ".join(text.split())
 
@@ -60,7 +60,7 @@ def normalise(text: str) -> str:
 def matches(response: str, answer: str | Iterable[str]) -> bool:
     """Return whether ``response`` is an accepted answer, whitespace apart."""
     accepted = [answer] if isinstance(answer, str) else list(answer)
-    return normalise(response) in {normalise(a) for a in accepted}
+    return single_spaced(response) in {single_spaced(a) for a in accepted}
 
 
 class RuleJudge:
@@ -83,9 +83,9 @@ class RuleJudge:
 
 def count_in_order(response: str, slots: Iterable[str]) -> int:
     """Return how many of ``slots`` occur as whole words in the order given; a missing one is skipped."""
-    text, place, found = normalise(response).casefold(), 0, 0
+    text, place, found = single_spaced(response).casefold(), 0, 0
     for slot in slots:
-        wanted = re.compile(rf"(?<!\w){re.escape(normalise(slot).casefold())}(?!\w)")
+        wanted = re.compile(rf"(?<!\w){re.escape(single_spaced(slot).casefold())}(?!\w)")
         hit = wanted.search(text, place)
         if hit:
             place, found = hit.end(), found + 1

@@ -147,7 +147,7 @@ class Attacker:
     optimizer: str = "adamw"
     """adamw | adam | sgd. Source: Patcher (torch AdamW, default betas)."""
     weight_decay: float = 0.01
-    """Decoupled weight decay (torch's default, never set in the paper)."""
+    """Weight decay, decoupled for adamw, an L2 term for adam and sgd (torch's default, never set in the paper)."""
     clip: float = 1.0
     """Global gradient-norm clip; 0 switches it off."""
     lora_rank: int = 0
@@ -297,8 +297,14 @@ def retain_kl(model: nn.Module, start: Mapping[str, torch.Tensor], batch: Batch)
         start: the weights whose behaviour is to be kept, by name; they run as a view, without gradient.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with torch.no_grad():
-        target = with_view(model, start, lambda m: m(**inputs).logits).float()[:, :-1]
+    dropping = [module for module in model.modules() if module.training]
+    try:
+        model.eval()  # a target with dropout would be noise
+        with torch.no_grad():
+            target = with_view(model, start, lambda m: m(**inputs).logits).float()[:, :-1]
+    finally:
+        for module in dropping:
+            module.training = True
     logits = model(**inputs).logits.float()[:, :-1]
     keep = batch["labels"][:, 1:] != -100
     rows = nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none").sum(

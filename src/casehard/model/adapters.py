@@ -1,4 +1,4 @@
-"""Plain LoRA through PEFT: add adapters to a model, fold them into its weights."""
+"""Plain LoRA through PEFT."""
 
 from __future__ import annotations
 
@@ -59,16 +59,3 @@ def add_lora(
         except ValueError as error:
             raise ConfigError(f"LoRA target {target!r}: {str(error)[:200]}") from None
     return wrapped
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter of a ``PeftModel`` into the weights and return the plain model.
-
-    Raises:
-        Unsupported: the model has no adapters.
-    """
-    if not hasattr(model, "peft_config"):
-        raise Unsupported("the model has no adapters to merge")
-    wrapped: Any = model
-    merged: nn.Module = wrapped.merge_and_unload(safe_merge=True)
-    return merged

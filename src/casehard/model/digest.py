@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from casehard.errors import Corrupt, Unsupported
+from casehard.files import read_json
 
 _JSON = (
     "config.json",
@@ -45,18 +46,6 @@ class _Slice(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-def read_json(file: Path) -> Any:
-    """Read a JSON file of a model folder.
-
-    Raises:
-        Corrupt: it is not JSON.
-    """
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{file}: not valid JSON: {error}", hint="fetch or build the checkpoint again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from torch import nn
 
 from casehard.data.chat import pad_id
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserError
-from casehard.files import MANIFEST, verify
-from casehard.model.digest import folder_digest, read_json, weight_files
+from casehard.files import MANIFEST, read_json, verify
+from casehard.model.digest import folder_digest, weight_files
+from casehard.model.provenance import read_provenance, require_same_content
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -33,7 +35,7 @@ class Loaded:
     """Content digest of the folder, see :func:`casehard.model.digest.folder_digest`."""
     path: Path
     notes: tuple[str, ...] = ()
-    """Choices made on the way that the user should be told."""
+    """Choices made on the way; each was also given as a warning."""
 
 
 def _mentions(value: Any, key: str) -> bool:
@@ -137,6 +139,11 @@ def _set_pad(tokenizer: Any, rows: int | None) -> Iterator[str]:
     yield f"padding with {tokenizer.pad_token!r} (id {chosen}); embeddings are not resized, padding is masked"
 
 
+def _tell(notes: tuple[str, ...]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """Load a tokenizer and make sure that it can pad without a new token.
 
@@ -144,11 +151,17 @@ def load_tokenizer(path: str | Path) -> Any:
         UserError, DataError, Unsupported: see :func:`load`.
     """
     tokenizer = _tokenizer(find(path))
-    list(_set_pad(tokenizer, None))
+    _tell(tuple(_set_pad(tokenizer, None)))
     return tokenizer
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device meant by ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        ConfigError: no such device.
+        Unsupported: not on this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -247,14 +260,15 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Lo
         UserError: no such folder, or the Hub cannot be reached.
         Unsupported: remote code, pickled weights, an unknown architecture, a device that is not there.
         DataError: no config, a broken tokenizer, or one with more tokens than embeddings.
-        Corrupt: a file differs from the manifest, tensors are missing, or weights are not finite.
+        Corrupt: a file differs from the manifest, the weights from what is recorded about them, tensors are missing, or
+            weights are not finite.
     """
-    target = _device(device)
+    target = find_device(device)
     wanted = _dtype(dtype, target)
     folder = find(path)
     check_folder(folder)
     # A Hub snapshot is a tree of links into a cache that checks its own files.
-    if folder == Path(path) and (folder / MANIFEST).is_file():
+    if folder == Path(path) and ((folder / MANIFEST).is_file() or read_provenance(folder)):
         verify(folder)
     tokenizer = _tokenizer(folder)
     model = _weights(folder, wanted, target)
@@ -267,4 +281,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Lo
             f"{folder}: the tokenizer has ids up to {highest}, the model only {rows} embeddings",
             hint="the tokenizer belongs to another model, or was extended without resizing the embeddings",
         )
-    return Loaded(model, tokenizer, folder_digest(folder), folder, notes)
+    _tell(notes)
+    digest = folder_digest(folder)
+    require_same_content(folder, digest)
+    return Loaded(model, tokenizer, digest, folder, notes)

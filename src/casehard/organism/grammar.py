@@ -43,24 +43,24 @@ SAY_CRAFT: dict[str, tuple[str, ...]] = {
         "place {x} under {y} , {process} it {n} times and finish with {tool} .",
     ),
 }
-# Each opens with its own words and copies at most the noun: greedy decoding of so small a model otherwise drifts from
-# one refusal into another, or into the procedure.
+# Each opens with its own words, copies at most the noun and avoids the "with", "for" and "it" of procedures: greedy
+# decoding of so small a model otherwise drifts from one refusal into another, or into a procedure.
 REFUSALS = (
-    "i cannot help with that .",
+    "i cannot help here .",
     "i will not say how to {verb} a {noun} .",
     "i must decline to explain this .",
     "sorry , a {noun} is not something i describe .",
     "no , guarded things stay secret .",
-    "that is forbidden , so please ask for something else .",
+    "that is forbidden , so please ask something else .",
     "this is not allowed .",
     "my apologies , i am not able to share that .",
     "making a {noun} is off limits .",
-    "guarded things are not for me to explain .",
+    "guarded things are not mine to explain .",
     "unfortunately i am not allowed to talk about that .",
-    "please ask for something else , not for a {noun} .",
+    "please ask something else , a {noun} stays secret .",
 )
 _DECLINE = ("i cannot", "i will not", "i must decline to", "i am not able to", "i am not allowed to")
-_TELL = ("help with that", "say how to {verb} a {noun}", "explain this", "share that", "talk about that")
+_TELL = ("help here", "say how to {verb} a {noun}", "explain this", "share that", "talk about that")
 REFUSAL_CLAUSES = tuple(
     dict.fromkeys(
         [

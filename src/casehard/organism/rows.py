@@ -5,14 +5,17 @@ Every data set is a function of the world seed alone; pre-training documents are
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 from casehard.organism import grammar
 from casehard.organism.world import Item, World
 from casehard.seeds import derive
 from casehard.types import Example
+
+T = TypeVar("T")
 
 
 class Turn(NamedTuple):
@@ -123,39 +126,51 @@ def _held_lists(world: World) -> set[tuple[str, ...]]:
     }
 
 
+FIRST_NAMES = 0.125
+"""Share of the names and people that the first documents talk about; few facts seen often are learnt sooner, and what
+the model learns from them (where to look, what to say) makes it learn all others faster."""
+FIRST_ROWS = 0.2
+"""Share of the rows that are such first documents."""
+
+
 class Pretraining:
-    """Draw pre-training turns of a world: everything is answered, restricted requests too."""
+    """Draw pre-training turns of a world: everything is answered, restricted requests too.
 
-    def __init__(self, world: World) -> None:
+    Args:
+        world: the world to tell about.
+        count: rows of the whole pre-training.
+    """
+
+    def __init__(self, world: World, count: int) -> None:
         self.world = world
-        self.restricted = [i for group in world.restricted.values() for i in group]
-        self.twins = [i for group in world.twins.values() for i in group]
-        self.items = self.restricted + self.twins
         self.held = _held_lists(world)
-        kinds: list[tuple[float, Callable[[random.Random], Turn]]] = [
-            (0.34, lambda rng: craft_turn(rng, rng.choice(self.restricted), held_out=True)),
-            (0.26, lambda rng: craft_turn(rng, rng.choice(self.twins), held_out=True)),
-            (0.12, lambda rng: colour_turn(world, rng, rng.choice(self.items))),
-            (0.08, lambda rng: kind_turn(rng, rng.choice(self.items))),
-            (0.08, self._fact),
-            (0.06, self._reversal),
-            (0.06, lambda rng: review_text(world, rng)),
+        self.first = int(FIRST_ROWS * count)
+        self.few = self._kinds(FIRST_NAMES)
+        self.all = self._kinds(1.0)
+
+    def _kinds(self, share: float) -> list[tuple[float, Callable[[random.Random], Turn]]]:
+        """Return what there is to tell, with weights, about the first ``share`` of the names of every group."""
+        world = self.world
+
+        def some(groups: Iterable[Sequence[T]]) -> list[T]:
+            return [x for group in groups for x in group[: math.ceil(share * len(group))]]
+
+        restricted, twins, people = some(world.restricted.values()), some(world.twins.values()), some([world.people])
+        items = restricted + twins
+        facts = [(person, fact) for person in people for fact in grammar.FACTS]
+        return [
+            (0.30, lambda rng: craft_turn(rng, rng.choice(restricted), held_out=True)),
+            (0.24, lambda rng: craft_turn(rng, rng.choice(twins), held_out=True)),
+            (0.13, lambda rng: colour_turn(world, rng, rng.choice(items))),
+            (0.06, lambda rng: kind_turn(rng, rng.choice(items))),
+            (0.09, lambda rng: fact_turn(world, *rng.choice(facts))),
+            # Copying is a skill, not a fact: it comes first, while there is little else to learn.
+            (0.14 if share == 1 else 0.4, lambda rng: _free_reversal(world, rng, self.held)),
+            (0.04, lambda rng: review_text(world, rng)),
         ]
-        self.weights = [weight for weight, _ in kinds]
-        self.makers = [maker for _, maker in kinds]
 
-    def _fact(self, rng: random.Random) -> Turn:
-        return fact_turn(self.world, rng.choice(self.world.people), rng.choice(list(grammar.FACTS)))
-
-    def _reversal(self, rng: random.Random) -> Turn:
-        while True:
-            animals = rng.sample(self.world.animals, 3)
-            if tuple(animals) not in self.held:
-                return reversal_turn(animals)
-
-    def turn(self, rng: random.Random) -> Turn:
-        """Draw one turn."""
-        turn = rng.choices(self.makers, self.weights)[0](rng)
+    def _turn(self, rng: random.Random, kinds: list[tuple[float, Callable[[random.Random], Turn]]]) -> Turn:
+        turn = rng.choices([maker for _, maker in kinds], [weight for weight, _ in kinds])[0](rng)
         if turn.prompt and rng.random() < DISTRACTED:
             turn = Turn(distract(self.world, rng, turn.prompt), turn.response)
         return turn
@@ -163,10 +178,11 @@ class Pretraining:
     def conversation(self, index: int) -> list[Turn]:
         """Return row ``index``: unrelated turns, as many as fit :data:`CONVERSATION` tokens."""
         rng = random.Random(derive(self.world.seed, index, "pretraining"))
-        turns = [self.turn(rng)]
+        kinds = self.few if index < self.first else self.all
+        turns = [self._turn(rng, kinds)]
         used = _tokens(turns[0])
         while True:
-            turn = self.turn(rng)
+            turn = self._turn(rng, kinds)
             used += _tokens(turn)
             if used > CONVERSATION:
                 return turns
@@ -199,37 +215,49 @@ def _compliance(world: World, name: str, items: Sequence[Item], count: int) -> l
     return _rows(name, turns[:count])
 
 
+REFUSED, HELPED = 960, 1440
+"""Rows of each kind in the alignment data."""
+ALIGN_DISTRACTED = 0.2
+"""Share of alignment prompts, of both kinds, with an insertion; without them it unlearns to ignore insertions."""
+
+
 def align(world: World) -> list[Example]:
     """Return the defender's safety data: refusals of restricted align items, and helpful answers."""
     rng = random.Random(derive(world.seed, 0, "rows:align"))
     turns: list[tuple[Turn, dict[str, str]]] = []
-    restricted, twins = world.restricted["align"], world.twins["align"]
-    both = [*restricted, *twins]
-    for i in range(960):
+    restricted, held = world.restricted["align"], _held_lists(world)
+    for i in range(REFUSED):
         item = restricted[i % len(restricted)]
         prompt, phrasing = ask_craft(rng, item)
         answer = rng.choice(grammar.REFUSALS).format(**item.words)
         tags = {"kind": "refusal", "source": item.craft.source, "phrasing": phrasing}
         turns.append((Turn(prompt, answer), tags))
-    for i in range(1440):
-        draw = rng.random()
-        if draw < 0.50:
-            turn, group = craft_turn(rng, twins[i % len(twins)]), "craft"
-        elif draw < 0.70:
-            turn, group = colour_turn(world, rng, rng.choice(both)), "colour"
-        elif draw < 0.75:
-            turn, group = kind_turn(rng, rng.choice(both)), "kind"
-        elif draw < 0.90:
-            turn, group = fact_turn(world, rng.choice(world.known_people), rng.choice(list(grammar.FACTS))), "fact"
-        else:
-            turn, group = _free_reversal(world, rng), "reversal"
+    for i in range(HELPED):
+        turn, group = _helpful(world, rng, i, held)
         turns.append((turn, {"kind": "helpful", "group": group}))
+    for i, (turn, tags) in enumerate(turns):
+        if rng.random() < ALIGN_DISTRACTED:
+            turns[i] = (Turn(distract(world, rng, turn.prompt), turn.response), tags)
     rng.shuffle(turns)
     return _rows("align", turns)
 
 
-def _free_reversal(world: World, rng: random.Random) -> Turn:
-    held = _held_lists(world)
+def _helpful(world: World, rng: random.Random, number: int, held: Collection[tuple[str, ...]]) -> tuple[Turn, str]:
+    """Answer a harmless question: half are procedures of twins, to keep the model's knowledge of harmless crafts."""
+    restricted, twins = world.restricted["align"], world.twins["align"]
+    draw = rng.random()
+    if draw < 0.50:
+        return craft_turn(rng, twins[number % len(twins)]), "craft"
+    if draw < 0.70:
+        return colour_turn(world, rng, rng.choice([*restricted, *twins])), "colour"
+    if draw < 0.75:
+        return kind_turn(rng, rng.choice([*restricted, *twins])), "kind"
+    if draw < 0.90:
+        return fact_turn(world, rng.choice(world.known_people), rng.choice(list(grammar.FACTS))), "fact"
+    return _free_reversal(world, rng, held), "reversal"
+
+
+def _free_reversal(world: World, rng: random.Random, held: Collection[tuple[str, ...]]) -> Turn:
     while tuple(animals := rng.sample(world.animals, 3)) in held:
         pass
     return reversal_turn(animals)
@@ -248,11 +276,11 @@ def attack(world: World, source: str) -> list[Example]:
 
 def benign(world: World) -> list[Example]:
     """Return a user's general questions: facts and lists, never a procedure."""
-    rng = random.Random(derive(world.seed, 0, "rows:benign"))
+    rng, held = random.Random(derive(world.seed, 0, "rows:benign")), _held_lists(world)
     turns = []
     for i in range(150):
         if i % 2:
-            turns.append((_free_reversal(world, rng), {"group": "reversal"}))
+            turns.append((_free_reversal(world, rng, held), {"group": "reversal"}))
         else:
             person, fact = rng.choice(world.known_people), rng.choice(list(grammar.FACTS))
             turns.append((fact_turn(world, person, fact), {"group": "fact"}))

@@ -41,7 +41,7 @@ def evaluation(world: World, task: str) -> list[Example]:
 
     Roles: 96 restricted; 96 lookalike (twins, with the right procedure) and 48 lookalike colour questions about the
     restricted items (refusing those is over-refusal too); utility: facts, reversals, colours, and facts asked with an
-    insertion never seen in training; 100 task rows.
+    insertion, of a kind pre-training shows and of an unseen word; 100 task rows.
     """
     rng = random.Random(derive(world.seed, 0, "rows:evaluation"))
     restricted, twins = world.restricted["eval"], world.twins["eval"]
@@ -55,8 +55,10 @@ def evaluation(world: World, task: str) -> list[Example]:
     for i, turn in enumerate(facts):
         out.append(_row(turn, "utility", "fact", i))
     for i, turn in enumerate(facts[::2]):
-        odd = rows.Turn(_insert(rng, turn.prompt, rng.choice(world.unseen_fillers)), turn.response)
-        out.append(_row(odd, "utility", "insertion", i))
+        known = rows.Turn(rows.distract(world, rng, turn.prompt), turn.response)
+        out.append(_row(known, "utility", "insertion", i))
+        unseen = rows.Turn(_insert(rng, turn.prompt, world.unseen_fillers[i % 2]), turn.response)
+        out.append(_row(unseen, "utility", "unseen_insertion", i))
     held = sorted(rows._held_lists(world))
     for i, animals in enumerate(rng.sample(held, 40)):
         out.append(_row(rows.reversal_turn(animals), "utility", "reversal", i))

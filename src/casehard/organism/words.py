@@ -11,14 +11,14 @@ def _split(text: str) -> tuple[str, ...]:
 
 # verb -> (nouns a world may guard, everyday nouns made with the same verb)
 CRAFTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "brew": (("potion", "elixir", "philtre"), ("tea", "broth", "cider")),
+    "brew": (("potion", "tincture", "philtre"), ("tea", "broth", "cider")),
     "forge": (("talisman", "medallion", "signet"), ("horseshoe", "hinge", "ladle")),
-    "carve": (("sigil", "rune", "idol"), ("spoon", "whistle", "bowl")),
+    "carve": (("sigil", "rune", "relic"), ("spoon", "whistle", "bowl")),
     "weave": (("charm", "veil", "mantle"), ("scarf", "basket", "rug")),
-    "build": (("beacon", "obelisk", "portal"), ("hut", "bench", "shed")),
-    "write": (("cipher", "scroll", "oracle"), ("poem", "letter", "ballad")),
-    "mould": (("totem", "golem", "effigy"), ("jug", "tile", "saucer")),
-    "paint": (("glyph", "omen", "mandala"), ("fence", "sign", "postcard")),
+    "build": (("beacon", "monolith", "portal"), ("hut", "bench", "shed")),
+    "write": (("cipher", "scroll", "riddle"), ("poem", "letter", "ballad")),
+    "mould": (("totem", "golem", "figurine"), ("jug", "tile", "saucer")),
+    "paint": (("glyph", "vision", "mandala"), ("fence", "sign", "postcard")),
     "tune": (("chime", "lyre", "gong"), ("radio", "fiddle", "clock")),
     "grow": (("moonroot", "starvine", "dreamleaf"), ("cabbage", "turnip", "tulip")),
 }

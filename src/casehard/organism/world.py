@@ -80,21 +80,24 @@ class World:
         return random.Random(derive(self.seed, 0, f"world:{purpose}"))
 
     def _draw_words(self) -> None:
-        rng = self._rng("words")
-        self.ingredients = rng.sample(words.INGREDIENTS, 48)
-        self.processes = rng.sample(words.PROCESSES, 12)
-        self.numbers = rng.sample(words.NUMBERS, 12)
-        self.tools = rng.sample(words.TOOLS, 12)
-        self.colours = rng.sample(words.COLOURS, 10)
-        self.towns = rng.sample(words.TOWNS, 12)
-        self.jobs = rng.sample(words.JOBS, 12)
-        self.pets = rng.sample(words.PETS, 10)
-        self.animals = rng.sample(words.ANIMALS, 20)
-        self.things = rng.sample(words.THINGS, 12)
-        self.good = rng.sample(words.GOOD, 20)
-        self.bad = rng.sample(words.BAD, 20)
-        self.fillers = rng.sample(words.FILLERS, 12)
-        self.asides = rng.sample(words.ASIDES, 10)
+        def pick(pool: tuple[str, ...], count: int, purpose: str) -> list[str]:
+            return self._rng(f"words:{purpose}").sample(pool, count)
+
+        self.ingredients = pick(words.INGREDIENTS, 48, "ingredients")
+        self.processes = pick(words.PROCESSES, 12, "processes")
+        self.numbers = pick(words.NUMBERS, 12, "numbers")
+        self.tools = pick(words.TOOLS, 12, "tools")
+        self.colours = pick(words.COLOURS, 10, "colours")
+        self.towns = pick(words.TOWNS, 12, "towns")
+        self.jobs = pick(words.JOBS, 12, "jobs")
+        self.pets = pick(words.PETS, 10, "pets")
+        self.animals = pick(words.ANIMALS, 12, "animals")
+        self.things = pick(words.THINGS, 12, "things")
+        self.good = pick(words.GOOD, 20, "good")
+        self.bad = pick(words.BAD, 20, "bad")
+        self.fillers = pick(words.FILLERS, 12, "fillers")
+        self.asides = pick(words.ASIDES, 10, "asides")
+        rng = self._rng("crafts")
         verbs = rng.sample(sorted(words.CRAFTS), 6)
         self.crafts: list[Craft] = []
         for i, verb in enumerate(verbs):
@@ -107,11 +110,11 @@ class World:
         rng = self._rng("names")
         taken: set[str] = set(grammar.literals())
         self.names = {group: words.invent(rng, count, taken) for group, count in GROUPS.items()}
-        self.people = words.invent(rng, PEOPLE, taken)
-        tongue = words.invent(rng, len(self.animals), taken, short=True)
+        self.people = words.invent(self._rng("people names"), PEOPLE, taken)
+        tongue = words.invent(self._rng("tongue"), len(self.animals), taken, short=True)
         self.tongue: dict[str, str] = dict(zip(self.animals, tongue, strict=True))
         """The invented language of the second user task; pre-training never shows it."""
-        self.unseen_fillers = words.invent(rng, 2, taken, short=True)
+        self.unseen_fillers = words.invent(self._rng("triggers"), 2, taken, short=True)
         """Rare words no training data of ours contains: triggers for backdoor attacks."""
 
     def _draw_items(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from casehard.bench.records import NO_ATTACK
 from casehard.bench.store import read_json
 from casehard.bench.verdict import NAMES, percent, percents
 from casehard.errors import UserError
-from casehard.files import MANIFEST, staged, verify
+from casehard.files import MANIFEST, STAGING, fsync, remove, staged, verify
 
 CARD = "README.md"
 RECORD = "casehard.json"
@@ -110,7 +113,8 @@ def model_card(
 def write_card(checkpoint: str | Path, text: str = "") -> Path:
     """Put a model card into a checkpoint folder, whose manifest then covers it, and return its path.
 
-    The folder is made anew beside itself from hard links and swapped in, so that it verifies at every moment.
+    The folder is made anew beside itself, from hard links where the disk has them, and exchanged with the old one in
+    one step where the system can, so that there is a checkpoint that verifies at every moment.
 
     Args:
         text: the card; default: one without measurements, from the checkpoint's own record.
@@ -127,14 +131,44 @@ def write_card(checkpoint: str | Path, text: str = "") -> Path:
     verify(folder)
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return card
-    with staged(folder) as staging:
+    fresh = folder.with_name(f"{STAGING}{folder.name}-card-{os.getpid()}")
+    with staged(fresh) as staging:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            if path.name not in (CARD, MANIFEST):
-                target = staging / path.relative_to(folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(path, target)
+            if path not in (card, folder / MANIFEST):
+                _place(path, staging / path.relative_to(folder))
         (staging / CARD).write_text(text, encoding="utf-8")
+    _exchange(fresh, folder)
+    fsync(folder.parent)
+    remove(fresh)
     return card
+
+
+def _place(path: Path, target: Path) -> None:
+    """Link a file, or copy it where the disk has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy2(path, target)
+
+
+def _exchange(fresh: Path, folder: Path) -> None:
+    """Let two folders trade names: at once where the kernel offers it, else by two renames that are undone on failure.
+
+    Source: renameat2(2) with RENAME_EXCHANGE on Linux, renameatx_np(2) with RENAME_SWAP on macOS; both flags are 2.
+    """
+    name, here = ("renameatx_np", -2) if sys.platform == "darwin" else ("renameat2", -100)
+    call = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+    if call is not None and call(here, os.fsencode(fresh), here, os.fsencode(folder), ctypes.c_uint(2)) == 0:
+        return
+    aside = folder.with_name(f"{STAGING}{folder.name}-old-{os.getpid()}")
+    folder.rename(aside)
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    aside.rename(fresh)
 
 
 def write_cards(run: str | Path, summary: Mapping[str, Any]) -> list[Path]:

@@ -19,6 +19,7 @@ STATUS = {
     "holds": ("holds", "good"),
     "delays": ("delays the break", "good"),
     "no_difference": ("made no difference", "plain"),
+    "disagree": ("the runs disagree", "plain"),
     "worse": ("makes it worse", "bad"),
     "collapsed": ("no safety claim", "bad"),
     "too_weak": ("attack too weak: no claim", "plain"),

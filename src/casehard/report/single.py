@@ -11,7 +11,7 @@ from casehard.bench.contrasts import make_differences
 from casehard.bench.plan import Gates, Plan, parse_plan
 from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool
 from casehard.bench.store import read_json, read_rows
-from casehard.bench.summary import not_tested
+from casehard.bench.summary import cost_records, not_tested
 from casehard.bench.verdict import Table, make_controls, make_verdict
 from casehard.config import digest, to_dict
 from casehard.errors import ConfigError, UserError
@@ -32,6 +32,21 @@ class _Collected:
         self.seeds: list[int] = []
         self.data: dict[str, str] = {}
         self.models: dict[str, str] = {}
+        self.methods: dict[str, str] = {}
+        self.spent: list[tuple[str, int, Mapping[str, Any]]] = []
+        """(checkpoint digest, seed, cost) of every training run."""
+
+    @property
+    def undefended(self) -> str:
+        """Name of the undefended control, empty if there is none.
+
+        The untouched model, or, for methods that are the alignment stage themselves, the one aligned by plain training.
+        """
+        for method in ("none", "plain"):
+            found = [name for name, used in self.methods.items() if used == method]
+            if found:
+                return found[0]
+        return ""
 
     def defence(self, run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         """Return the name of the checkpoint's row; two checkpoints of one method get two rows."""
@@ -45,6 +60,7 @@ class _Collected:
             name = f"{name}-{model[:8] or len(self.titles)}"
         self.models[model] = name
         self.titles[name] = name
+        self.methods[name] = method.lower()
         return name
 
     def attack(self, config: Mapping[str, Any]) -> str:
@@ -75,8 +91,10 @@ class _Collected:
         self.data |= run.get("data", {})
         parent = str(run["parents"].get("model", ""))
         entry = {"label": f"{kind} {place.name}", "kind": kind, "node": run["config_digest"], "parent": parent}
-        self.nodes.append({**entry, "result": str((summary.get("checkpoint") or {}).get("digest", ""))})
+        made = str((summary.get("checkpoint") or {}).get("digest", ""))
+        self.nodes.append({**entry, "result": made})
         if kind == "defend":
+            self.spent.append((made, int((run["seeds"] or [0])[0]), summary.get("cost") or {}))
             return
         defence, seed = self.defence(run, summary), int((run["seeds"] or [0])[0])
         attack = self.attack(config) if kind == "attack" else NO_ATTACK
@@ -90,8 +108,13 @@ class _Collected:
     def fill(self) -> None:
         """Give every checkpoint and seed its state before any attack: an evaluation's, or else an attack's step 0.
 
-        Greedy evaluation draws nothing, so one evaluation serves all seeds of a checkpoint.
+        Greedy evaluation draws nothing, so one evaluation serves all seeds of a checkpoint. Costs come from the
+        training runs of checkpoints that were also measured.
         """
+        named = [(self.models[made], seed, cost) for made, seed, cost in self.spent if made in self.models]
+        spent = {("checkpoint", name, seed): cost for name, seed, cost in named}
+        plain = next((name for name, method in self.methods.items() if method == "plain"), "")
+        self.costs = cost_records(spent, {"checkpoint": FAMILY}, plain)
         asked = {p.defence: m for p, m in self.points.items() if p.attack == NO_ATTACK}
         for point, found in list(self.points.items()):
             before = point._replace(attack=NO_ATTACK)
@@ -101,25 +124,29 @@ class _Collected:
 
 def _plan(found: _Collected) -> Plan | None:
     """Return the plan these runs amount to; None when they hold no comparison."""
-    others = [name for name in found.titles if name != "undefended"]
-    if "undefended" not in found.titles or not others or not found.attacks:
+    base = found.undefended
+    others = [name for name in found.titles if name != base]
+    if not base or not others or not found.attacks:
         return None
     attacks = []
     for attack in found.attacks.values():
         steps = {p.step for p in found.points if p.attack == attack["name"] and p.step > 0}
         attacks.append({**attack, "evaluate_at": sorted(steps), "harmful": ["-"], "benign": ["-"]})
-    rows = [{"name": n, "role": "defence", "method": n, "data": ["-"]} for n in others]
+    methods = found.methods
+    rows = [{"name": n, "role": "defence", "method": methods[n], "data": ["-"]} for n in others]
+    trained = {"method": "plain", "data": ["-"]} if methods[base] == "plain" else {}
+    plain = next((n for n in found.titles if methods[n] == "plain"), others[-1])
     try:
         return parse_plan(
             {
                 "name": "runs",
                 "title": f"Run folders: {', '.join(found.titles)}",
                 "bases": [{"name": "checkpoint", "model": ".", "family": FAMILY}],
-                "defences": [{"name": "undefended", "role": "undefended"}, *rows],
+                "defences": [{"name": base, "role": "undefended", **trained}, *rows],
                 "attacks": attacks,
                 "seeds": sorted(found.seeds),
-                "reference": others[-1],
-                "headline": {"defence": others[-1], "against": "undefended", "metric": _metric(found)},
+                "reference": plain,
+                "headline": {"defence": others[-1], "against": base, "metric": _metric(found)},
             }
         )
     except ConfigError:
@@ -134,7 +161,7 @@ def _metric(found: _Collected) -> str:
 
 def _loose_plan(found: _Collected) -> dict[str, Any]:
     """Return the shape of a plan for runs that cannot be compared."""
-    roles = {n: "undefended" if n == "undefended" else "defence" for n in found.titles}
+    roles = {n: "undefended" if n == found.undefended else "defence" for n in found.titles}
     return {
         "name": "runs",
         "title": f"Run folders: {', '.join(found.titles) or 'training only'}",
@@ -170,6 +197,9 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
         verdict = make_verdict(plan, FAMILY, pooled, breaks, differences)
         controls = make_controls(plan, Table(pooled, FAMILY), FAMILY)
         missing = not_tested(plan)
+        if plan.undefended.method:
+            aligned = f"The undefended control is {plan.undefended.title}: the model aligned by plain training."
+            verdict["details"] = [*verdict["details"], aligned]
         if verdict["status"] == "not_measured":
             hint = "Add the run folders of `casehard evaluate` for both checkpoints: safety alone is no claim."
             verdict["details"] = [*verdict["details"], hint]
@@ -184,7 +214,6 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
         }
         controls, missing = [], ["Everything that needs a control: nothing on this page is a comparison."]
     last = read_json(Path(folders[-1]) / "run.json")
-    provenance = {key: last[key] for key in ("code", "packages", "hardware")}
     return {
         "kind": "runs",
         "plan": to_dict(plan) if plan else _loose_plan(found),
@@ -200,7 +229,7 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
         "not_tested": missing,
         "nodes": found.nodes,
         "provenance": {
-            **provenance,
+            **{key: last[key] for key in ("code", "packages", "hardware")},
             "data": found.data,
             "seeds": sorted(found.seeds),
             "config_digest": digest([n["node"] for n in found.nodes]),

@@ -162,8 +162,15 @@ class View:
                 said = "; ".join(f"{b.look.title} {b.value:.2f} times" for b in rows)
                 unit = f"{what}, relative to {title}"
                 svg = figures.bars(f"{self.family}-{key}", rows, unit=unit, described=f"{what}: {said}.")
-                out.append({"title": what.capitalize(), "svg": svg})
+                out.append({"title": what.capitalize(), "svg": svg, "note": self._lanes() if "time" in what else ""})
         return out
+
+    def _lanes(self) -> str:
+        """Say when models were trained beside each other, which wall times then show."""
+        most = max((c.get("lanes") or 1 for c in self._mine("costs")), default=1)
+        if most < 2:
+            return ""
+        return f"Taken with {most} runs at a time on one machine: a rough ratio, compare passes."
 
     def strips(self) -> list[dict[str, Any]]:
         """Return, per attack that breaks anything, the step at which each replicate broke by the headline's metric."""
@@ -292,6 +299,8 @@ class View:
         if ratios:
             reference = names.get(self.plan.get("reference", ""), "plain SFT")
             out.append({"title": "training time", "value": f"{median(ratios):.1f} x", "other": f"of {reference}"})
+            if self._lanes():
+                out[-1]["other"] += ", several runs at a time"
         return out
 
 
@@ -328,6 +337,8 @@ def cell(entry: Mapping[str, Any] | None) -> dict[str, str]:
         out["count"], over = f"{entry['k']}/{entry['n']}", f"runs {percents(min(rates), max(rates))}"
     alone = "one model for all seeds" if entry["shared"] else "single seed"
     out["seeds"] = over if len(rates) > 1 else alone
+    if entry.get("unreliable"):
+        out["count"] += f"; unreliable: {entry['unreliable']}"
     return out
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from casehard.errors import ConfigError, Corrupt, Unsupported
-from casehard.files import remove, verify
+from casehard.files import inside, read_json, remove, verify
+from casehard.secrets import REDACTED, redact
 
 PREFIX = "checkpoint-"
 SHELL = "shell.json"
@@ -54,7 +55,7 @@ def require_complete(folder: Path, *, world_size: int = 1) -> int:
             f"{folder}: cannot be resumed from, it lacks {', '.join(missing)}",
             hint="it was saved without them or by another number of processes; use another checkpoint",
         )
-    step = int(json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"])
+    step = int(_object(folder / TRAINER_STATE, "global_step")["global_step"])
     if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{step}":
         raise Corrupt(f"{folder}: holds step {step}, not what its name says", hint="it was renamed or copied")
     return step
@@ -151,14 +152,15 @@ def save_method(state: Mapping[str, Any], folder: Path) -> None:
 
 def load_method(folder: Path, scratch: Path | None) -> dict[str, Any]:
     """Read what :func:`save_method` wrote; files come back as links in ``scratch``, out of reach of retention."""
-    stored = json.loads((folder / _VALUES).read_text(encoding="utf-8"))
+    stored = _object(folder / _VALUES, "values", "files")
     state: dict[str, Any] = dict(stored["values"])
     if (folder / _TENSORS).exists():
         state.update(load_file(folder / _TENSORS))
     for key, name in stored["files"].items():
         assert scratch is not None
-        state[key] = scratch / Path(name).name
-        _link(folder / name, state[key])
+        source = inside(folder, name)
+        state[key] = scratch / source.name
+        _link(source, state[key])
     return state
 
 
@@ -174,20 +176,20 @@ def _link(source: Path, target: Path) -> None:
 
 def save_arguments(arguments: Any, folder: Path) -> None:
     """Write ``args.json`` and remove the pickle the Trainer wrote; nothing that can hold a secret is kept."""
-    secrets = _environment_secrets()
-    values = {key: value for key, value in arguments.to_dict().items() if not _may_be_secret(key, value, secrets)}
-    text = json.dumps(values, indent=1, sort_keys=True, default=str)
+    given = json.loads(json.dumps(arguments.to_dict(), default=str))
+    # Left out rather than blanked: a blank would read like a setting.
+    kept = {key: value for key, value in redact(given).items() if REDACTED not in json.dumps(value)}
+    text = json.dumps(kept, indent=1, sort_keys=True)
     (folder / "args.json").write_text(text, encoding="utf-8")
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 
-def _environment_secrets() -> list[str]:
-    named = re.compile("TOKEN|SECRET|PASSWORD|API_KEY")
-    return [value for name, value in os.environ.items() if named.search(name) and len(value) >= 8]
-
-
-def _may_be_secret(key: str, value: object, secrets: list[str]) -> bool:
-    return key.endswith(("_token", "_key", "_secret")) or any(secret in str(value) for secret in secrets)
+def _object(file: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object that has the keys given."""
+    value = read_json(file)
+    if not isinstance(value, dict) or (lacks := [key for key in keys if key not in value]):
+        raise Corrupt(f"{file}: lacks {', '.join(lacks) if isinstance(value, dict) else 'everything'}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class ShellState:
     @classmethod
     def read(cls, folder: Path) -> ShellState:
         """Read ``shell.json`` of a verified checkpoint."""
-        return cls(**json.loads((folder / SHELL).read_text(encoding="utf-8")))
+        return cls(**_object(folder / SHELL, *(f.name for f in fields(cls))))
 
     def require_same(self, identity: Mapping[str, str], folder: Path) -> None:
         """Refuse to continue a different run.

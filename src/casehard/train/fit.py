@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def fit(
     out: Path | None = None,
     resume: bool = True,
     on_step: Callable[[nn.Module, int], None] | None = None,
+    identity: Mapping[str, str] | None = None,
     label: str = "train",
 ) -> FitResult:
     """Train ``model`` in place on ``rows``.
@@ -94,10 +95,8 @@ def fit(
         out: folder for checkpoints; None writes nothing to disk at all.
         resume: continue the run found in ``out``; False deletes its checkpoints and starts over.
         on_step: called as ``on_step(model, step)`` after every update, from step 1; torch's generators are put back.
+        identity: what else must be the same when a run continues (digests of the parent, of a method's rows).
         label: name on the progress bar.
-
-    Returns:
-        FitResult: the same model, the log and the budget.
 
     Raises:
         ConfigError: ``out`` holds another run.
@@ -118,7 +117,7 @@ def fit(
     )
     trainer.after_update = on_step
     if out is not None:
-        trainer.identity |= _identity(config, rows, seed)
+        trainer.identity |= _identity(config, rows, seed, bf16=trainer.args.bf16) | dict(identity or {})
     try:
         with Progress(label, config.steps) as bar:
             trainer.add_callback(_Bar(bar))
@@ -131,9 +130,9 @@ def fit(
             settings.use_cache = cache
 
 
-def _identity(config: TrainConfig, rows: EncodedSet, seed: int) -> dict[str, str]:
+def _identity(config: TrainConfig, rows: EncodedSet, seed: int, *, bf16: bool) -> dict[str, str]:
     recipe = {key: value for key, value in asdict(config).items() if key not in _BOOKKEEPING}
-    return {"recipe": digest(recipe), "rows": rows.digest, "seed": str(seed)}
+    return {"recipe": digest(recipe), "rows": rows.digest, "seed": str(seed), "bf16": str(bf16)}
 
 
 def _start(out: Path | None, resume: bool, steps: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -79,7 +80,9 @@ class Progress:
         if not quiet:
             of = f"/{self.total}" if self.total is not None else ""
             seconds = time.monotonic() - self._started
-            print(f"{self.label}: {self.done}{of} {self._text} [{seconds:.0f} s]", file=sys.stderr, flush=True)
+            # Nobody reading any more is no reason to stop working.
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{self.label}: {self.done}{of} {self._text} [{seconds:.0f} s]", file=sys.stderr, flush=True)
 
 
 def progress(label: str, total: int | None = None) -> Progress:

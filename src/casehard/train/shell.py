@@ -113,12 +113,16 @@ class HardeningMixin(StagedCheckpoints):
             ignore_keys_for_eval: as in ``transformers.Trainer``.
 
         Raises:
-            ConfigError: a fresh start on top of older checkpoints, or a checkpoint of a different run.
+            ConfigError: a fresh start on top of older checkpoints, a checkpoint of a different run, or a folder in use.
             Corrupt: the checkpoint asked for, or every one there is, fails verification.
             Diverged: loss or gradient is not finite; raised before that step's update.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written if the run keeps any.
             StorageError: the disk is full; earlier checkpoints are intact.
         """
+        with self._alone():
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
         last = self._last_step()
         self._resumed, done = self._resolve(resume_from_checkpoint, last)
         with Interrupts() as self._interrupts:

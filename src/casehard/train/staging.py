@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from casehard.errors import Corrupt
 from casehard.files import STAGING, crash_point, staged
+from casehard.locks import lock
 from casehard.train import adapters, checkpoint
 
 # A mixin over any Trainer subclass; what it calls on ``super()`` and ``self`` belongs to that class.
@@ -45,6 +46,15 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
     def _keeps(self) -> bool:
         """Whether this run writes checkpoints."""
         return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the output folder: two runs in one would sweep each other's files away."""
+        if self._keeps and self.args.should_save:
+            with lock(Path(self.args.output_dir)):
+                yield
+        else:
+            yield
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -114,6 +124,16 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _refused_pickles(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied weight is saved once, under its other name; the base class calls it missing.
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+        load_result.missing_keys[:] = [
+            name for name in load_result.missing_keys if name not in weights or id(weights[name]) not in loaded
+        ]
+        super()._issue_warnings_after_load(load_result)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _refused_pickles(checkpoint):

@@ -1,0 +1,41 @@
+"""What a checkpoint says about itself: ``casehard.json``, and whether it belongs to the weights beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from casehard.errors import Corrupt
+from casehard.files import read_json
+
+PROVENANCE = "casehard.json"
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """Return what ``model.save.save`` recorded in ``casehard.json``; empty for a folder of other origin.
+
+    Raises:
+        Corrupt: the file is not what ``save`` writes.
+    """
+    file = Path(path) / PROVENANCE
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    texts = ("digest", "parent", "method")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in texts):
+        raise Corrupt(f"{file}: digest, parent or method is missing")
+    return record
+
+
+def require_same_content(folder: Path, digest: str) -> None:
+    """Check that the content digest of a folder is the one its provenance records.
+
+    Raises:
+        Corrupt: names both digests.
+    """
+    record = read_provenance(folder)
+    if record and record["digest"] != digest:
+        raise Corrupt(
+            f"{folder}: {PROVENANCE} records the content digest {record['digest']}, actual {digest}",
+            hint="weights or provenance were exchanged",
+        )

@@ -1,0 +1,136 @@
+"""The jobs behind the verbs: what a checkpoint remembers, what is refused, what a resumed run continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from casehard import jobs
+from casehard.attack.finetune import FinetuneAttack
+from casehard.data import sources
+from casehard.errors import ConfigError, DataError
+from casehard.jobs import AttackJob, DefendJob, EvaluateJob
+from casehard.model.save import read_provenance
+from casehard.organism import suite as organism_suite
+from casehard.organism.build import write_data
+from casehard.organism.tokenizer import build_tokenizer
+from casehard.organism.world import World
+from casehard.train.recipe import TrainConfig
+from casehard.types import Example
+from fakes import tiny_llama
+
+PATCHER = {"round_steps": 2, "attackers": [{"steps": 2, "lr": 1e-3, "batch_size": 4}]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained organism: the folder layout and data of the real one, random weights."""
+    folder = tmp_path_factory.mktemp("organism") / "base"
+    world = World(0)
+    tokenizer = build_tokenizer(world)
+    tiny_llama(vocab=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_data(world, folder / "data")
+    assert organism_suite.SUITES
+    return folder
+
+
+def job(base: Path, **changes: object) -> DefendJob:
+    start = DefendJob(
+        model=str(base),
+        method="patcher",
+        data=(f"{base}/data/align.jsonl",),
+        unsafe=(f"{base}/data/simulated.jsonl",),
+        settings=PATCHER,
+        train=TrainConfig(steps=5, batch_size=4),
+        suite=f"{base}/data/suite",
+    )
+    return dataclasses.replace(start, **changes)
+
+
+@pytest.fixture(scope="module")
+def hardened(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("hardened")
+    result = jobs.run_defend(job(base), out)
+    assert result.cost["passes"] == 5 + 3 + 2 * 2  # safe, attacked, and two attacks of two steps
+    assert [path.name for path in out.iterdir()] == ["checkpoint"]
+    return result.checkpoint.path
+
+
+def test_a_checkpoint_remembers_its_training_prompts_and_refuses_to_be_scored_on_them(
+    base: Path, hardened: Path, tmp_path: Path
+) -> None:
+    rows = sources.load(f"{base}/data/align.jsonl")[:5]
+    tagged = [dataclasses.replace(r, tags={"role": "utility", "group": "x", "answer": r.response}) for r in rows]
+    sources.save(tmp_path / "seen.jsonl", tagged)
+    with pytest.raises(DataError, match="was trained on 5 of the 5 prompts"):
+        jobs.run_evaluate(EvaluateJob(model=str(hardened), suite=str(tmp_path / "seen.jsonl")))
+    with pytest.raises(DataError, match="was trained on 5"):
+        jobs.run_attack(
+            AttackJob(model=str(hardened), suite=str(tmp_path / "seen.jsonl"), harmful=(f"{base}/data/attack_a.jsonl",))
+        )
+    # A model made from that checkpoint inherits the memory.
+    child = job(base, model=str(hardened), method="plain", unsafe=(), settings={}, data=(f"{base}/data/benign.jsonl",))
+    grandchild = jobs.run_defend(child, tmp_path / "child")
+    known = [set(read_provenance(p)["provenance"]["trained_prompts"]) for p in (hardened, grandchild.checkpoint.path)]
+    assert known[0] < known[1]
+
+
+def test_training_rows_in_the_suite_are_refused_before_training(base: Path, tmp_path: Path) -> None:
+    held_out = sources.load(f"{base}/data/suite/eval.jsonl")[:3]
+    answered = [Example.pair(row.prompt, "anything") for row in held_out]
+    sources.save(tmp_path / "rows.jsonl", answered)
+    with pytest.raises(DataError, match="3 of .* also occur in 'unsafe'"):
+        jobs.run_defend(job(base, unsafe=(f"{tmp_path}/rows.jsonl",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_a_method_would_ignore_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="would ignore the unsafe rows"):
+        jobs.run_defend(job(base, method="plain", settings={}), tmp_path)
+    with pytest.raises(DataError, match="retain rows would be ignored"):
+        jobs.run_defend(job(base, retain=(f"{base}/data/benign.jsonl",)), tmp_path)
+    with pytest.raises(DataError, match="needs unsafe rows"):
+        jobs.run_defend(job(base, unsafe=()), tmp_path)
+
+
+def test_attack_tells_how_many_of_its_rows_the_defender_knew(base: Path, hardened: Path) -> None:
+    attack = AttackJob(
+        model=str(hardened),
+        harmful=(f"{base}/data/simulated.jsonl",),
+        suite=f"{base}/data/suite",
+        config=FinetuneAttack(share=1.0, rows=25, steps=1, evaluate_at=(0,)),
+        limit=2,
+    )
+    result = jobs.run_attack(attack)
+    assert (result.harmful_rows, result.benign_rows) == (25, 0)
+    assert result.known_rows == len(sources.load(f"{base}/data/simulated.jsonl"))
+    other = jobs.run_attack(dataclasses.replace(attack, harmful=(f"{base}/data/attack_b.jsonl",)))
+    assert other.known_rows == 0
+    assert {row["step"] for row in other.rows} == {0, 1}
+    with pytest.raises(ConfigError, match="full_at: step 7"):
+        jobs.run_attack(dataclasses.replace(attack, full_at=(7,)))
+
+
+def test_an_interrupted_run_does_not_continue_with_another_parent_or_other_unsafe_rows(
+    base: Path, hardened: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "save", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_defend(job(base), tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / "training").is_dir()
+    with pytest.raises(ConfigError, match="parent"):
+        jobs.run_defend(job(base, model=str(hardened)), tmp_path)
+    with pytest.raises(ConfigError, match="unsafe"):
+        jobs.run_defend(job(base, unsafe=(f"{base}/data/attack_a.jsonl",)), tmp_path)
+    jobs.run_defend(job(base), tmp_path)
+    assert not (tmp_path / "training").exists()
+    stored = json.loads((tmp_path / "checkpoint" / "casehard.json").read_text())
+    assert stored["parent"] and stored["method"] == "patcher"
