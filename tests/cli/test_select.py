@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import casehard, make_organism
 
+from casehard.cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 
@@ -50,7 +52,7 @@ def test_select_then_defend(organism, tmp_path):
     assert any("trigger_rate" in json.dumps(e) for e in events)
 
 
-def test_bad_input_ends_with_an_error_and_no_folder(organism, tmp_path):
+def test_bad_input_ends_with_an_error_and_no_folder(organism, tmp_path, capsys):
     pool, out = organism / "data" / "align.jsonl", tmp_path / "x"
     cases = (
         (("--pool", pool), 2, "--model is missing"),
@@ -60,11 +62,23 @@ def test_bad_input_ends_with_an_error_and_no_folder(organism, tmp_path):
         (("--pool", pool, "--embedder", tmp_path, "--strategy", "diversity"), None, "error"),
     )
     for arguments, code, text in cases:
-        done = casehard("select", *arguments, "--out", out)
-        assert done.returncode == code if code else done.returncode not in (0, 1)
-        assert text in done.stderr and "Traceback" not in done.stderr and not out.exists()
-    done = casehard("defend", "spard", "--model", organism, "--data", pool, "--out", out)
-    assert done.returncode == 3 and "safe" in done.stderr
+        found = main(["select", *map(str, arguments), "--out", str(out)])
+        told = capsys.readouterr().err
+        assert found == code if code else found not in (0, 1)
+        assert text in told and "Traceback" not in told and not {p.name for p in tmp_path.iterdir()}
+    assert main(["defend", "spard", "--model", str(organism), "--data", str(pool), "--out", str(out)]) == 3
+    assert "safe" in capsys.readouterr().err and not out.exists()
+    out.mkdir()
+    assert main(["select", "--model", str(organism), "--pool", str(pool), "--out", str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_select_is_listed_and_refuses_a_secret(organism, tmp_path, capsys, monkeypatch):
+    assert main(["--help"]) == 0 and " select " in capsys.readouterr().out
+    monkeypatch.setenv("SOME_TOKEN", "abcdef0123456789")
+    rows = ["--model", str(organism), "--pool", str(organism / "data" / "align.jsonl")]
+    assert main(["select", *rows, "--set", "text=abcdef0123456789", "--out", str(tmp_path / "x")]) == 2
+    assert "SOME_TOKEN" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")

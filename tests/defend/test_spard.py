@@ -467,35 +467,41 @@ def shared_run():
     return model, method
 
 
-def _rank(rank, world, port, out):
+def _rank(rank, world, out):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    # A file, not a port: ports may be taken.
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     model, method = shared_run()
     torch.save({"weights": weights(model), "triggers": method.triggers}, out / f"{rank}.pt")
+    _shard(rank, world, out)
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path: Path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Run both distributed cases in one pair of processes: starting them takes longer than the work."""
     import torch.multiprocessing as mp
 
-    mp.spawn(_rank, (2, 29000 + torch.randint(900, ()).item(), tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
+    out = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (2, out), nprocs=2)
+    return out
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(two_ranks: Path):
+    ranks = [torch.load(two_ranks / f"{r}.pt") for r in range(2)]
     assert same(ranks[0]["weights"], ranks[1]["weights"])
     model, method = shared_run()
     assert method.triggers == ranks[0]["triggers"] > 0
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(model), ranks[0]["weights"], strict=True))
 
 
-def _shard(rank, world, port, out):
-    import torch.distributed as dist
+def _shard(rank, world, out):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = tiny_llama()
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.model.layers:
@@ -509,15 +515,11 @@ def _shard(rank, world, port, out):
     full = [p.full_tensor().detach().clone() for p in model.parameters()]
     if rank == 0:
         torch.save({"weights": full, "triggers": triggers}, out / "sharded.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_equals_replicated(tmp_path: Path):
-    import torch.multiprocessing as mp
-
-    mp.spawn(_shard, (2, 27000 + torch.randint(900, ()).item(), tmp_path), nprocs=2)
-    got = torch.load(tmp_path / "sharded.pt")
+def test_sharded_equals_replicated(two_ranks: Path):
+    got = torch.load(two_ranks / "sharded.pt")
     model = tiny_llama()
     for tau, triggers in zip((3.9, 100.0), got["triggers"], strict=True):
         method = Spard(SpardConfig(tau=tau, delta=0.0, batch_size=4, eta_safe=0.5), safe=SAFE)

@@ -210,11 +210,11 @@ def test_the_benchmarks_direct_method_agrees():
     assert bench.direct(phi, w, 25) == greedy_map(phi, 25, weights=w).order
 
 
-def _rank(rank, world, port, out):
+def _rank(rank, world, out):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     phi, w = rows(101, 12, 9, torch.float32), log_weights(relevances(101, 9), 4.0)
     part = slice(0, 40) if rank == 0 else slice(40, None)
     runs = [greedy_map_sharded(phi[part], 30, weights=w[part], jitter=j) for j in (1e-6, 0.0)]
@@ -226,7 +226,7 @@ def _rank(rank, world, port, out):
 def test_two_ranks_pick_what_one_picks(tmp_path):
     import torch.multiprocessing as mp
 
-    mp.spawn(_rank, (2, 28000 + torch.randint(900, ()).item(), tmp_path), nprocs=2)
+    mp.spawn(_rank, (2, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert first == second
     phi, w = rows(101, 12, 9, torch.float32), log_weights(relevances(101, 9), 4.0)

@@ -10,7 +10,20 @@ from typer.core import TyperGroup
 import casehard
 from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, select, verify
 
-VERBS = ["demo", "organism", "defend", "attack", "evaluate", "judge", "bench", "report", "data", "verify", "doctor"]
+VERBS = [
+    "demo",
+    "organism",
+    "select",
+    "defend",
+    "attack",
+    "evaluate",
+    "judge",
+    "bench",
+    "report",
+    "data",
+    "verify",
+    "doctor",
+]
 
 
 class Verbs(TyperGroup):

@@ -15,7 +15,7 @@ Specs = list[str] | None
 
 
 def defend(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of the defence: patcher, plain.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of the defence: patcher, spard, plain ...")],
     out: options.Out,
     model: options.Model = None,
     data: Annotated[

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from casehard import secrets
 from casehard.cli import console, options
 from casehard.errors import ConfigError
+from casehard.locks import lock
 
 
 def select(
@@ -29,6 +31,7 @@ def select(
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Keep embeddings here, named by content.")
     ] = None,
+    device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -45,9 +48,16 @@ def select(
         )
     options.check_specs(pool, "--pool")
     options.check_specs(data or [], "--data")
-    if out.exists():
+    secrets.refuse(values, where="select")
+    _check_out(out)
+    with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
+        _check_out(out)  # whoever held the lock until now may just have finished
+        _run(values, source, embedder is not None, pool, data or [], out, cache, seed or 0, device or "auto")
+
+
+def _check_out(out: Path) -> None:
+    if out.is_symlink() or out.exists():
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
-    _run(values, source, embedder is not None, pool, data or [], out, cache, seed or 0)
 
 
 def _run(
@@ -59,6 +69,7 @@ def _run(
     out: Path,
     cache: Path | None,
     seed: int,
+    device: str,
 ) -> None:
     import json
 
@@ -67,21 +78,28 @@ def _run(
     from casehard.data.embed import Embedder, load_embedder
     from casehard.data.sources import load_many, save
     from casehard.files import staged
+    from casehard.model.load import find_device, load
 
     settings = build(chooser.SelectConfig, values, where="select")
     pool, user = load_many(pool_specs), load_many(user_specs) if user_specs else []
     console.plan(
         f"choose {chooser.budget(settings, len(user))} of {len(pool)} safe rows by {settings.strategy}",
-        {"embeddings": source, "pool": pool_specs, "data": user_specs, "beta": settings.beta, "seed": seed, "out": out},
+        {
+            "embeddings": source,
+            "pool": pool_specs,
+            "data": user_specs,
+            "beta": settings.beta,
+            "device": options.device_text(device),
+            "seed": seed,
+            "out": out,
+        },
     )
     if sentence:
         from casehard.model.digest import folder_digest
 
-        embedder = load_embedder(source, digest=folder_digest(Path(source)))
+        embedder = load_embedder(source, digest=folder_digest(Path(source)), device=str(find_device(device)))
     else:
-        from casehard.model.load import load
-
-        loaded = load(options.model_folder(source))
+        loaded = load(options.model_folder(source), device=device)
         embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)
     picks = chooser.select_examples(embedder, pool, user, config=settings, seed=seed, cache=cache)
     record = chooser.manifest(picks, pool, len(user), config=settings, embedder=embedder.digest, seed=seed)

@@ -35,7 +35,7 @@ class Embedder:
     digest: str
 
 
-def load_embedder(folder: str | Path, *, digest: str) -> Embedder:
+def load_embedder(folder: str | Path, *, digest: str, device: str = "cpu") -> Embedder:
     """Load a sentence-embedding folder with ``AutoModel``: safetensors only, no remote code.
 
     Raises:
@@ -52,7 +52,7 @@ def load_embedder(folder: str | Path, *, digest: str) -> Embedder:
             f"{folder}: cannot be loaded as an embedding model: {str(error)[:300]}",
             hint="give a local folder with config.json, tokenizer.json and .safetensors weights",
         ) from None
-    return Embedder(model.eval(), tokenizer, digest)
+    return Embedder(model.to(device).eval(), tokenizer, digest)
 
 
 def texts_of(examples: Sequence[Example], text: Text = "prompt") -> list[str]:
