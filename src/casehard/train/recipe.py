@@ -56,9 +56,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint=f"{name} must not be negative")
         if self.lr > 1000:
-            raise ConfigError(
-                f"lr is {self.lr}", hint="useful rates lie between 1e-6 and 1; above 1000 numbers overflow"
-            )
+            raise ConfigError(f"lr is {self.lr}", hint="useful rates lie between 1e-6 and 1")
         if self.keep < 2:
             raise ConfigError(f"keep is {self.keep}", hint="a single checkpoint is lost with one bad write: keep >= 2")
         choices = {
