@@ -96,6 +96,8 @@ def test_a_trainers_autocast_is_lifted_and_put_back(model, chat):
     model.model.norm.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     plain = generate(model, chat, EXAMPLES, max_new_tokens=6)
+    # The state is one per process: a test that ran before may have left another precision in it.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     wrapped = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     ids = torch.tensor([[7, 8, 9]])
     wrapped(input_ids=ids)
