@@ -11,6 +11,7 @@ import pytest
 from casehard import jobs
 from casehard.attack.finetune import FinetuneAttack
 from casehard.data import sources
+from casehard.data.mix import content_hash
 from casehard.errors import ConfigError, DataError
 from casehard.jobs import AttackJob, DefendJob, EvaluateJob
 from casehard.model.save import read_provenance
@@ -134,3 +135,28 @@ def test_an_interrupted_run_does_not_continue_with_another_parent_or_other_unsaf
     assert not (tmp_path / "training").exists()
     stored = json.loads((tmp_path / "checkpoint" / "casehard.json").read_text())
     assert stored["parent"] and stored["method"] == "patcher"
+
+
+def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    user, safe = f"{base}/data/benign.jsonl", f"{base}/data/align.jsonl"
+    guarded = job(base, method="spard", data=(user,), unsafe=(), safe=(safe,), settings={"tau": 0.5})
+    with pytest.raises(DataError, match="needs safe rows"):
+        jobs.run_defend(dataclasses.replace(guarded, safe=()), tmp_path)
+    with pytest.raises(DataError, match="would ignore the safe rows"):
+        jobs.run_defend(dataclasses.replace(guarded, method="plain", settings={}), tmp_path)
+    monkeypatch.setattr(jobs, "save", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_defend(guarded, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="safe"):
+        jobs.run_defend(dataclasses.replace(guarded, safe=(f"{base}/data/attack_a.jsonl",)), tmp_path)
+    made = jobs.run_defend(guarded, tmp_path)
+    known = read_provenance(made.checkpoint.path)["provenance"]
+    assert set(known["data_digests"]) == {"data", "safe"}
+    both = {content_hash(row)[:16] for row in (*sources.load(user), *sources.load(safe))}
+    assert both <= set(known["trained_prompts"])

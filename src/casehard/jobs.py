@@ -45,6 +45,8 @@ class DefendJob:
     """Rows of the simulated attack (Patcher)."""
     retain: tuple[str, ...] = ()
     """Harmless rows of a retain term."""
+    safe: tuple[str, ...] = ()
+    """Safe rows of a defended fine-tuning: refusals and harmless rows (SPARD and its baselines)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method, over those of the preset."""
     preset: str = ""
@@ -129,7 +131,7 @@ def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -
 def _roles(job: DefendJob) -> dict[str, list[Example]]:
     """Load every data role of the job and hold it against the evaluation prompts."""
     roles = {"data": load_many(job.data, require_response=True)}
-    for role in ("unsafe", "retain"):
+    for role in ("unsafe", "retain", "safe"):
         if specs := getattr(job, role):
             roles[role] = load_many(specs, require_response=True)
     if job.suite:

@@ -14,9 +14,10 @@ import yaml
 from bench_fakes import plan, plan_values
 
 from casehard.bench import matrix
-from casehard.bench.execute import environment
+from casehard.bench.execute import Task, environment, job_of
 from casehard.bench.matrix import expand, load_plan, parse_plan
 from casehard.errors import ConfigError
+from casehard.jobs import DefendJob
 
 
 def change(where: str, index: int, **values: Any) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def change(where: str, index: int, **values: Any) -> dict[str, Any]:
         (change("defences", 1, method=None), "role 'same_passes' without a method"),
         (change("defences", 2, data=[]), "has no data"),
         (change("defences", 0, data=["x"]), "would be ignored"),
+        (change("defences", 0, safe=["x"]), "would be ignored"),
         (change("defences", 0, name="../up"), "not allowed"),
         (change("defences", 1, name="patcher"), "'patcher' appears twice"),
         (change("bases", 0, model="m"), "both of world_seed and model"),
@@ -159,6 +161,42 @@ def test_a_file_counts_by_content_not_by_place(tmp_path: Path) -> None:
         return next(n.digest for n in nodes if n.label == "world-0/patcher/s0" and n.kind == "defend")
 
     assert at("a", "one") == at("b", "one") != at("c", "two")
+
+
+def spard_plan(**row: Any) -> dict[str, Any]:
+    """Return the plan with a fourth row, SPARD."""
+    start = {"name": "spard", "method": "spard", "data": "{base}/data/benign.jsonl", "safe": "{base}/data/align.jsonl"}
+    return plan_values(defences=[*plan_values()["defences"], {**start, **row}])
+
+
+def spard_job(values: dict[str, Any]) -> DefendJob:
+    nodes = expand(parse_plan(values), root=Path()).nodes.values()
+    node = next(n for n in nodes if n.kind == "defend" and n.label == "world-0/spard/s0")
+    return job_of(Task(node=node, out=Path("out"), base=Path("organism"), parent=Path("organism"), cache=Path("cache")))
+
+
+def test_safe_rows_reach_the_job_and_name_the_node(tmp_path: Path) -> None:
+    found = spard_job(spard_plan())
+    assert found.safe == ("organism/data/align.jsonl",)
+    assert found.data == ("organism/data/benign.jsonl",)
+
+    def name(text: str) -> str:
+        (tmp_path / "safe.jsonl").write_text(text)
+        nodes = expand(parse_plan(spard_plan(safe="safe.jsonl")), root=tmp_path).nodes.values()
+        return next(n.digest for n in nodes if n.label == "world-0/spard/s0" and n.kind == "defend")
+
+    assert name("one") != name("two")
+
+
+def test_safe_rows_are_demanded_and_never_ignored() -> None:
+    with pytest.raises(ConfigError, match="needs safe rows and has none"):
+        spard_job(spard_plan(safe=[]))
+    with pytest.raises(ConfigError, match="takes no safe rows"):
+        spard_job(spard_plan(method="plain"))
+    with pytest.raises(ConfigError, match="takes no unsafe rows"):
+        spard_job(spard_plan(unsafe=["{base}/data/simulated.jsonl"]))
+    with pytest.raises(ConfigError, match="spard"):
+        spard_job(spard_plan(settings={"taux": 1}))
 
 
 def test_missing_data_is_found_before_anything_runs(tmp_path: Path) -> None:

@@ -10,8 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from casehard.defend.lisa import Lisa, LisaConfig
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.defend.plain import Plain
+from casehard.defend.ptst import Ptst
+from casehard.defend.safe_mixing import SafeMixing
+from casehard.defend.safegrad import SafeGrad
+from casehard.defend.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
 from fakes import tiny_rows
 
@@ -36,4 +41,9 @@ def _patcher() -> Patcher:
 TABLE = (
     Row("plain", Plain),
     Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
+    Row("spard", lambda: Spard(SpardConfig(tau_scale=0.9, delta=0.0), safe=tiny_rows(6, seed=1))),
+    Row("safe_mixing", lambda: SafeMixing(safe=tiny_rows(6, seed=1))),
+    Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),
+    Row("safegrad", lambda: SafeGrad(safe=tiny_rows(6, seed=1))),
+    Row("ptst", Ptst),
 )

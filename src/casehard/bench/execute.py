@@ -91,7 +91,7 @@ def _check_method(config: Mapping[str, Any], where: str) -> None:
     from casehard.defend import find
 
     spec = find(config["method"])
-    for role in ("unsafe", "retain"):
+    for role in ("unsafe", "retain", "safe"):
         if role in spec.needs and not config[role]:
             raise ConfigError(f"{where}: method {config['method']!r} needs {role} rows and has none")
         if config[role] and role not in spec.takes:
@@ -126,6 +126,7 @@ def job_of(task: Task) -> Any:
             data=task.specs("data"),
             unsafe=task.specs("unsafe"),
             retain=task.specs("retain"),
+            safe=task.specs("safe"),
             settings=config["settings"],
             train=build(TrainConfig, config["train"], where=f"{where}: train"),
             suite=task.suite,

@@ -176,6 +176,7 @@ def _defend_config(plan: Plan, row: Defence) -> dict[str, Any]:
         "data": list(row.data),
         "unsafe": list(row.unsafe),
         "retain": list(row.retain),
+        "safe": list(row.safe),
         "suite": plan.suite,
         "system": plan.system,
         "max_length": plan.max_length,
@@ -203,7 +204,7 @@ def _attack_config(plan: Plan, attack: Attack) -> dict[str, Any]:
     }
 
 
-SPECS = ("data", "unsafe", "retain", "harmful", "benign")
+SPECS = ("data", "unsafe", "retain", "safe", "harmful", "benign")
 
 
 class _Expander:

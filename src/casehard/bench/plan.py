@@ -67,6 +67,7 @@ class Defence:
     data: tuple[str, ...] = ()
     unsafe: tuple[str, ...] = ()
     retain: tuple[str, ...] = ()
+    safe: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
 
@@ -77,7 +78,8 @@ class Defence:
                 f"defence {self.name!r}: role {self.role!r} without a method",
                 hint="only the undefended control may be the base as it is",
             )
-        if self.method is None and (self.data or self.unsafe or self.retain or self.settings or self.train):
+        given = (self.data, self.unsafe, self.retain, self.safe, self.settings, self.train)
+        if self.method is None and any(given):
             raise ConfigError(f"defence {self.name!r} has no method, so its data and settings would be ignored")
         if self.method is not None and not self.data:
             raise ConfigError(f"defence {self.name!r} has no data", hint="data: ['{base}/data/align.jsonl']")
@@ -274,7 +276,7 @@ def _items(values: Mapping[str, Any], key: str) -> list[Any]:
     for i, item in enumerate(raw):
         label = item.get("name", i)
         # One file is what most rows need; a bare string is accepted where a list of specs is meant.
-        known = {f.name for f in dataclasses.fields(kind)} & {"data", "unsafe", "retain", "harmful", "benign"}
+        known = {f.name for f in dataclasses.fields(kind)} & {"data", "unsafe", "retain", "safe", "harmful", "benign"}
         item = {k: [v] if k in known and isinstance(v, str) else v for k, v in item.items()}
         if "name" not in item:
             raise ConfigError(f"plan.{key}[{label}] has no name")

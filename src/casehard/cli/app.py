@@ -8,9 +8,22 @@ import typer
 from typer.core import TyperGroup
 
 import casehard
-from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, verify
+from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, select, verify
 
-VERBS = ["demo", "organism", "defend", "attack", "evaluate", "judge", "bench", "report", "data", "verify", "doctor"]
+VERBS = [
+    "demo",
+    "organism",
+    "select",
+    "defend",
+    "attack",
+    "evaluate",
+    "judge",
+    "bench",
+    "report",
+    "data",
+    "verify",
+    "doctor",
+]
 
 
 class Verbs(TyperGroup):
@@ -50,6 +63,7 @@ def top(
 
 app.command("demo")(demo.demo)
 app.add_typer(organism.app, name="organism")
+app.command("select")(select.select)
 app.command("defend")(defend.defend)
 app.add_typer(attack.app, name="attack")
 app.command("evaluate")(evaluate.evaluate)

@@ -15,7 +15,7 @@ Specs = list[str] | None
 
 
 def defend(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of the defence: patcher, plain.")],
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of the defence: patcher, spard, plain ...")],
     out: options.Out,
     model: options.Model = None,
     data: Annotated[
@@ -26,6 +26,9 @@ def defend(
     ] = None,
     retain: Annotated[
         Specs, typer.Option("--retain", metavar="FILE", help="Harmless rows of a retain term. Repeatable.")
+    ] = None,
+    safe: Annotated[
+        Specs, typer.Option("--safe", metavar="FILE", help="Safe rows: refusals and harmless rows (spard). Repeatable.")
     ] = None,
     suite: options.Suite = None,
     preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
@@ -45,6 +48,7 @@ def defend(
         "data": data,
         "unsafe": unsafe,
         "retain": retain,
+        "safe": safe,
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
@@ -54,7 +58,7 @@ def defend(
     values = options.settings(config, sets, flags)
     options.need(values, "model", "--model")
     values["model"] = options.model_folder(values["model"])
-    for key in ("data", "unsafe", "retain"):
+    for key in ("data", "unsafe", "retain", "safe"):
         options.check_specs(options.as_list(values, key), f"--{key}")
     options.need(values, "data", "--data")
     check_out(out, "defend")
@@ -66,7 +70,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
     from casehard.defend import find
 
     spec = find(values["method"])
-    for role in ("unsafe", "retain"):
+    for role in ("unsafe", "retain", "safe"):
         if values[role] and role not in spec.takes:
             raise ConfigError(
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
@@ -82,6 +86,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "data": list(job.data),
             "unsafe": list(job.unsafe),
             "retain": list(job.retain),
+            "safe": list(job.safe),
             "preset": job.preset,
             "settings": dict(job.settings) or None,
             "steps": job.train.steps,
@@ -91,7 +96,8 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "out": out,
         },
     )
-    with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=[*job.data, *job.unsafe, *job.retain]) as run:
+    read = [*job.data, *job.unsafe, *job.retain, *job.safe]
+    with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=read) as run:
         result = run_defend(job, out)
         write_card(result.checkpoint.path)
         run.record({"parents": {"model": result.checkpoint.parent}, "checkpoint": result.checkpoint.digest})

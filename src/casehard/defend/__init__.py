@@ -38,6 +38,13 @@ METHODS: dict[str, MethodSpec] = {
     "patcher": MethodSpec(
         "casehard.defend.patcher", "Patcher", "PatcherConfig", needs=("unsafe",), takes=("unsafe", "retain")
     ),
+    "spard": MethodSpec("casehard.defend.spard", "Spard", "SpardConfig", needs=("safe",), takes=("safe",)),
+    "safe_mixing": MethodSpec(
+        "casehard.defend.safe_mixing", "SafeMixing", "SafeMixingConfig", needs=("safe",), takes=("safe",)
+    ),
+    "lisa": MethodSpec("casehard.defend.lisa", "Lisa", "LisaConfig", needs=("safe",), takes=("safe",)),
+    "safegrad": MethodSpec("casehard.defend.safegrad", "SafeGrad", "SafeGradConfig", needs=("safe",), takes=("safe",)),
+    "ptst": MethodSpec("casehard.defend.ptst", "Ptst", "PtstConfig"),
 }
 
 ENTRY_POINTS = "casehard.methods"

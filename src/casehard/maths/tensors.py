@@ -7,6 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return half-precision tensors in fp32, others as they are."""
+    return x if torch.finfo(x.dtype).bits >= 32 else x.float()
+
+
 def dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     """Return the inner product of two parameter lists, products in fp32, summed over tensors in float64."""
     parts = [torch.sum(x.float() * y.float(), dtype=torch.float64) for x, y in zip(a, b, strict=True)]

@@ -1,0 +1,153 @@
+"""Embeddings of prompts: the mean of the final hidden states over the prompt's tokens.
+
+By default those of the model that will be tuned (its trunk, adapters off), as in SPARD; or of any sentence-embedding
+folder. Texts are batched by length and results are cached under the digest of everything that decides them.
+
+Letters: N texts, B texts in a batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from casehard.errors import DataError, Unsupported
+from casehard.tensorfile import load_tensors, save_tensors
+from casehard.types import Example
+
+Text = Literal["prompt", "prompt+answer"]
+_RECIPE = "mean-final-hidden-1"
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model that embeds text, its tokenizer, and the content digest of both."""
+
+    model: Any
+    tokenizer: Any
+    digest: str
+
+
+def load_embedder(folder: str | Path, *, digest: str, device: str = "cpu") -> Embedder:
+    """Load a sentence-embedding folder with ``AutoModel``: safetensors only, no remote code.
+
+    Raises:
+        Unsupported: the folder cannot be loaded so.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    options = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise Unsupported(
+            f"{folder}: cannot be loaded as an embedding model: {str(error)[:300]}",
+            hint="give a local folder with config.json, tokenizer.json and .safetensors weights",
+        ) from None
+    return Embedder(model.to(device).eval(), tokenizer, digest)
+
+
+def texts_of(examples: Sequence[Example], text: Text = "prompt") -> list[str]:
+    """Return what is embedded of each example: the last user turn, raw, or that and the answer."""
+    if text == "prompt":
+        return [e.prompt for e in examples]
+    return [f"{e.prompt} {e.response}".strip() for e in examples]
+
+
+def embed(
+    embedder: Embedder, texts: Sequence[str], *, cache: Path | None = None, batch_tokens: int = 8192
+) -> torch.Tensor:
+    """Return one embedding a text, (N, D) float32 on the CPU.
+
+    Args:
+        texts: rendered with no template; one longer than the model's context is an error.
+        cache: folder of earlier results; None computes anew.
+        batch_tokens: most tokens, padding included, in one forward pass.
+
+    Raises:
+        DataError: no texts, a text without tokens, or one longer than the context.
+    """
+    if not texts:
+        raise DataError("nothing to embed: no rows", hint="check the file and its filter")
+    # Equal texts are embedded once: their rows must be equal to the last bit, whatever batch they fall in.
+    unique = list(dict.fromkeys(texts))
+    path = None if cache is None else cache / f"{key(embedder, unique)}.safetensors"
+    if path is not None and path.exists():
+        found = load_tensors(path)["embeddings"]
+    else:
+        found = _embed(embedder, unique, batch_tokens)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, {"embeddings": found})
+    at = {text: i for i, text in enumerate(unique)}
+    return found[[at[text] for text in texts]]
+
+
+def key(embedder: Embedder, texts: Sequence[str]) -> str:
+    """Return the digest of all that decides the embeddings: model and tokenizer, dtype, recipe and texts."""
+    dtype = str(next(embedder.model.parameters()).dtype)
+    return hashlib.sha256(json.dumps([embedder.digest, dtype, _RECIPE, list(texts)]).encode()).hexdigest()
+
+
+def _embed(embedder: Embedder, texts: list[str], batch_tokens: int) -> torch.Tensor:
+    model = embedder.model
+    off = model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Without the language head: logits over the vocabulary are not wanted.
+    trunk = getattr(whole, getattr(whole, "base_model_prefix", "") or "", whole)
+    ids = [embedder.tokenizer(text)["input_ids"] for text in texts]
+    _check(ids, getattr(whole.config, "max_position_embeddings", None))
+    device = next(model.parameters()).device
+    out: torch.Tensor | None = None
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad(), off:
+            for batch in _batches(ids, batch_tokens):
+                longest = max(len(ids[i]) for i in batch)
+                tokens = torch.zeros((len(batch), longest), dtype=torch.long)
+                mask = torch.zeros((len(batch), longest), dtype=torch.long)
+                for row, i in enumerate(batch):
+                    tokens[row, : len(ids[i])] = torch.tensor(ids[i])
+                    mask[row, : len(ids[i])] = 1
+                tokens, mask = tokens.to(device), mask.to(device)
+                hidden = trunk(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+                mean = (hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+                if out is None:
+                    out = torch.empty(len(texts), mean.shape[1])
+                out[batch] = mean.cpu()
+    finally:
+        for m in training:
+            m.training = True
+    assert out is not None
+    return out
+
+
+def _check(ids: list[list[int]], limit: int | None) -> None:
+    for i, row in enumerate(ids):
+        if not row:
+            raise DataError(f"text {i} has no tokens to embed")
+        if limit is not None and len(row) > limit:
+            raise DataError(
+                f"text {i} has {len(row)} tokens, more than the {limit} the embedding model reads",
+                hint="shorten it, or leave such rows out",
+            )
+
+
+def _batches(ids: list[list[int]], batch_tokens: int) -> list[list[int]]:
+    """Group texts of like length so that no padded batch exceeds ``batch_tokens`` (a single long text may)."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(ids[i]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches

@@ -1,0 +1,233 @@
+"""Choose the few safe rows worth training on: relevant to the user's data, and unlike each other (SPARD's RD-DPP).
+
+relevance q_i = max_z cos(pool_i, user_z), poisoned user rows included, since nobody can tell them apart; then greedy
+MAP of the kernel (q_i q_j)^beta cos(pool_i, pool_j), see maths/dpp. Works on any array of embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from casehard.data.embed import Embedder, Text, embed, texts_of
+from casehard.data.mix import content_hash
+from casehard.errors import ConfigError, DataError
+from casehard.maths.dpp import JITTER, greedy_map, log_weights, relevance, unit_rows
+from casehard.seeds import generator
+from casehard.types import Example
+
+Strategy = Literal["rd-dpp", "random", "relevance", "diversity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Settings of a selection; the defaults are the paper's."""
+
+    k: int | None = None
+    """Rows to pick; None = floor(share x user rows). Source: P, budget of the uploaded data, poison included."""
+    share: float = 0.03
+    """Picks as a share of the user's rows. Source: P (0.03; robust on 0.03..0.1)."""
+    beta: float = 4.0
+    """Exponent of relevance; 0 = diversity only, .inf = relevance only. Source: P (4; robust on 4..10)."""
+    strategy: Strategy = "rd-dpp"
+    """rd-dpp, or an ablation: random (seeded), relevance (largest q), diversity (beta = 0)."""
+    jitter: float = JITTER
+    """eps of the kernel, inside the weighting. Source: published code (1e-6, there outside)."""
+    centre: bool = False
+    """Subtract the pool's mean embedding first. Not in the paper; embeddings of one model share a large mean."""
+    text: Text = "prompt"
+    """What of a row is embedded. Source: P and code (prompt)."""
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise ConfigError(f"k: {self.k} rows cannot be picked")
+        if not self.share > 0 or math.isinf(self.share):
+            raise ConfigError(f"share: {self.share} must be above 0", hint="the paper uses 0.03")
+        if not self.beta >= 0:
+            raise ConfigError(f"beta: {self.beta} must be at least 0")
+        if not (self.jitter >= 0 and math.isfinite(self.jitter)):
+            raise ConfigError(f"jitter: {self.jitter} must be at least 0")
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What was chosen, in order, and how good the set is."""
+
+    order: tuple[int, ...]
+    """Row numbers in the pool."""
+    relevance: tuple[float, ...]
+    """q of each pick, 0..1; empty when there were no user rows."""
+    log_gains: tuple[float, ...]
+    """log of each pick's gain in the weighted kernel; empty for random and relevance."""
+    log_det: float | None
+    """log det of the unweighted cosine kernel over the picks, jitter included: how diverse the set is."""
+    mean_relevance: float | None
+    exhausted_at: int | None
+    """Picks after which the pool's embeddings spanned nothing new; None if never."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values (an infinite log det as text)."""
+        plain = asdict(self)
+        plain["log_gains"] = [g if math.isfinite(g) else str(g) for g in self.log_gains]
+        if self.log_det is not None and not math.isfinite(self.log_det):
+            plain["log_det"] = str(self.log_det)
+        return plain
+
+
+def select(pool: Any, user: Any | None, k: int, *, config: SelectConfig | None = None, seed: int = 0) -> Picks:
+    """Pick ``k`` rows of ``pool``; all of them, in order, when k >= n.
+
+    Args:
+        pool: embeddings (n, d): tensor or array; lengths do not matter.
+        user: embeddings (m, d) of the user's rows; None only for random and diversity.
+        k: rows to pick, >= 1.
+        seed: of strategy random.
+
+    Raises:
+        DataError: no rows, a zero or non-finite embedding, widths that differ, or no user rows where they are needed.
+        ConfigError: k < 1.
+    """
+    config = config or SelectConfig()
+    if k < 1:
+        raise ConfigError(f"k: {k} rows cannot be picked")
+    phi, task = _prepare(pool, user, config)
+    n = len(phi)
+    if k > n:
+        warnings.warn(f"{k} rows asked for and the pool has {n}: all are taken", stacklevel=2)
+    k = min(k, n)
+    q = None if task is None else relevance(phi, task)
+    strategy = config.strategy
+    if strategy == "rd-dpp" and math.isinf(config.beta):
+        strategy = "relevance"
+    if q is None and (strategy == "relevance" or (strategy == "rd-dpp" and config.beta > 0)):
+        raise DataError("relevance needs the user's rows and there are none", hint="--data, or strategy diversity")
+    if strategy == "random":
+        order = torch.randperm(n, generator=generator(seed, 0, "select"))[:k].tolist()
+    elif strategy == "relevance":
+        assert q is not None
+        order = q.sort(descending=True, stable=True).indices[:k].tolist()
+    else:
+        beta = 0.0 if strategy == "diversity" or q is None else config.beta
+        weights = log_weights(q, beta) if q is not None else None
+        got = greedy_map(phi, k, weights=weights, jitter=config.jitter)
+        if got.exhausted_at is not None and got.exhausted_at < k:
+            warnings.warn(
+                f"the pool's embeddings span about {got.exhausted_at} directions and {k} rows were asked for: later "
+                "picks hardly add diversity and follow relevance",
+                stacklevel=2,
+            )
+        return _picks(phi, q, got.order, config, got.log_gains, got.exhausted_at)
+    return _picks(phi, q, order, config, [], None)
+
+
+def _prepare(pool: Any, user: Any | None, config: SelectConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    phi = torch.as_tensor(pool)
+    task = None if user is None else torch.as_tensor(user)
+    if phi.ndim != 2 or (task is not None and (task.ndim != 2 or task.shape[1] != phi.shape[1])):
+        seen = tuple(phi.shape), None if task is None else tuple(task.shape)
+        raise DataError(f"embeddings of shapes {seen[0]} and {seen[1]}: expected (n, d) and (m, d)")
+    if len(phi) == 0:
+        raise DataError("the pool is empty", hint="check the file and its filter")
+    if config.centre:
+        mean = unit_rows(phi).mean(0)
+        phi = unit_rows(phi) - mean
+        task = None if task is None or len(task) == 0 else unit_rows(task) - mean
+    return unit_rows(phi), None if task is None or len(task) == 0 else unit_rows(task).to(unit_rows(phi[:1]).dtype)
+
+
+def _picks(
+    phi: torch.Tensor,
+    q: torch.Tensor | None,
+    order: list[int],
+    config: SelectConfig,
+    gains: Sequence[float],
+    exhausted: int | None,
+) -> Picks:
+    chosen = phi[order].double()
+    # k x k, and k is small; the same number for every strategy, so that sets can be compared.
+    block = chosen @ chosen.T + config.jitter * torch.eye(len(order), dtype=torch.float64, device=phi.device)
+    picked = [] if q is None else [float(x) for x in q[order]]
+    return Picks(
+        order=tuple(order),
+        relevance=tuple(picked),
+        log_gains=tuple(gains),
+        log_det=float(torch.linalg.slogdet(block)[1]),
+        mean_relevance=sum(picked) / len(picked) if picked else None,
+        exhausted_at=exhausted,
+    )
+
+
+def budget(config: SelectConfig, user_rows: int) -> int:
+    """Return how many rows are picked: ``k``, or floor(share x user rows), at least 1."""
+    return config.k if config.k is not None else max(1, math.floor(config.share * user_rows))
+
+
+def select_examples(
+    embedder: Embedder,
+    pool: Sequence[Example],
+    user: Sequence[Example],
+    *,
+    config: SelectConfig | None = None,
+    seed: int = 0,
+    cache: Any | None = None,
+) -> Picks:
+    """Embed both sides and pick rows of ``pool``; see :func:`select`.
+
+    Args:
+        cache: folder of embeddings computed earlier (a ``Path``), or None.
+    """
+    config = config or SelectConfig()
+    if not pool:
+        raise DataError("the pool is empty", hint="check the file and its filter")
+    phi = embed(embedder, texts_of(pool, config.text), cache=cache)
+    task = embed(embedder, texts_of(user, config.text), cache=cache) if user else None
+    return select(phi, task, budget(config, len(user)), config=config, seed=seed)
+
+
+def manifest(
+    picks: Picks, pool: Sequence[Example], user_rows: int, *, config: SelectConfig, embedder: str, seed: int
+) -> dict[str, Any]:
+    """Return the JSON record of a selection: settings, picks with ids, measures of the set, coverage of the tags."""
+    chosen = [pool[i] for i in picks.order]
+    return {
+        "settings": asdict(config) | {"beta": config.beta if math.isfinite(config.beta) else str(config.beta)},
+        "seed": seed,
+        "embedder": embedder,
+        "pool_rows": len(pool),
+        "user_rows": user_rows,
+        "picks": picks.to_json(),
+        "ids": [e.id for e in chosen],
+        "contents": [content_hash(e) for e in chosen],
+        "coverage": coverage(chosen),
+        "pool_coverage": coverage(pool),
+    }
+
+
+def coverage(examples: Sequence[Example], tags: Sequence[str] = ("kind", "role", "group", "source")) -> dict[str, Any]:
+    """Return, for each tag that occurs, how many rows have each value."""
+    found: dict[str, Any] = {}
+    for tag in tags:
+        counts = Counter(str(e.tags[tag]) for e in examples if tag in e.tags)
+        if counts:
+            found[tag] = dict(sorted(counts.items()))
+    return found
+
+
+def by_tag(examples: Sequence[Example], tag: str) -> dict[str, list[Example]]:
+    """Split rows by the value of a tag: one set of safe rows, and so one constraint of SPAG, for each topic.
+
+    Raises:
+        DataError: a row lacks the tag.
+    """
+    out: dict[str, list[Example]] = {}
+    for i, e in enumerate(examples):
+        if tag not in e.tags:
+            raise DataError(f"row {e.id or i + 1} has no tag {tag!r} to split by", hint="add it, or do not split")
+        out.setdefault(str(e.tags[tag]), []).append(e)
+    return out
