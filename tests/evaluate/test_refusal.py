@@ -123,5 +123,5 @@ def test_any_text_gets_a_label(prompt, response):
 
 def test_long_hostile_text_is_judged_in_time():
     for text in ("1. " * 20_000, "i " * 30_000, "however, " * 10_000, "a" * 200_000, "sorry, " * 20_000, "(" * 50_000):
-        label_response("x", "I'm sorry, but " + text)
-        label_response(text, text)
+        labels = {label_response("x", "I'm sorry, but " + text), label_response(text, text)}
+        assert labels <= {"refusal", "partial", "answer", "incoherent"}
