@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -245,7 +246,9 @@ def _parallel(run: _Run, jobs: int) -> None:
         raise
     finally:
         for lane in lanes:
-            lane.pool.shutdown(wait=True, cancel_futures=True)
+            # A signal can arrive while a pool is starting its manager thread: then there is nothing to wait for.
+            with contextlib.suppress(RuntimeError):
+                lane.pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _check_jobs(run: _Run) -> None:
