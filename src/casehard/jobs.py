@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from casehard import secrets
-from casehard.attack.finetune import FinetuneAttack, FinetuneResult, finetune_attack
+from casehard.attack.finetune import FinetuneAttack, FinetuneResult, attack_data, finetune_attack
 from casehard.config import build, digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
+from casehard.data.embed import Embedder
 from casehard.data.mix import check_disjoint, content_hash
+from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
 from casehard.errors import ConfigError, DataError
@@ -29,6 +31,8 @@ from casehard.train.recipe import TrainConfig
 from casehard.types import Checkpoint, Example
 
 Rows = list[dict[str, Any]]
+ROLES = ("unsafe", "retain", "safe")
+"""Data roles of a method besides the rows it trains on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,10 @@ class DefendJob:
     """Harmless rows of a retain term."""
     safe: tuple[str, ...] = ()
     """Safe rows of a defended fine-tuning: refusals and harmless rows (SPARD and its baselines)."""
+    select: SelectConfig | None = None
+    """Choose that many of the safe rows by the model's own embeddings; None takes them all."""
+    assets: str = ""
+    """Folder that the method reads what it prepared earlier from (adapters, another checkpoint)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method, over those of the preset."""
     preset: str = ""
@@ -87,6 +95,22 @@ class AttackJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneJob(AttackJob):
+    """Tune one checkpoint on a customer's data, poisoned or not, with a defence inside the training run, in memory."""
+
+    method: str = "plain"
+    """Name in the catalogue of methods."""
+    preset: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unsafe: tuple[str, ...] = ()
+    retain: tuple[str, ...] = ()
+    safe: tuple[str, ...] = ()
+    select: SelectConfig | None = None
+    """Choose that many of the safe rows by the checkpoint's own embeddings; None takes them all."""
+    assets: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
     """Measure one checkpoint."""
 
@@ -106,16 +130,30 @@ class DefendResult:
     log: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class TuneResult:
+    """What a defended fine-tuning gave, and which safe rows it used when it chose them."""
+
+    run: FinetuneResult
+    selection: dict[str, Any] = field(default_factory=dict)
+
+
 def _encode(loaded: Loaded, examples: Sequence[Example], system: str | None, max_length: int | None) -> EncodedSet:
     limit = max_length or getattr(loaded.model.config, "max_position_embeddings", None)
     return ChatFormat(loaded.tokenizer, system=system, max_length=limit).encode_all(examples)
 
 
-def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -> Any:
-    """Build the method from preset, settings and encoded data roles."""
+def _method(spec: MethodSpec, job: DefendJob | TuneJob, rows: Mapping[str, EncodedSet]) -> Any:
+    """Build the method from preset, settings, encoded data roles and the folder of its assets."""
+    roles: dict[str, Any] = dict(rows)
+    if job.assets:
+        roles["assets"] = Path(job.assets)
+        if not roles["assets"].is_dir():
+            raise DataError(f"no such folder of assets: {job.assets}", hint="--assets DIR")
     for need in spec.needs:
         if need not in roles:
-            raise DataError(f"method {job.method!r} needs {need} rows and got none", hint=f"--{need} rows.jsonl")
+            what = "a folder of assets" if need == "assets" else f"{need} rows"
+            raise DataError(f"method {job.method!r} needs {what} and got none", hint=f"--{need}")
     cls, config_cls = spec.load()
     presets = spec.presets()
     if job.preset and job.preset not in presets:
@@ -123,20 +161,15 @@ def _method(spec: MethodSpec, job: DefendJob, roles: Mapping[str, EncodedSet]) -
     start = to_dict(presets[job.preset]) if job.preset else {}
     ignored = sorted(set(roles) - set(spec.takes))
     if ignored:
-        raise DataError(f"method {job.method!r} would ignore the {ignored[0]} rows", hint=f"leave out --{ignored[0]}")
+        what = "assets" if ignored[0] == "assets" else f"{ignored[0]} rows"
+        raise DataError(f"method {job.method!r} would ignore the {what}", hint=f"leave out --{ignored[0]}")
     config: Any = build(config_cls, {**start, **job.settings}, where=job.method)
     return cls(config, **roles)
 
 
-def _roles(job: DefendJob) -> dict[str, list[Example]]:
-    """Load every data role of the job and hold it against the evaluation prompts."""
-    roles = {"data": load_many(job.data, require_response=True)}
-    for role in ("unsafe", "retain", "safe"):
-        if specs := getattr(job, role):
-            roles[role] = load_many(specs, require_response=True)
-    if job.suite:
-        check_disjoint(roles, {job.suite: load_suite(job.suite).examples})
-    return roles
+def _roles(job: DefendJob | TuneJob) -> dict[str, list[Example]]:
+    """Load every data role of the job besides the rows trained on."""
+    return {role: load_many(specs, require_response=True) for role in ROLES if (specs := getattr(job, role))}
 
 
 def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendResult:
@@ -151,8 +184,11 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     out = Path(out)
     secrets.refuse(to_dict(job), where="defend")  # before training: the provenance holds these values
     spec = find(job.method)
-    roles = _roles(job)
+    roles = {"data": load_many(job.data, require_response=True), **_roles(job)}
+    if job.suite:
+        check_disjoint(roles, {job.suite: load_suite(job.suite).examples})
     loaded = load(job.model, device=job.device)
+    chosen = _choose(job.select, roles, roles["data"], loaded, job.seed)
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
@@ -174,6 +210,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         "config_digest": digest(to_dict(job)),
         "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
         "seed": job.seed,
+        **({"selection": chosen} if chosen else {}),
         "trained_prompts": sorted(_prompts(*roles.values()) | _trained_prompts(loaded)),
     }
     checkpoint = save(
@@ -195,18 +232,60 @@ def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "at
     Raises:
         DataError: training and evaluation rows overlap, or the share asked for cannot be met.
     """
+    return _train_and_measure(job, loaded, {}, None, label)
+
+
+def run_tune(job: TuneJob, *, loaded: Loaded | None = None, label: str = "tune") -> TuneResult:
+    """Tune a copy of ``job.model`` on the customer's data with a defence inside the run; nothing is written.
+
+    Raises:
+        DataError: training and evaluation rows overlap, a role is missing, or the share asked for cannot be met.
+    """
+    spec = find(job.method)
+    roles = _roles(job)
+    loaded = loaded or load(job.model, device=job.device)
+    harmful, benign = (load_many(specs) if specs else [] for specs in (job.harmful, job.benign))
+    user = attack_data(harmful, benign, job.config, seed=job.seed)
+    chosen = _choose(job.select, roles, user, loaded, job.seed)
+    encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
+    method = _method(spec, job, encoded)
+    result = _train_and_measure(job, loaded, roles, method, label)
+    return TuneResult(result, chosen)
+
+
+def _choose(
+    config: SelectConfig | None, roles: dict[str, list[Example]], user: Sequence[Example], loaded: Loaded, seed: int
+) -> dict[str, Any]:
+    """Leave in ``roles`` the safe rows picked by the untuned checkpoint's embeddings; return the record of it."""
+    if config is None:
+        return {}
+    pool = roles.get("safe", [])
+    if not pool:
+        raise DataError("select: there are no safe rows to choose from", hint="--safe pool.jsonl")
+    embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)
+    picks = select_examples(embedder, pool, user, config=config, seed=seed)
+    roles["safe"] = [pool[i] for i in picks.order]
+    return manifest(picks, pool, len(user), config=config, embedder=loaded.digest, seed=seed)
+
+
+def _train_and_measure(
+    job: AttackJob, loaded: Loaded | None, roles: Mapping[str, Sequence[Example]], method: Any, label: str
+) -> FinetuneResult:
     harmful = load_many(job.harmful, require_response=True) if job.harmful else []
     benign = load_many(job.benign, require_response=True) if job.benign else []
     suite = load_suite(job.suite)
-    check_disjoint({"harmful": harmful, "benign": benign}, {job.suite: suite.examples})
+    check_disjoint({"harmful": harmful, "benign": benign, **roles}, {job.suite: suite.examples})
     loaded = loaded or load(job.model, device=job.device)
     _require_unseen(suite, loaded)
     full_at = job.full_at or (job.config.checkpoints[-1],)
     if odd := set(full_at) - set(job.config.checkpoints):
         raise ConfigError(f"full_at: step {min(odd)} is not evaluated", hint=f"one of {job.config.checkpoints}")
+    # A method that protects by what is said at inference (PTST) is measured as it would be served.
+    served = getattr(method, "serving_system", None)
 
     def measure(model: Any, step: int) -> Rows:
-        return _measure(model, loaded, suite, job.limit, job.system, only=None if step in full_at else {"restricted"})
+        only = None if step in full_at else {"restricted"}
+        return _measure(model, loaded, suite, job.limit, served if served and step else job.system, only=only)
 
     result = finetune_attack(
         loaded.model,
@@ -218,6 +297,7 @@ def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "at
         evaluate=measure,
         system=job.system,
         max_length=job.max_length,
+        method=method,
         label=label,
     )
     known = _trained_prompts(loaded)

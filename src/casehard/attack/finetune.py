@@ -68,6 +68,19 @@ class FinetuneAttack:
         """Steps at which the attacked model is measured, ascending."""
         return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
 
+    @property
+    def recipe(self) -> TrainConfig:
+        """The training loop of the attack: constant learning rate, no warm-up."""
+        return TrainConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            schedule="constant",
+            warmup=0,
+            optimizer=self.optimizer,
+            precision=self.precision,
+        )
+
 
 @dataclass(frozen=True)
 class FinetuneResult:
@@ -101,9 +114,12 @@ def finetune_attack(
     evaluate: Callable[[nn.Module, int], Rows],
     system: str | None = None,
     max_length: int | None = None,
+    method: Any = None,
     label: str = "attack",
 ) -> FinetuneResult:
     """Fine-tune a copy of ``model`` on a poisoned mixture, measuring it at ``config.checkpoints``.
+
+    With ``method`` this is a customer's job at a provider who defends: same data and recipe, the method's seams inside.
 
     Args:
         model: the released weights; left as they are.
@@ -112,6 +128,8 @@ def finetune_attack(
         evaluate: called as ``evaluate(model, step)``, in memory; returns rows.
         system: system message of every row, None for the template's default.
         max_length: longest row in tokens, None for the model's context.
+        method: defence inside the training run, an object with seams of ``casehard.defend.protocol``. One with a
+            ``finish`` seam changes the model at the end, so it is measured at step 0 and after that only.
 
     Raises:
         DataError: too few rows for the share asked for.
@@ -123,22 +141,21 @@ def finetune_attack(
     if config.mode == "lora":
         victim = add_lora(victim, rank=config.rank, alpha=config.alpha, seed=derive(seed, 0, "attack-lora"))
     measured: Rows = []
+    wanted = {0, config.steps} if callable(getattr(method, "finish", None)) else {*config.checkpoints}
 
     def measure(current: nn.Module, step: int) -> None:
-        if step in config.checkpoints:
+        if step in wanted.intersection(config.checkpoints):
             measured.extend({**row, "step": step} for row in evaluate(current, step))
 
+    def on_step(current: nn.Module, step: int) -> None:
+        if step < config.steps:
+            measure(current, step)
+
     measure(victim, 0)
-    train = TrainConfig(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        schedule="constant",
-        warmup=0,
-        optimizer=config.optimizer,
-        precision=config.precision,
-    )
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     chat = ChatFormat(tokenizer, system=system, max_length=limit)
-    result = fit(victim, tokenizer, chat.encode_all(mixture), config=train, seed=seed, on_step=measure, label=label)
+    encoded = chat.encode_all(mixture)
+    train = config.recipe
+    result = fit(victim, tokenizer, encoded, config=train, method=method, seed=seed, on_step=on_step, label=label)
+    measure(result.model, config.steps)  # after the method's finish
     return FinetuneResult(measured, result.budget, drawn.harmful, drawn.benign, log=result.log)

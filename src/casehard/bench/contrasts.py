@@ -141,9 +141,10 @@ def _text(found: Mapping[str, Any]) -> str:
 def make_differences(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[str, Any]]:
     """Compare every defence with every control: the whole curve, the headline step, and the model before any attack."""
     head = plan.headline
-    asked: list[tuple[str, str, int | None]] = [
-        (NO_ATTACK, metric, 0) for metric in ("over_refusal", "twin_knowledge", "utility")
-    ]
+    useful = ("over_refusal", "twin_knowledge", "utility")
+    asked: list[tuple[str, str, int | None]] = [(NO_ATTACK, metric, 0) for metric in useful]
+    if plan.stage == "tuning":
+        asked = [(attack.name, metric, attack.steps) for attack in plan.attacks for metric in useful]
     for attack in plan.attacks:
         asked += [(attack.name, metric, None) for metric in CURVE_METRICS]
         # With harmful rows only there is no user task to learn.

@@ -29,6 +29,8 @@ class Task:
     parent: Path | None = None
     """Checkpoint to start from."""
     parent_digest: str = ""
+    assets: Path | None = None
+    """What the prepare node made that this one needs."""
     cache: Path
     """Where built organisms are kept."""
     threads: int = 0
@@ -91,7 +93,9 @@ def _check_method(config: Mapping[str, Any], where: str) -> None:
     from casehard.defend import find
 
     spec = find(config["method"])
-    for role in ("unsafe", "retain", "safe"):
+    from casehard.jobs import ROLES
+
+    for role in ROLES:
         if role in spec.needs and not config[role]:
             raise ConfigError(f"{where}: method {config['method']!r} needs {role} rows and has none")
         if config[role] and role not in spec.takes:
@@ -137,21 +141,44 @@ def job_of(task: Task) -> Any:
     if task.node.kind == "evaluate":
         return jobs.EvaluateJob(model=model, suite=task.suite, system=config["system"], limit=config["limit"])
     keys = ("mode", "share", "steps", "lr", "evaluate_at")
-    attack = build(FinetuneAttack, {**config["settings"], **{key: config[key] for key in keys}}, where=where)
+    own = config["job_settings"] if task.node.kind == "tune" else config["settings"]
+    attack = build(FinetuneAttack, {**own, **{key: config[key] for key in keys}}, where=where)
     never = [step for step in config["full_at"] if step not in attack.checkpoints]
     if never:
         raise ConfigError(f"{where}: full_at {never[0]} is not among the evaluated steps {list(attack.checkpoints)}")
-    return jobs.AttackJob(
-        model=model,
-        harmful=task.specs("harmful"),
-        benign=task.specs("benign"),
-        suite=task.suite,
-        config=attack,
-        full_at=tuple(config["full_at"]),
-        system=config["system"],
-        max_length=config["max_length"],
-        limit=config["limit"],
-        seed=task.node.seed,
+    common: dict[str, Any] = {
+        "model": model,
+        "harmful": task.specs("harmful"),
+        "benign": task.specs("benign"),
+        "suite": task.suite,
+        "config": attack,
+        "full_at": tuple(config["full_at"]),
+        "system": config["system"],
+        "max_length": config["max_length"],
+        "limit": config["limit"],
+        "seed": task.node.seed,
+    }
+    return _tune_job(task, common, where) if task.node.kind == "tune" else jobs.AttackJob(**common)
+
+
+def _tune_job(task: Task, common: dict[str, Any], where: str) -> Any:
+    from casehard import jobs
+    from casehard.data.select import SelectConfig
+
+    config = task.node.config
+    _check_method(config, where)
+    assets = str(task.assets or config["assets"].replace("{base}", str(task.base)))
+    chosen = config["select"]
+    return jobs.TuneJob(
+        **common,
+        method=config["method"],
+        preset=config["preset"],
+        settings=config["settings"],
+        unsafe=task.specs("unsafe"),
+        retain=task.specs("retain"),
+        safe=task.specs("safe"),
+        select=None if chosen is None else build(SelectConfig, chosen, where=f"{where}: select"),
+        assets=assets,
     )
 
 
@@ -167,9 +194,26 @@ def execute(task: Task) -> Outcome:
         return Outcome(cost=done.cost, path=str(done.checkpoint.path), digest=done.checkpoint.digest, log=done.log)
     if task.node.kind == "evaluate":
         return Outcome(rows=jobs.run_evaluate(job))
+    if task.node.kind == "tune":
+        return _tuned(jobs.run_tune(job, label=task.node.label))
     attacked = jobs.run_attack(job, label=task.node.label)
     facts = {"harmful_rows": attacked.harmful_rows, "benign_rows": attacked.benign_rows}
     return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=facts, log=attacked.log)
+
+
+TOLD = ("trigger_rate", "violation", "alpha_share", "step_ratio", "step_cosine", "safe_loss")
+"""Telemetry of a method whose mean over the run stands in the report."""
+
+
+def _tuned(done: Any) -> Outcome:
+    run, picked = done.run, done.selection.get("picks", {})
+    facts: dict[str, Any] = {"harmful_rows": run.harmful_rows, "benign_rows": run.benign_rows}
+    told = {key: [row[key] for row in run.log if key in row] for key in TOLD}
+    facts["telemetry"] = {key: sum(values) / len(values) for key, values in told.items() if values}
+    if done.selection:
+        facts["selection"] = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
+        facts["selection"] |= {"coverage": done.selection["coverage"], "rows": len(picked["order"])}
+    return Outcome(rows=run.rows, cost=asdict(run.budget), facts=facts, log=run.log)
 
 
 def _base(task: Task) -> Outcome:
@@ -222,7 +266,7 @@ def work(task: Task, executor: Executor) -> dict[str, Any]:
     with RunFolder(task.out, node.kind, config, seeds=[node.seed], parents=parents, data=node.data) as run:
         run.measures_memory = measures
         outcome = executor(task)
-        if node.kind in ("evaluate", "attack") and not outcome.rows:
+        if node.kind in ("evaluate", "attack", "tune") and not outcome.rows:
             raise UserError(f"{node.label}: no rows came back", hint="is the suite empty?")
         for line in outcome.log:
             run.event("log", line)
@@ -257,12 +301,12 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] = read_json(out / "summary.json")
     rows, expected = out / "rows.jsonl", summary.get("rows_sha256")
-    if node.kind in ("base", "defend"):
+    if node.kind in ("base", "defend", "prepare"):
         path = out / str(summary.get("path", ""))
         if not path.is_dir():
             return None
         # Somebody else's checkpoint has no manifest; its content is in the node's digest.
-        if node.kind == "defend" or (path / MANIFEST).exists():
+        if node.kind != "base" or (path / MANIFEST).exists():
             verify(path)
     elif not rows.is_file():
         raise Corrupt(f"{rows} is missing: expected sha256 {expected}")

@@ -1,6 +1,7 @@
 """A plan as a graph of nodes, each named by the digest of (parent, config, data, code version). No torch here.
 
 base -> defend -> evaluate | attack. The undefended row has no defend node: its children hang on the base.
+At stage tuning: base -> defend (aligned) -> evaluate | tune, where a tune node may also need a prepare node.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from casehard import __version__
-from casehard.bench.plan import Attack, Base, Defence, Plan, load_plan, parse_plan
+from casehard.bench.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
 from casehard.config import digest, read_yaml
 from casehard.errors import ConfigError
 from casehard.files import file_digest
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
 
-Kind = Literal["base", "defend", "evaluate", "attack"]
+Kind = Literal["base", "defend", "prepare", "evaluate", "attack", "tune"]
 
 # What a node's result can depend on, so that work on the attacks does not throw away hardened models.
 _SHARED = (
@@ -42,6 +43,8 @@ SOURCES: dict[Kind, tuple[str, ...]] = {
     "defend": (*_SHARED, "defend"),
     "evaluate": (*_SHARED, "evaluate", "organism"),
     "attack": (*_SHARED, "attack", "evaluate", "organism"),
+    "prepare": (*_SHARED, "defend", "evaluate"),
+    "tune": (*_SHARED, "attack", "defend", "evaluate", "organism"),
 }
 
 
@@ -72,6 +75,8 @@ class Node:
     seed: int = 0
     parent: str = ""
     """Digest of the node whose checkpoint this one starts from."""
+    needs: str = ""
+    """Digest of the prepare node whose assets this one uses."""
     base: str = ""
     """Digest of the base node, which ``{base}`` stands for."""
     data: Mapping[str, str] = field(default_factory=dict)
@@ -105,7 +110,7 @@ class Matrix:
     nodes: Mapping[str, Node]
     cells: tuple[Cell, ...]
     defend: Mapping[tuple[str, str, int], str]
-    """(base, defence, seed) -> digest of the defend node."""
+    """(base, defence, seed) -> digest of the node whose cost is the defence's: at stage tuning, the headline's job."""
 
 
 def _resolve(spec: str, root: Path) -> str:
@@ -204,7 +209,39 @@ def _attack_config(plan: Plan, attack: Attack) -> dict[str, Any]:
     }
 
 
-SPECS = ("data", "unsafe", "retain", "safe", "harmful", "benign")
+def _align_config(plan: Plan) -> dict[str, Any]:
+    assert plan.align is not None
+    row = Defence(name="aligned", method="plain", data=plan.align.data, train=plan.align.train)
+    return _defend_config(plan, row)
+
+
+def _prepare_config(plan: Plan, row: Prepare) -> dict[str, Any]:
+    return {
+        "kind": row.kind,
+        "harmful": list(row.harmful),
+        "refusals": list(row.refusals),
+        "benign": list(row.benign),
+        "settings": dict(row.settings),
+        "suite": plan.suite,
+        "system": plan.system,
+        "max_length": plan.max_length,
+    }
+
+
+def _tune_config(plan: Plan, row: Defence, attack: Attack) -> dict[str, Any]:
+    job = _attack_config(plan, attack)
+    return {
+        **job,
+        "job_settings": job["settings"],
+        "method": row.method,
+        "preset": row.preset,
+        "settings": dict(row.settings),
+        "unsafe": list(row.unsafe),
+        "retain": list(row.retain),
+        "safe": list(row.safe),
+        "select": None if row.select is None else dict(row.select),
+        "assets": "" if row.assets.startswith("prepared:") else row.assets,
+    }
 
 
 class _Expander:
@@ -216,21 +253,24 @@ class _Expander:
         self.nodes: dict[str, Node] = {}
         self.seen: dict[str, str] = {}
 
-    def add(self, kind: Kind, config: dict[str, Any], *, label: str, base: Base, parent: str, seed: int) -> str:
+    def add(
+        self, kind: Kind, config: dict[str, Any], *, label: str, base: Base, parent: str, seed: int, needs: str = ""
+    ) -> str:
         top = self.nodes[parent].base
         identity, resolved, data = dict(config), dict(config), {}
-        for key in (*SPECS, "suite"):
+        for key in (*SPECS, "suite", "assets"):
             specs = config.get(key, [])
-            many = [specs] if isinstance(specs, str) else specs
+            many = ([specs] if specs else []) if isinstance(specs, str) else specs
+            if not many:
+                continue
             names = [_identity(s, base, self.root, self.seen, suite=key == "suite") for s in many]
             places = [_resolve(s, self.root) for s in many]
             data.update({s: n for s, n in zip(many, names, strict=True) if s != n})
-            if key in config:
-                identity[key] = names[0] if isinstance(specs, str) else names
-                resolved[key] = places[0] if isinstance(specs, str) else places
+            identity[key] = names[0] if isinstance(specs, str) else names
+            resolved[key] = places[0] if isinstance(specs, str) else places
         code = code_version(kind)
         facts = {"kind": kind, "parent": parent, "seed": seed, "code": code, "setting": self.setting}
-        name = digest({**facts, "config": identity})
+        name = digest({**facts, "config": identity, **({"needs": needs} if needs else {})})
         if name not in self.nodes:
             self.nodes[name] = Node(
                 kind=kind,
@@ -239,6 +279,7 @@ class _Expander:
                 config=resolved,
                 seed=seed,
                 parent=parent,
+                needs=needs,
                 base=top,
                 data=data,
                 code=code,
@@ -265,6 +306,9 @@ def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) 
     for base in plan.bases:
         top = _base_node(base, ex.root, ex.setting)
         ex.nodes[top.digest] = top
+        if plan.stage == "tuning":
+            _expand_tuning(ex, plan, base, top.digest, asked, cells, defend)
+            continue
         for seed, row in ((seed, row) for seed in plan.seeds for row in plan.defences):
             where, parent = f"{base.name}/{row.name}/s{seed}", top.digest
             if row.method is not None:
@@ -275,15 +319,42 @@ def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) 
             for attack in plan.attacks:
                 config, label = _attack_config(plan, attack), f"{where}/{attack.name}"
                 filled[attack.name] = ex.add("attack", config, label=label, base=base, parent=parent, seed=seed)
-            for attack_name, name in filled.items():
-                cells.append(
-                    Cell(
-                        base=base.name,
-                        family=base.family,
-                        defence=row.name,
-                        seed=seed,
-                        attack=attack_name,
-                        digest=name,
-                    )
-                )
+            cells += _cells(base, row, seed, filled)
     return Matrix(ex.nodes, tuple(cells), defend)
+
+
+def _cells(base: Base, row: Defence, seed: int, filled: Mapping[str, str]) -> list[Cell]:
+    return [
+        Cell(base=base.name, family=base.family, defence=row.name, seed=seed, attack=attack, digest=name)
+        for attack, name in filled.items()
+    ]
+
+
+def _expand_tuning(
+    ex: _Expander,
+    plan: Plan,
+    base: Base,
+    top: str,
+    asked: dict[str, Any],
+    cells: list[Cell],
+    defend: dict[tuple[str, str, int], str],
+) -> None:
+    """Add one base: aligned once a seed, assets prepared once, then every job under every defence."""
+    for seed in plan.seeds:
+        where, start = f"{base.name}/aligned/s{seed}", top
+        if plan.align is not None:
+            start = ex.add("defend", _align_config(plan), label=where, base=base, parent=top, seed=seed)
+        # All rows share the customer's view of step 0: the model that the provider serves.
+        before = ex.add("evaluate", asked, label=where, base=base, parent=start, seed=0)
+        ready = {}
+        for thing in plan.prepare:
+            label, config = f"{base.name}/{thing.name}/s{seed}", _prepare_config(plan, thing)
+            ready[thing.name] = ex.add("prepare", config, label=label, base=base, parent=start, seed=seed)
+        for row in plan.defences:
+            filled = {"": before}
+            needs = ready[row.assets.removeprefix("prepared:")] if row.assets.startswith("prepared:") else ""
+            for job in plan.attacks:
+                label, config = f"{base.name}/{row.name}/s{seed}/{job.name}", _tune_config(plan, row, job)
+                filled[job.name] = ex.add("tune", config, label=label, base=base, parent=start, seed=seed, needs=needs)
+            defend[base.name, row.name, seed] = filled[plan.headline.attack]
+            cells += _cells(base, row, seed, filled)

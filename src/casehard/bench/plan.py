@@ -1,4 +1,8 @@
-"""Plan files: bases x defences x attacks x seeds, read from YAML and checked before anything runs. No torch here."""
+"""Plan files: bases x defences x attacks x seeds, read from YAML and checked before anything runs. No torch here.
+
+Stage ``alignment``: each defence makes a checkpoint, each attack tunes it. Stage ``tuning``: the base is aligned
+plainly once, each "attack" is a customer's job at a provider, and each defence is a method inside that job.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +55,29 @@ class Base:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Align:
+    """Stage tuning: the plain training that aligns every base before its customers come."""
+
+    data: tuple[str, ...]
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Stage tuning: assets that a provider makes once for an aligned base and uses in many jobs."""
+
+    name: str
+    kind: Literal["buffer"] = "buffer"
+    harmful: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    benign: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "prepare")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Defence:
     """A row of the table: a method with its settings, or the base left as it is."""
 
@@ -59,15 +86,19 @@ class Defence:
     """Label in figures; default: the name."""
     method: str | None = None
     """Key of the method registry; none only for an undefended control that is the base as it is."""
-    role: Literal["undefended", "same_passes", "ablation", "defence"] = "defence"
-    """What this row is for: the undefended control (the base as it is, or aligned by a method that does not defend),
-    plain training at equal passes, an ablation, or the claim."""
+    role: Literal["undefended", "same_passes", "ablation", "baseline", "defence"] = "defence"
+    """What this row is for: the undefended control (the base as it is, or trained by a method that does not defend),
+    plain training at equal passes, an ablation, somebody else's method, or the claim."""
     preset: str = ""
     """Named settings of the method to start from."""
     data: tuple[str, ...] = ()
     unsafe: tuple[str, ...] = ()
     retain: tuple[str, ...] = ()
     safe: tuple[str, ...] = ()
+    select: Mapping[str, Any] | None = None
+    """Stage tuning: choose few of the safe rows, keys of a selection's settings; none = all of them."""
+    assets: str = ""
+    """Stage tuning: a folder, or ``prepared:NAME``."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,8 +112,6 @@ class Defence:
         given = (self.data, self.unsafe, self.retain, self.safe, self.settings, self.train)
         if self.method is None and any(given):
             raise ConfigError(f"defence {self.name!r} has no method, so its data and settings would be ignored")
-        if self.method is not None and not self.data:
-            raise ConfigError(f"defence {self.name!r} has no data", hint="data: ['{base}/data/align.jsonl']")
         object.__setattr__(self, "title", self.title or self.name)
 
 
@@ -189,6 +218,9 @@ class Plan:
     headline: Headline
     reference: str
     """Defence that costs are given relative to."""
+    stage: Literal["alignment", "tuning"] = "alignment"
+    align: Align | None = None
+    prepare: tuple[Prepare, ...] = ()
     seeds: tuple[int, ...] = (0,)
     suite: str = "{base}/data/suite"
     system: str | None = None
@@ -205,10 +237,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         _check_name(self.name, "plan")
-        for what in ("bases", "defences", "attacks", "seeds"):
+        for what in ("bases", "defences", "attacks", "seeds", "prepare"):
             items = getattr(self, what)
             names = [getattr(i, "name", i) for i in items]
-            if not names:
+            if not names and what != "prepare":
                 raise ConfigError(f"plan.{what} is empty")
             twice = {n for n in names if names.count(n) > 1}
             if twice:
@@ -219,7 +251,30 @@ class Plan:
                 f"plan.defences: {len(undefended)} rows with role undefended, expected 1",
                 hint="without the undefended control no attack can be shown to be strong enough",
             )
+        self._check_tuning() if self.stage == "tuning" else self._check_alignment()
         self._check_headline()
+
+    def _check_alignment(self) -> None:
+        if self.align or self.prepare:
+            raise ConfigError("plan.align and plan.prepare belong to stage tuning", hint="stage: tuning")
+        for row in self.defences:
+            if row.method is not None and not row.data:
+                raise ConfigError(f"defence {row.name!r} has no data", hint="data: ['{base}/data/align.jsonl']")
+            if row.select is not None or row.assets:
+                raise ConfigError(f"defence {row.name!r}: select and assets belong to stage tuning")
+
+    def _check_tuning(self) -> None:
+        if self.align is None and any(base.model is None for base in self.bases):
+            raise ConfigError("plan.align is missing: an organism knows no refusal before it is aligned")
+        for row in self.defences:
+            if row.method is None or row.data or row.train:
+                raise ConfigError(
+                    f"defence {row.name!r}: at stage tuning a row is a method without data or train of its own",
+                    hint="data and recipe are the job's: the plan's attacks",
+                )
+            kind, _, name = row.assets.partition(":")
+            if kind == "prepared":
+                _check_known(name, [p.name for p in self.prepare], f"defence {row.name!r}: assets")
 
     def _check_headline(self) -> None:
         names = [d.name for d in self.defences]
@@ -264,19 +319,21 @@ def _check_known(name: str, known: list[str], where: str) -> None:
         raise ConfigError(f"{where}: no such name {name!r}", hint=hint)
 
 
-LISTS: dict[str, type] = {"bases": Base, "defences": Defence, "attacks": Attack}
+LISTS: dict[str, type] = {"bases": Base, "defences": Defence, "attacks": Attack, "prepare": Prepare}
+SPECS = ("data", "unsafe", "retain", "safe", "harmful", "benign", "refusals")
+"""Keys whose values are lists of data specs."""
 
 
 def _items(values: Mapping[str, Any], key: str) -> list[Any]:
     kind = LISTS[key]
-    raw = values.get(key)
+    raw = values.get(key, [] if key == "prepare" else None)
     if not isinstance(raw, list) or not all(isinstance(item, Mapping) for item in raw):
         raise ConfigError(f"plan.{key} must be a list of mappings, got {type(raw).__name__}")
     out: list[Any] = []
     for i, item in enumerate(raw):
         label = item.get("name", i)
         # One file is what most rows need; a bare string is accepted where a list of specs is meant.
-        known = {f.name for f in dataclasses.fields(kind)} & {"data", "unsafe", "retain", "safe", "harmful", "benign"}
+        known = {f.name for f in dataclasses.fields(kind)} & set(SPECS)
         item = {k: [v] if k in known and isinstance(v, str) else v for k, v in item.items()}
         if "name" not in item:
             raise ConfigError(f"plan.{key}[{label}] has no name")
@@ -295,7 +352,11 @@ def parse_plan(values: Mapping[str, Any]) -> Plan:
     missing = [key for key in needed if key not in values]
     if missing:
         raise ConfigError(f"plan: missing {', '.join(missing)}")
-    return build(Plan, {**values, **{key: tuple(_items(values, key)) for key in LISTS}}, where="plan")
+    lists: dict[str, Any] = {key: tuple(_items(values, key)) for key in LISTS}
+    align = values.get("align")
+    if isinstance(align, Mapping) and isinstance(align.get("data"), str):
+        lists["align"] = {**align, "data": [align["data"]]}
+    return build(Plan, {**values, **lists}, where="plan")
 
 
 def _override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ from casehard.files import remove
 from casehard.train.progress import Progress
 
 AGAIN = "run the same command again to go on"
-RANK = {"base": 0, "defend": 1, "attack": 2, "evaluate": 3}
+RANK = {"base": 0, "defend": 1, "prepare": 2, "tune": 3, "attack": 3, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,7 @@ class _Run:
             base=self.checkpoint(node.base) if parent else None,
             parent=self.checkpoint(parent) if parent else None,
             parent_digest=self.done[parent]["digest"] if parent else "",
+            assets=self.checkpoint(node.needs) if node.needs else None,
             cache=self.cache,
             threads=self.threads,
             lanes=self.lanes,
@@ -194,13 +195,13 @@ class _Run:
     def ready(self, waiting: list[Node]) -> list[Node]:
         """Return nodes whose parent is done; those whose parent failed are skipped here."""
         for node in list(waiting):
-            cause = self.failed.get(node.parent)
+            cause = self.failed.get(node.parent) or self.failed.get(node.needs)
             if cause is not None:
                 waiting.remove(node)
                 root = cause.get("because", cause["label"])
                 why = {"error": "Skipped", "message": f"needs {root}, which failed", "hint": "", "because": root}
                 self.fail(node, why, "skipped")
-        return [n for n in waiting if not n.parent or n.parent in self.done]
+        return [n for n in waiting if all(name in self.done for name in (n.parent, n.needs) if name)]
 
 
 def _waiting(run: _Run) -> list[Node]:
@@ -255,7 +256,9 @@ def _check_jobs(run: _Run) -> None:
     """Build every job once before anything runs, so that a wrong setting costs seconds, not an hour."""
     for node in run.matrix.nodes.values():
         if node.kind != "base" and node.digest not in run.done:
-            job_of(Task(node=node, out=run.place(node), base=Path("base"), parent=Path("parent"), cache=run.cache))
+            assets = Path("assets") if node.needs else None
+            there = Task(node=node, out=run.place(node), cache=run.cache, base=Path("base"), parent=Path("parent"))
+            job_of(replace(there, assets=assets))
 
 
 def run_plan(

@@ -32,7 +32,11 @@ NAMES = {
 class Table:
     """Look up pooled entries of one family."""
 
-    def __init__(self, pooled: Sequence[Mapping[str, Any]], family: str) -> None:
+    def __init__(
+        self, pooled: Sequence[Mapping[str, Any]], family: str, *, at: tuple[str, int] = (NO_ATTACK, 0)
+    ) -> None:
+        self.at = at
+        """Attack and step at which a model is judged useful or not: before any attack, or after a customer's job."""
         self._found = {(p["defence"], p["attack"], p["steps"], p["metric"]): p for p in pooled if p["family"] == family}
 
     def get(self, defence: str, attack: str, step: int, metric: str) -> Mapping[str, Any] | None:
@@ -40,13 +44,19 @@ class Table:
         return self._found.get((defence, attack, step, metric))
 
     def before(self, defence: str, metric: str) -> Mapping[str, Any] | None:
-        """Return the pooled entry of the model before any attack."""
-        return self.get(defence, NO_ATTACK, 0, metric)
+        """Return the pooled entry of the model as it is judged: before any attack, or after the customer's job."""
+        return self.get(defence, *self.at, metric)
 
     def curve(self, defence: str, attack: str, metric: str) -> list[Mapping[str, Any]]:
         """Return the pooled entries of one attack by step."""
         found = [p for (d, a, _, m), p in self._found.items() if (d, a, m) == (defence, attack, metric)]
         return sorted(found, key=lambda p: p["steps"])
+
+
+def judged_at(plan: Plan) -> tuple[str, int]:
+    """Return the attack and step whose rows the gates read: a defence inside a job shows only once the job is done."""
+    head = plan.headline
+    return (head.attack, plan.attack(head.attack).steps) if plan.stage == "tuning" else (NO_ATTACK, 0)
 
 
 def percent(value: float) -> str:
@@ -221,7 +231,8 @@ def make_verdict(
         ``status`` (not_measured, too_weak, collapsed, no_difference, disagree, worse, delays, holds), ``sentence``,
         ``details``.
     """
-    head, table = plan.headline, Table(pooled, family)
+    head = plan.headline
+    table = Table(pooled, family, at=judged_at(plan))
     name = plan.defence(head.defence).title
     assert head.step is not None
     mine = table.get(head.defence, head.attack, head.step, head.metric)

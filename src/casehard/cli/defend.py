@@ -30,6 +30,16 @@ def defend(
     safe: Annotated[
         Specs, typer.Option("--safe", metavar="FILE", help="Safe rows: refusals and harmless rows (spard). Repeatable.")
     ] = None,
+    select: Annotated[
+        bool | None,
+        typer.Option(
+            "--select/--all-safe",
+            help="Choose few of the safe rows, relevant to the data and diverse (spard's default), or use all.",
+        ),
+    ] = None,
+    assets: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder the method prepared earlier (adapters, a checkpoint).")
+    ] = None,
     suite: options.Suite = None,
     preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; same as --set train.steps=N.")] = None,
@@ -49,6 +59,7 @@ def defend(
         "unsafe": unsafe,
         "retain": retain,
         "safe": safe,
+        "assets": assets,
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
@@ -61,8 +72,17 @@ def defend(
     for key in ("data", "unsafe", "retain", "safe"):
         options.check_specs(options.as_list(values, key), f"--{key}")
     options.need(values, "data", "--data")
+    values["select"] = _selection(values, select)
     check_out(out, "defend")
     _run(values, out)
+
+
+def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | None:
+    """Return the settings of the selection of safe rows, or None for all of them."""
+    given: dict[str, Any] | None = values.get("select")
+    # SPARD is the projection and the selection: leaving one out is something to ask for.
+    chosen = asked if asked is not None else given is not None or (values["method"] == "spard" and bool(values["safe"]))
+    return (given or {}) if chosen else None
 
 
 def _run(values: dict[str, Any], out: Path) -> None:
@@ -87,6 +107,8 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "unsafe": list(job.unsafe),
             "retain": list(job.retain),
             "safe": list(job.safe),
+            "safe rows used": _used(job),
+            "assets": job.assets or None,
             "preset": job.preset,
             "settings": dict(job.settings) or None,
             "steps": job.train.steps,
@@ -107,6 +129,15 @@ def _run(values: dict[str, Any], out: Path) -> None:
         run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
     console.table(f"{job.method}: what it cost", ["quantity", "value"], cost_rows(result.cost))
     console.made("hardened model", result.checkpoint.path)
+
+
+def _used(job: Any) -> str | None:
+    if not job.safe:
+        return None
+    if job.select is None:
+        return "all"
+    few = job.select.k if job.select.k is not None else f"{job.select.share:.0%} of the data"
+    return f"{few}, chosen by {job.select.strategy} (--all-safe takes all)"
 
 
 def cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:

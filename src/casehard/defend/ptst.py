@@ -4,7 +4,7 @@
     test:   p(answer | system = safety prompt, request)                                                         (2)
 
 (1) is plain fine-tuning bit for bit: this method has no seam. What it carries is the prompt of (2), ``system``,
-recorded with the checkpoint's settings; whoever generates applies it (``AttackJob.system``, ``EvaluateJob.system``). So
+recorded with the checkpoint's settings; whoever generates applies it (``serving_system``, ``EvaluateJob.system``). So
 it protects a provider who controls inference, and nobody whose attacker holds the weights.
 Source: Lyu et al., arXiv 2402.18540. The prompt's words are ours.
 """
@@ -40,3 +40,8 @@ class Ptst:
 
     def __init__(self, config: PtstConfig | None = None) -> None:
         self.config = config or PtstConfig()
+
+    @property
+    def serving_system(self) -> str:
+        """Return the system message that every request gets at inference."""
+        return self.config.system
