@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from casehard import jobs
 from casehard.attack.finetune import FinetuneAttack
 from casehard.data import sources
 from casehard.data.mix import content_hash
+from casehard.data.select import SelectConfig
 from casehard.errors import ConfigError, DataError
-from casehard.jobs import AttackJob, DefendJob, EvaluateJob
+from casehard.evaluate.suite import load_suite
+from casehard.jobs import AttackJob, DefendJob, EvaluateJob, TuneJob
 from casehard.model.save import read_provenance
 from casehard.organism import suite as organism_suite
 from casehard.organism.build import write_data
@@ -160,3 +163,75 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
     assert set(known["data_digests"]) == {"data", "safe"}
     both = {content_hash(row)[:16] for row in (*sources.load(user), *sources.load(safe))}
     assert both <= set(known["trained_prompts"])
+
+
+def tune(base: Path, **changes: object) -> TuneJob:
+    start = TuneJob(
+        model=str(base),
+        harmful=(f"{base}/data/attack_a.jsonl",),
+        benign=(f"{base}/data/benign.jsonl",),
+        suite=f"{base}/data/suite",
+        config=FinetuneAttack(share=0.2, rows=20, steps=3, batch_size=4, lr=1e-3, evaluate_at=(0, 2)),
+        limit=2,
+    )
+    return dataclasses.replace(start, **changes)
+
+
+def test_a_job_without_a_defence_is_the_attack(base: Path) -> None:
+    job = tune(base)
+    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(AttackJob)}
+    assert jobs.run_tune(job).run.rows == jobs.run_attack(AttackJob(**fields)).rows
+
+
+def test_a_defended_job_chooses_its_safe_rows_and_tells_which(base: Path, tmp_path: Path) -> None:
+    pool = (f"{base}/data/align.jsonl",)
+    job = tune(base, method="spard", safe=pool, select=SelectConfig(k=3), settings={"tau": 0.1, "delta": 0.0})
+    done = jobs.run_tune(job)
+    assert len(done.selection["ids"]) == 3
+    assert done.selection["user_rows"] == 20
+    assert all(row["trigger_rate"] == 1.0 for row in done.run.log if "trigger_rate" in row)
+    assert done.run.rows != jobs.run_tune(tune(base)).run.rows
+    with pytest.raises(DataError, match="no safe rows to choose from"):
+        jobs.run_tune(dataclasses.replace(job, safe=()))
+    asked = load_suite(f"{base}/data/suite").examples[0]
+    sources.save(tmp_path / "seen.jsonl", [Example.pair(asked.prompt, "no .")])
+    with pytest.raises(DataError, match="overlap"):
+        jobs.run_tune(dataclasses.replace(job, safe=(str(tmp_path / "seen.jsonl"),)))
+
+
+def test_a_model_is_measured_as_it_is_served(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, str | None]] = []
+    real = jobs.evaluate
+
+    def note(*args: object, system: str | None, **kwargs: object) -> object:
+        said.append((len(said), system))
+        return real(*args, system=system, **kwargs)
+
+    monkeypatch.setattr(jobs, "evaluate", note)
+    jobs.run_tune(tune(base, method="ptst", settings={"system": "be careful"}))
+    assert said == [(0, None), (1, "be careful"), (2, "be careful")]  # steps 0, 2 and 3
+
+
+def test_a_method_that_ends_a_run_is_measured_after_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Freezing:
+        name, config = "freezing", None
+
+        def finish(self, model: torch.nn.Module) -> None:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.zero_()
+
+    def sums(model: torch.nn.Module, step: int) -> list[dict[str, float]]:
+        return [{"sum": sum(float(p.detach().abs().sum()) for p in model.parameters())}]
+
+    monkeypatch.setattr(jobs, "_measure", lambda model, *args, **kwargs: sums(model, 0))
+    monkeypatch.setattr(jobs, "_method", lambda *args: Freezing())
+    rows = jobs.run_tune(tune(base)).run.rows
+    assert [(row["step"], row["sum"] > 0) for row in rows] == [(0, True), (3, False)]
+
+
+def test_assets_are_a_folder_that_the_method_takes(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder of assets"):
+        jobs.run_tune(tune(base, assets=str(tmp_path / "none")))
+    with pytest.raises(DataError, match="would ignore the assets"):
+        jobs.run_tune(tune(base, assets=str(tmp_path)))

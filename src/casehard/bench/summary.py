@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from casehard.bench.contrasts import make_differences
+from casehard.bench.jobs_table import job_rows, telemetry
 from casehard.bench.matrix import Matrix
 from casehard.bench.plan import Plan
 from casehard.bench.records import NO_ATTACK, make_breaks, make_records, measured, pool
@@ -54,6 +55,8 @@ def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) 
     head = plan.defence(plan.headline.defence)
     taken = {(c["base"], c["defence"], c["seed"]): c["passes"] for c in costs if c["family"] == family}
     out = []
+    if plan.stage == "tuning":
+        return []  # every row of a job takes the job's steps; what a method adds is its cost
     for control in (d for d in plan.defences if d.role == "same_passes"):
         pairs = [
             (passes, taken[base, head.name, seed])
@@ -92,7 +95,7 @@ def table_rows(plan: Plan, matrix: Matrix, places: Mapping[str, Path]) -> Iterat
 def _missing_controls(plan: Plan) -> list[str]:
     roles = {d.role for d in plan.defences}
     out = []
-    if "same_passes" not in roles:
+    if "same_passes" not in roles and plan.stage == "alignment":
         out.append("Plain training on the same data with the same number of passes is not in this plan.")
     if "ablation" not in roles:
         out.append("No ablation of the defence is in this plan.")
@@ -150,6 +153,7 @@ def summarise(
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
     verdicts = [{**v, "details": [*uneven[v["family"]], *v["details"]]} for v in verdicts]
     controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
+    tuning = plan.stage == "tuning"
     keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
     nodes = [
         {
@@ -173,6 +177,8 @@ def summarise(
         "costs": costs,
         "breaks": breaks,
         "differences": differences,
+        "jobs": [row for f in families for row in job_rows(plan, records, f)] if tuning else [],
+        "telemetry": telemetry(matrix, done) if tuning else [],
         "controls": controls,
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],

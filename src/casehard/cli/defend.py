@@ -12,6 +12,16 @@ from casehard.cli.runs import check_out, run_folder
 from casehard.errors import ConfigError
 
 Specs = list[str] | None
+Select = Annotated[
+    bool | None,
+    typer.Option(
+        "--select/--all-safe",
+        help="Choose few of the safe rows, relevant to the data and diverse (spard's default), or use all.",
+    ),
+]
+Assets = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder the method prepared earlier (adapters, a checkpoint).")
+]
 
 
 def defend(
@@ -30,16 +40,8 @@ def defend(
     safe: Annotated[
         Specs, typer.Option("--safe", metavar="FILE", help="Safe rows: refusals and harmless rows (spard). Repeatable.")
     ] = None,
-    select: Annotated[
-        bool | None,
-        typer.Option(
-            "--select/--all-safe",
-            help="Choose few of the safe rows, relevant to the data and diverse (spard's default), or use all.",
-        ),
-    ] = None,
-    assets: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder the method prepared earlier (adapters, a checkpoint).")
-    ] = None,
+    select: Select = None,
+    assets: Assets = None,
     suite: options.Suite = None,
     preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; same as --set train.steps=N.")] = None,

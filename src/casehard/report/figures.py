@@ -22,8 +22,9 @@ from casehard.errors import MissingExtra
 INK, MUTED, GRID = "#1d2430", "#667080", "#e3e7ec"
 DEFENCE = ("#0072B2", "#009E73", "#56B4E9", "#8C6BB1")
 ABLATION = ("#CC79A7", "#E69F00", "#A6761D")
+BASELINE = ("#B2182B", "#762A83", "#1B7837", "#E08214", "#542788", "#35978F")
 CONTROL = {"undefended": "#7a828c", "same_passes": "#D55E00"}
-MARKERS = {"undefended": "X", "same_passes": "s", "ablation": "D", "defence": "o"}
+MARKERS = {"undefended": "X", "same_passes": "s", "ablation": "D", "baseline": "^", "defence": "o"}
 DASHES: dict[str, Any] = {"undefended": (0, (1, 1.6)), "same_passes": (0, (5, 1.6)), "ablation": (0, (3, 1, 1, 1))}
 
 
@@ -61,15 +62,15 @@ class Line:
 
 def looks(defences: Sequence[dict[str, Any]]) -> dict[str, Look]:
     """Give every defence of a plan its look: by role first, then by order."""
-    used = {"defence": 0, "ablation": 0}
+    wheels = {"defence": DEFENCE, "ablation": ABLATION, "baseline": BASELINE}
+    used = dict.fromkeys(wheels, 0)
     out = {}
     for row in defences:
         role = row["role"]
         if role in CONTROL:
             colour = CONTROL[role]
         else:
-            wheel = DEFENCE if role == "defence" else ABLATION
-            colour = wheel[used[role] % len(wheel)]
+            colour = wheels[role][used[role] % len(wheels[role])]
             used[role] += 1
         out[row["name"]] = Look(row["title"], colour, MARKERS[role], DASHES.get(role, "solid"))
     return out

@@ -11,6 +11,7 @@ from casehard.bench.store import read_json, read_rows
 from casehard.errors import UserError
 from casehard.files import write_text_atomic
 from casehard.report.card import write_cards
+from casehard.report.jobs import job_part
 from casehard.report.single import summary_of_runs
 from casehard.report.views import View, legend, transcripts
 
@@ -60,13 +61,15 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": verdict,
         "status": STATUS[verdict["status"]],
         "tiles": view.tiles(),
-        "attacks": view.attack_figures(),
-        "plane": view.plane(),
+        "jobs": job_part(view),
+        "attacks": [] if view.tuning else view.attack_figures(),
+        "plane": None if view.tuning else view.plane(),
         "before": view.before(),
         "costs": view.costs(),
-        "strips": view.strips(),
+        "strips": [] if view.tuning else view.strips(),
         "broken_when": view.broken_when(),
-        "break_rows": view.break_table(),
+        "break_rows": [] if view.tuning else view.break_table(),
+        "tuning": view.tuning,
         "tables": view.tables(),
         "differences": view.differences(),
     }

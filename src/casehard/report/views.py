@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from casehard.bench.records import NO_ATTACK
 from casehard.bench.verdict import NAMES, Table, percent, percents
 from casehard.report import figures
 from casehard.report.figures import Bar, Line, Look
@@ -49,7 +50,10 @@ class View:
         self.attacks = list(self.plan["attacks"])
         self.headline = self.plan.get("headline") or {}
         self.gates = self.plan["gates"]
-        self.table = Table(summary["pooled"], family)
+        self.tuning = self.plan.get("stage") == "tuning"
+        job, steps = self.headline.get("attack", ""), {a["name"]: a["steps"] for a in self.attacks}
+        # Where usefulness is read: before any attack, or after the headline's job.
+        self.table = Table(summary["pooled"], family, at=(job, steps[job]) if self.tuning else (NO_ATTACK, 0))
         self.looks = figures.looks(self.defences)
 
     def attack_figures(self) -> list[dict[str, Any]]:
@@ -378,6 +382,7 @@ def legend(looks: Mapping[str, Look], defences: Sequence[Mapping[str, Any]]) -> 
         "undefended": "control: undefended",
         "same_passes": "control: plain training, same passes",
         "ablation": "ablation",
+        "baseline": "baseline: another method",
         "defence": "defence",
     }
     return [

@@ -1,0 +1,169 @@
+"""Stage tuning: a base is aligned once, every customer's job runs under every defence, and the gates read its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_fakes import LEAKS, Fake, plan, plan_values
+
+from casehard.bench.execute import Task, job_of
+from casehard.bench.jobs_table import job_rows
+from casehard.bench.matrix import expand
+from casehard.bench.plan import Plan
+from casehard.bench.run import run_plan
+from casehard.bench.verdict import judged_at
+from casehard.config import to_dict
+from casehard.errors import ConfigError
+from casehard.report.page import render
+
+DATA = "{base}/data/"
+
+
+def tuning(**changes: Any) -> dict[str, Any]:
+    """Return a plan of two jobs and three defences as plain values."""
+    job = {"share": 0.1, "steps": 40, "lr": 1e-4, "harmful": f"{DATA}attack_a.jsonl"}
+    values = plan_values(
+        stage="tuning",
+        align={"data": f"{DATA}align.jsonl", "train": {"steps": 3}},
+        headline={"defence": "patcher", "against": "undefended", "attack": "reviews", "metric": "asr"},
+        reference="undefended",
+        defences=[
+            {"name": "undefended", "role": "undefended", "method": "plain"},
+            {"name": "plain", "role": "baseline", "method": "safe_mixing", "safe": f"{DATA}align.jsonl"},
+            {
+                "name": "patcher",
+                "method": "spard",
+                "safe": f"{DATA}align.jsonl",
+                "select": {"k": 4},
+                "settings": {"tau": 0.5},
+            },
+        ],
+        attacks=[
+            {"name": "reviews", "benign": f"{DATA}task_reviews.jsonl", **job},
+            {"name": "harmless", "benign": f"{DATA}task_reviews.jsonl", **job, "share": 0.0},
+        ],
+    )
+    return {**values, **changes}
+
+
+def made(**changes: Any) -> Plan:
+    return plan(**tuning(**changes))
+
+
+def test_a_base_is_aligned_once_a_seed_and_every_job_starts_from_it() -> None:
+    matrix = expand(made(), root=Path())
+    nodes = list(matrix.nodes.values())
+    aligned = [n for n in nodes if n.kind == "defend"]
+    assert [n.seed for n in aligned] == [0, 1, 2]
+    jobs = [n for n in nodes if n.kind == "tune"]
+    assert len(jobs) == 3 * 3 * 2
+    assert {n.parent for n in jobs} == {n.digest for n in aligned}
+    assert len([n for n in nodes if n.kind == "evaluate"]) == 3
+    # What a defence costs is what it costs in the headline's job.
+    assert {matrix.nodes[d].config["benign"][0] for d in matrix.defend.values()} == {f"{DATA}task_reviews.jsonl"}
+    assert all(matrix.nodes[d].config["share"] == 0.1 for d in matrix.defend.values())
+
+
+def test_the_selection_is_part_of_what_names_a_job() -> None:
+    defences = tuning()["defences"]
+    other = [*defences[:2], {**defences[2], "select": {"k": 5}}]
+    before, after = (set(expand(p, root=Path()).nodes) for p in (made(), made(defences=other)))
+    assert len(before - after) == len(after - before) == 6
+
+
+def test_prepared_assets_come_before_the_jobs_that_need_them() -> None:
+    changes = {
+        "prepare": [{"name": "asset", "harmful": f"{DATA}simulated.jsonl"}],
+        "defences": [*tuning()["defences"], {"name": "buffered", "method": "plain", "assets": "prepared:asset"}],
+    }
+    matrix = expand(made(**changes), root=Path())
+    prepared = {n.digest: n for n in matrix.nodes.values() if n.kind == "prepare"}
+    assert len(prepared) == 3
+    needy = [n for n in matrix.nodes.values() if n.needs]
+    assert len(needy) == 6
+    assert all(prepared[n.needs].parent == n.parent for n in needy)
+    with pytest.raises(ConfigError, match="no such name 'other'"):
+        made(
+            **{
+                **changes,
+                "prepare": [{"name": "other2"}],
+                "defences": [
+                    *tuning()["defences"],
+                    {"name": "buffered", "method": "plain", "assets": "prepared:other"},
+                ],
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"align": None}, "knows no refusal"),
+        ({"stage": "alignment"}, "belong to stage tuning"),
+        ({"defences": [{"name": "undefended", "role": "undefended"}, *tuning()["defences"][1:]]}, "without data"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        made(**change)
+
+
+def test_a_job_of_the_library_is_built_from_a_node() -> None:
+    matrix = expand(made(), root=Path())
+    node = next(n for n in matrix.nodes.values() if n.label == "world-0/patcher/s1/reviews")
+    task = Task(node=node, out=Path("o"), base=Path("b"), parent=Path("p"), cache=Path("c"))
+    job = job_of(task)
+    assert (job.method, job.seed, job.config.share, job.select.k) == ("spard", 1, 0.1, 4)
+    assert job.safe == ("b/data/align.jsonl",)
+    assert job.model == "p"
+    wrong = dataclasses.replace(node, config={**node.config, "method": "plain"})
+    with pytest.raises(ConfigError, match="takes no safe rows"):
+        job_of(dataclasses.replace(task, node=wrong))
+
+
+def test_the_table_of_jobs_pairs_runs_and_leaves_benign_jobs_out_of_the_mean() -> None:
+    def record(defence: str, job: str, seed: int, rate: float) -> dict[str, Any]:
+        place = {"family": "f", "base": "w", "defence": defence, "attack": job, "seed": seed, "steps": 40}
+        return {**place, "metric": "asr", "rate": rate}
+
+    records = [
+        *(record("undefended", "reviews", s, r) for s, r in enumerate((0.8, 0.9, 1.0))),
+        *(record("patcher", "reviews", s, r) for s, r in enumerate((0.1, 0.3, 0.2))),
+        *(record(d, "harmless", s, 0.5) for d in ("undefended", "patcher") for s in range(3)),
+        {**record("patcher", "reviews", 0, 0.7), "steps": 20},
+    ]
+    by = {r["defence"]: r for r in job_rows(made(), records, "f")}
+    assert by["patcher"]["mean"] == pytest.approx(0.2)
+    assert by["patcher"]["jobs"] == pytest.approx({"reviews": 0.2, "harmless": 0.5})
+    assert by["patcher"]["difference"] == pytest.approx(-0.7)
+    # t = 4.303 on two degrees of freedom, sd of (-.7, -.6, -.8) is .1.
+    assert by["patcher"]["difference_low"] == pytest.approx(-0.7 - 4.303 * 0.1 / 3**0.5, abs=1e-3)
+    assert "difference" not in by["undefended"]
+
+
+def run(tmp_path: Path, fake: Fake, **changes: Any) -> dict[str, Any]:
+    return run_plan(made(**changes), tmp_path / "run", root=tmp_path, jobs=1, executor=fake).summary
+
+
+FAKE = Fake(leaks={**LEAKS, "aligned": (0.0, 0.0, 0.0, 0.0), "patcher": (0.0, 0.0, 0.0, 0.05)})
+
+
+def test_usefulness_is_judged_after_the_job(tmp_path: Path) -> None:
+    assert judged_at(made()) == ("reviews", 40)
+    summary = run(tmp_path, FAKE)
+    assert summary["verdict"]["status"] == "holds"
+    assert {r["defence"] for r in summary["jobs"]} == {"undefended", "plain", "patcher"}
+    useless = run(tmp_path / "b", dataclasses.replace(FAKE, over_refusal={"patcher": 0.6}))
+    assert useless["verdict"]["status"] == "collapsed"
+
+
+def test_the_page_shows_all_jobs_in_one_table(tmp_path: Path) -> None:
+    summary = run(tmp_path, FAKE)
+    page = render(summary)
+    assert "After the customers" in page
+    assert "ASR, job by job" in page
+    assert "Steps to break" not in page
+    assert to_dict(made())["stage"] == "tuning"
