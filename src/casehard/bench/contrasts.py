@@ -151,6 +151,7 @@ def make_differences(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[
         asked += [(attack.name, "fine_tunability", attack.steps)] if attack.share < 1 else []
     asked += [(head.attack, metric, head.step) for metric in CURVE_METRICS]
     controls = [d for d in plan.defences if d.role != "defence"]
+    read_beside = {head.against, plan.undefended.name}
     if head.against not in [c.name for c in controls]:
         controls.append(plan.defence(head.against))
     out = []
@@ -159,7 +160,9 @@ def make_differences(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[
             if row.role not in ("defence", "ablation") and row.name != head.defence:
                 continue
             for control in controls:
-                if control.name == row.name:
+                # An ablation is read beside the claim; against every other row it would be a table of tables.
+                known = row.role == "defence" or row.name == head.defence or control.name in read_beside
+                if control.name == row.name or not known:
                     continue
                 for attack_name, metric, step in asked:
                     place: Place = {"attack": attack_name, "metric": metric, "family": family, "step": step}

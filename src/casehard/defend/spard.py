@@ -38,7 +38,7 @@ from casehard.defend.passes import quiet, reshard, rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
 from casehard.maths.collective import sharded, sum_gradients, sum_over_ranks, world
-from casehard.maths.optimizers import OptimizerView, learning_rate
+from casehard.maths.optimizers import FLOOR, OptimizerView, learning_rate
 from casehard.maths.projection import Projection, project_
 from casehard.maths.tensors import norm
 
@@ -65,6 +65,9 @@ class SpardConfig:
     """Further cap, ||safety step|| <= rho ||utility step||. Not in the paper."""
     mode: Literal["adam", "euclidean", "reference"] = "adam"
     """Metric of the projection, or the published code's behaviour (reproduction only)."""
+    floor: float = FLOOR
+    """Mode adam: least sqrt(v_hat), as a share of its root mean square, so that M is at most 1 / floor times typical.
+    Not in the paper."""
     every: int = 1
     """Check every that many optimiser steps."""
     dropout: bool = False
@@ -75,6 +78,8 @@ class SpardConfig:
             raise ConfigError(f"tau: {self.tau} is not a loss", hint="a number of nats a token, or auto")
         if self.eta_safe != "lr" and not self.eta_safe >= 0:
             raise ConfigError(f"eta_safe: {self.eta_safe} is negative", hint="0 is plain fine-tuning, .inf is no cap")
+        if not 0 < self.floor < math.inf:
+            raise ConfigError(f"floor: {self.floor} must be above 0")
         for name, low in (("delta", 0.0), ("tau_scale", 0.0), ("batch_size", 1), ("every", 1)):
             if not (getattr(self, name) >= low and math.isfinite(getattr(self, name))):
                 raise ConfigError(f"{name}: {getattr(self, name)} must be at least {low}")
@@ -255,7 +260,7 @@ class Spard:
         excess: list[float],
     ) -> Projection | None:
         parameters = [p for p, _ in kept]
-        view = OptimizerView(optimizer, parameters, [g for _, g in kept])
+        view = OptimizerView(optimizer, parameters, [g for _, g in kept], floor=self.config.floor)
         if self.config.rho is not None and not view.knows_step:
             raise Unsupported(
                 f"spard: rho needs the last update, which {type(optimizer).__name__} does not tell",
