@@ -23,8 +23,8 @@ from casehard.errors import Unsupported
 from casehard.maths.collective import whole
 from casehard.maths.tensors import wide
 
-FLOOR = 0.01
-"""Smallest denominator of (1) in units of the root mean square one: M may exceed its typical value 100 times."""
+FLOOR = 1.0
+"""Smallest denominator of (1) in units of the root mean square one: M may exceed its typical value 1 / FLOOR times."""
 
 
 def learning_rate(optimizer: Any) -> float:
