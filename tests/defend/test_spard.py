@@ -110,22 +110,35 @@ def twin(model, optimizer, index, config, taus, sets=(("safe", SAFE),)):
     loss = model(**batch).loss
     g = torch.cat([x.flatten() for x in torch.autograd.grad(loss, params)]).double()
     model.train()
-    m = torch.ones_like(g)
+    table = model.get_input_embeddings().weight
+    moves = torch.cat([torch.full_like(p, config.embeddings or p is not table).flatten() for p in params]).bool()
+    m = moves.double()
     if config.mode == "adam":
         v = torch.cat([(optimizer.state[p]["exp_avg_sq"] / (1 - 0.999 ** (index + 1))).flatten() for p in params])
-        least = 0.01 * float(v[v > 0].double().mean().sqrt())
-        m = torch.where(v > 0, 1 / (v.sqrt() + 1e-8).clamp(min=least), torch.zeros(())).double()
+        least = config.floor * float(v[moves & (v > 0)].double().mean().sqrt())
+        m = torch.where(moves & (v > 0), 1 / (v.sqrt() + 1e-8).clamp(min=least), torch.zeros(())).double()
     violation = float(loss.detach()) - tau
     full = violation / float(g @ (m * g))
     cap = optimizer.param_groups[0]["lr"] if config.eta_safe == "lr" else config.eta_safe
     return violation, full, min(full, cap), -min(full, cap) * m * g
 
 
-@pytest.mark.parametrize("mode", ["adam", "euclidean"])
-@pytest.mark.parametrize("cap", ["lr", 1e-4, math.inf])
-def test_step_equals_the_naive_twin(mode, cap):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"eta_safe": 1e-4},
+        {"eta_safe": math.inf},
+        {"embeddings": True, "floor": 0.01, "eta_safe": math.inf},
+        {"floor": 0.1, "eta_safe": math.inf},
+        {"mode": "euclidean"},
+        {"mode": "euclidean", "eta_safe": math.inf},
+        {"mode": "euclidean", "embeddings": True, "eta_safe": 1e-4},
+    ],
+)
+def test_step_equals_the_naive_twin(settings):
     model, log = tiny_llama(), []
-    config = SpardConfig(**EAGER, mode=mode, eta_safe=cap)
+    config = SpardConfig(**EAGER, **settings)
     method = Spard(config, safe=SAFE)
     optimizer = adamw(model)
     shadow = copy.deepcopy(model)
