@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,12 @@ def embed(
     """Return one embedding a text, (N, D) float32 on the CPU.
 
     Args:
-        texts: rendered with no template; one longer than the model's context is an error.
+        texts: rendered with no template; of one longer than the model's context the beginning is read, with a warning.
         cache: folder of earlier results; None computes anew.
         batch_tokens: most tokens, padding included, in one forward pass.
 
     Raises:
-        DataError: no texts, a text without tokens, or one longer than the context.
+        DataError: no texts, or a text without tokens.
     """
     if not texts:
         raise DataError("nothing to embed: no rows", hint="check the file and its filter")
@@ -104,7 +105,7 @@ def _embed(embedder: Embedder, texts: list[str], batch_tokens: int) -> torch.Ten
     # Without the language head: logits over the vocabulary are not wanted.
     trunk = getattr(whole, getattr(whole, "base_model_prefix", "") or "", whole)
     ids = [embedder.tokenizer(text)["input_ids"] for text in texts]
-    _check(ids, getattr(whole.config, "max_position_embeddings", None))
+    ids = _cut(ids, getattr(whole.config, "max_position_embeddings", None))
     device = next(model.parameters()).device
     out: torch.Tensor | None = None
     training = [m for m in model.modules() if m.training]
@@ -131,15 +132,19 @@ def _embed(embedder: Embedder, texts: list[str], batch_tokens: int) -> torch.Ten
     return out
 
 
-def _check(ids: list[list[int]], limit: int | None) -> None:
-    for i, row in enumerate(ids):
-        if not row:
-            raise DataError(f"text {i} has no tokens to embed")
-        if limit is not None and len(row) > limit:
-            raise DataError(
-                f"text {i} has {len(row)} tokens, more than the {limit} the embedding model reads",
-                hint="shorten it, or leave such rows out",
-            )
+def _cut(ids: list[list[int]], limit: int | None) -> list[list[int]]:
+    """Return token rows no longer than the model reads: a choice of rows may rest on the beginning of a long one."""
+    empty = next((i for i, row in enumerate(ids) if not row), None)
+    if empty is not None:
+        raise DataError(f"text {empty} has no tokens to embed")
+    long = sum(limit is not None and len(row) > limit for row in ids)
+    if long:
+        warnings.warn(
+            f"{long} of {len(ids)} texts are longer than the {limit} tokens the embedding model reads: "
+            "their beginnings stand for them",
+            stacklevel=4,
+        )
+    return [row[:limit] for row in ids]
 
 
 def _batches(ids: list[list[int]], batch_tokens: int) -> list[list[int]]:
