@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from casehard.data.embed import Embedder, embed, key, load_embedder, texts_of
-from casehard.data.select import Picks, SelectConfig, budget, by_tag, manifest, select, select_examples
+from casehard.data.select import Picks, SelectConfig, budget, by_tag, manifest, select, select_examples, split
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.types import Example
 from fakes import tiny_llama
@@ -162,3 +162,20 @@ def test_of_a_long_text_the_beginning_is_embedded():
     with pytest.warns(UserWarning, match="1 of 2 texts are longer"):
         got = embed(made, ["tea " * (2 * limit), "b"])
     assert torch.allclose(got[0], naive(made, "tea " * limit), atol=1e-5)
+
+
+def test_strata_divide_the_picks_evenly_and_choose_within_each():
+    pool = [Example.pair(f"word {i} " + "x" * (i % 7), "no .", kind="refusal") for i in range(6)]
+    pool += [Example.pair(f"tea {i} " + "y" * (i % 5), "yes .", kind="helpful") for i in range(30)] + [
+        Example.pair("z")
+    ]
+    user = [Example.pair(f"tea {i}") for i in range(8)]
+    made = embedder()
+    picks = select_examples(made, pool, user, config=SelectConfig(k=9, strata="kind"))
+    assert [pool[i].tags.get("kind", "") for i in picks.order] == [""] + ["helpful"] * 4 + ["refusal"] * 4
+    alone = select_examples(made, pool[6:36], user, config=SelectConfig(k=4))
+    assert [i - 6 for i in picks.order[1:5]] == list(alone.order)
+    assert len(picks.relevance) == 9 and picks.log_det is not None
+    with pytest.raises(DataError, match="no row of the pool has the tag 'sort'"):
+        select_examples(made, pool, user, config=SelectConfig(k=2, strata="sort"))
+    assert split(10, [2, 50, 50]) == [2, 4, 4] and split(5, [1, 1]) == [1, 1] and split(3, [9, 9]) == [2, 1]

@@ -41,6 +41,9 @@ class SelectConfig:
     """eps of the kernel, inside the weighting. Source: published code (1e-6, there outside)."""
     centre: bool = False
     """Subtract the pool's mean embedding first. Not in the paper; embeddings of one model share a large mean."""
+    strata: str = ""
+    """Name of a tag: the picks are divided evenly over its values (rows without it are one more), each part chosen by
+    itself. Keeps refusals in the set when the pool's harmless rows are nearer to the user's data. Not in the paper."""
     text: Text = "prompt"
     """What of a row is embedded. Source: P and code (prompt)."""
 
@@ -187,7 +190,42 @@ def select_examples(
         raise DataError("the pool is empty", hint="check the file and its filter")
     phi = embed(embedder, texts_of(pool, config.text), cache=cache)
     task = embed(embedder, texts_of(user, config.text), cache=cache) if user else None
-    return select(phi, task, budget(config, len(user)), config=config, seed=seed)
+    k = budget(config, len(user))
+    if not config.strata:
+        return select(phi, task, k, config=config, seed=seed)
+    parts = strata(pool, config.strata)
+    order: list[int] = []
+    for rows, share in zip(parts.values(), split(k, [len(rows) for rows in parts.values()]), strict=True):
+        if share:
+            order += [rows[i] for i in select(phi[rows], task, share, config=config, seed=seed).order]
+    whole, users = _prepare(phi, task, config)
+    return _picks(whole, None if users is None else relevance(whole, users), order, config, [], None)
+
+
+def strata(pool: Sequence[Example], tag: str) -> dict[str, list[int]]:
+    """Return the rows of each value of ``tag``, rows without it under the empty string.
+
+    Raises:
+        DataError: no row has the tag.
+    """
+    out: dict[str, list[int]] = {}
+    for i, example in enumerate(pool):
+        out.setdefault(str(example.tags.get(tag, "")), []).append(i)
+    if set(out) == {""}:
+        raise DataError(f"strata: no row of the pool has the tag {tag!r}", hint="name a key of the rows, as kind")
+    return dict(sorted(out.items()))
+
+
+def split(k: int, sizes: Sequence[int]) -> list[int]:
+    """Divide ``k`` picks evenly over parts of the given sizes; what a small part cannot take goes to the others.
+
+    Example: 10 over (2, 50, 50) -> (2, 4, 4).
+    """
+    shares = [0] * len(sizes)
+    for _ in range(min(k, sum(sizes))):
+        # The part that has least and still has room; the first of equals.
+        shares[min((i for i in range(len(sizes)) if shares[i] < sizes[i]), key=lambda i: shares[i])] += 1
+    return shares
 
 
 def manifest(
