@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_an_ordinary_word_in_the_environment_stops_nothing(tmp_path: Path, monke
     monkeypatch.setenv("SORT_KEY", "model_weights")
     monkeypatch.setenv("DEPLOY_TOKEN", "architectures")  # stands in config.json
     assert write(tmp_path / "b", provenance={"note": "architectures_of_models"}).digest
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a tuple becomes a list when written: that blanks nothing
+        write(tmp_path / "c", provenance={"order": (3, 1), "nested": {"pair": ("a", "b")}})
 
 
 def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ def _check_no_pickles(folder: Path) -> None:
 
 
 def _without_secrets(provenance: dict[str, Any]) -> Any:
-    clean = redact(provenance)
-    if clean != provenance:
+    plain = json.loads(json.dumps(provenance))  # as it will be written: tuples are lists there
+    clean = redact(plain)
+    if clean != plain:
         warnings.warn(f"a secret was blanked in {PROVENANCE}", stacklevel=3)
     return clean
 
