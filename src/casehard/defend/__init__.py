@@ -45,6 +45,13 @@ METHODS: dict[str, MethodSpec] = {
     "lisa": MethodSpec("casehard.defend.lisa", "Lisa", "LisaConfig", needs=("safe",), takes=("safe",)),
     "safegrad": MethodSpec("casehard.defend.safegrad", "SafeGrad", "SafeGradConfig", needs=("safe",), takes=("safe",)),
     "ptst": MethodSpec("casehard.defend.ptst", "Ptst", "PtstConfig"),
+    "shrink": MethodSpec("casehard.defend.shrink", "Shrink", "ShrinkConfig"),
+    "safelora": MethodSpec(
+        "casehard.defend.safelora", "SafeLora", "SafeLoraConfig", needs=("assets",), takes=("assets",)
+    ),
+    "antidote": MethodSpec(
+        "casehard.defend.antidote", "Antidote", "AntidoteConfig", needs=("unsafe",), takes=("unsafe",)
+    ),
 }
 
 ENTRY_POINTS = "casehard.methods"
