@@ -36,16 +36,19 @@ ROOMS: dict[str, set[str]] = {
     "train": BOTTOM | {"data", "model", "defend"},
     "organism": BOTTOM | {"data", "model", "train", "evaluate"},
     "attack": BOTTOM | {"data", "model", "train"},
-    "defend": BOTTOM | {"data"},
+    "defend": BOTTOM | {"data", "model"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
-    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate"},
-    "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs"},
+    "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
+    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer"},
+    "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs"},
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
-    "cli": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs", "bench", "report"},
+    "cli": BOTTOM
+    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
     ("train", "defend"): {"casehard.defend.protocol", "casehard.defend.plain"},
+    ("defend", "model"): {"casehard.model.lora_files", "casehard.model.merge"},
     ("organism", "evaluate"): {"casehard.evaluate.judge"},
     ("evaluate", "organism"): {"casehard.organism.judge"},
     ("evaluate", "train"): {"casehard.train.progress"},
@@ -58,6 +61,7 @@ METHOD_IMPORTS = {
     "casehard.errors",
     "casehard.types",
     "casehard.config",
+    "casehard.model.merge",
     "casehard.defend",
 }
 # The pieces of the organism that describe its world know nothing of training.
