@@ -65,7 +65,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 (hex) of a tensor: dtype, shape and bytes."""
     flat = tensor.detach().to("cpu").contiguous()
     sha = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')} {list(flat.shape)}\n".encode())
-    sha.update(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+    sha.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -310,7 +310,7 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             flat = tensor.detach().to("cpu", torch.float32).contiguous()
             assert flat.shape == torch.Size(shape), (name, shape, flat.shape)
-            handle.write(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+            handle.write(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
             digests[name] = tensor_digest(flat)
     return digests
 
