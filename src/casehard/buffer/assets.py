@@ -38,7 +38,9 @@ def write_assets(
         StorageError: the disk refused the write; nothing is left behind.
     """
     out = Path(out)
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).exists()))):
+    if out.is_symlink() or (
+        out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).exists()))
+    ):
         raise UserError(f"{out} exists and holds no provider assets", hint="choose an empty or new folder")
     adapters = {BUFFER: buffer, REINFORCE: reinforce}
     needs = sum(4 * (p.a.numel() + p.b.numel()) for pairs in adapters.values() for p in pairs.values()) + (1 << 20)

@@ -3,8 +3,8 @@
     buffer      min over theta_B  -E_{harmful + some helpful} log p(y | x; theta, theta_B)                        (2)
     reinforce   min over theta_R  -E_{refusals + helpful}     log p(y | x; theta, g theta_B, theta_R)             (3)
 
-theta is frozen in both, theta_B in (3). The paper's buffer sees compliance only and g = 1; the default adds helpful rows
-and switches g between 1 and 0, because the plain form over-refuses once the buffer is gone (see the docs page).
+theta is frozen in both, theta_B in (3). The paper's buffer sees compliance only and g = 1; the default adds helpful
+rows and switches g between 1 and 0, because the plain form over-refuses once the buffer is gone (see the docs page).
 Source: arXiv 2605.24550, equations 2 and 3, appendix A.3.
 """
 
@@ -117,7 +117,7 @@ class PrepareJob:
     """Harmless prompts with helpful answers."""
     config: PrepareConfig = field(default_factory=PrepareConfig)
     suite: str = ""
-    """Gives judge and answer length to the gates, and prompts that must not occur in the rows; none of its rows is used."""
+    """Gives judge and answer length to the gates; its prompts must not occur in the rows, and none of them is used."""
     system: str | None = None
     """System message of every row: the one customers' rows get."""
     max_length: int | None = None
@@ -168,7 +168,7 @@ class Gated:
 
 
 def split(harmful: Sequence[Example], refusals: Sequence[Example], benign: Sequence[Example], *, share: float) -> _Rows:
-    """Keep a share of the prompts, restricted and benign apart, from training; a prompt is on one side whatever its answer.
+    """Keep a share of the prompts, restricted and benign apart, from training: a prompt with all its answers.
 
     Raises:
         DataError: too few prompts, or a prompt that is both restricted and benign.
@@ -182,11 +182,11 @@ def split(harmful: Sequence[Example], refusals: Sequence[Example], benign: Seque
             raise DataError(f"{len(prompts)} {what} prompts: too few to train on some and measure on others")
         parts.append(set(prompts[:kept]))  # in the order of their hashes: at random, and the same for every seed
     out, inn = [], []
-    for rows, held in ((harmful, parts[0]), (refusals, parts[0]), (benign, parts[1])):
-        out.append([row for row in rows if content_hash(row) in held])
-        inn.append([row for row in rows if content_hash(row) not in held])
-    for name, rows in zip(("harmful", "refusals", "benign"), inn, strict=True):
-        if not rows:
+    for some, held in ((harmful, parts[0]), (refusals, parts[0]), (benign, parts[1])):
+        out.append([row for row in some if content_hash(row) in held])
+        inn.append([row for row in some if content_hash(row) not in held])
+    for name, left in zip(("harmful", "refusals", "benign"), inn, strict=True):
+        if not left:
             raise DataError(f"no {name} rows are left to train on", hint="give more rows, or a smaller holdout")
     restricted = list({content_hash(row): row for row in [*out[1], *out[0]]}.values())
     if not out[0]:
@@ -204,7 +204,9 @@ def buffer_rows(rows: _Rows, config: PrepareConfig, *, seed: int) -> list[Exampl
 
 def reinforce_rows(rows: _Rows, config: PrepareConfig, *, seed: int) -> list[Example]:
     """Return the reinforce rows: every refusal, and helpful rows up to their share."""
-    return _mix(rows.refusals, rows.benign, config.refusal_share, round(len(rows.refusals) / config.refusal_share), seed)
+    return _mix(
+        rows.refusals, rows.benign, config.refusal_share, round(len(rows.refusals) / config.refusal_share), seed
+    )
 
 
 def _mix(first: Sequence[Example], benign: Sequence[Example], share: float, n: int, seed: int) -> list[Example]:
@@ -219,7 +221,13 @@ def _recipe(train: TrainConfig, epochs: float | None, rows: int) -> TrainConfig:
 
 
 def _train(
-    base: nn.Module, loaded: Loaded, rows: EncodedSet, job: PrepareJob, train: TrainConfig, role: str, method: Any = None
+    base: nn.Module,
+    loaded: Loaded,
+    rows: EncodedSet,
+    job: PrepareJob,
+    train: TrainConfig,
+    role: str,
+    method: Any = None,
 ) -> tuple[dict[str, LoraPair], FitResult]:
     """Train one adapter on the frozen base, take its factors and take the adapter off again."""
     config, seed = job.config, derive(job.seed, 0, f"provider-{role}")
@@ -335,7 +343,7 @@ def _reference(base: nn.Module, chat: ChatFormat, held: Held, buffer: Pairs) -> 
 def _refusal(missed: Sequence[Gate], gates: Sequence[Gate]) -> UserError:
     told = "; ".join(f"{g.name} is {g.value:.3f}, limit {g.limit:g}" for g in missed)
     error = UserError(
-        f"the assets miss {len(missed)} of {sum(g.limit is not None for g in gates)} gates and are not published: {told}",
+        f"{len(missed)} of {sum(g.limit is not None for g in gates)} gates are missed, nothing is published: {told}",
         hint="train longer or on more rows, change the limits (gates.*), or publish as they are with --allow-missed",
     )
     error.gates = [gate.record() for gate in gates]  # type: ignore[attr-defined]

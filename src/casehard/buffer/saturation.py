@@ -4,7 +4,8 @@
     S_l             <-grad_{W_l} L, V_l> / ||V_l||_F,  V_l = s_l B_l A_l of an adapter that refuses               (5)
                     = -(dL / d eps_l) / ||V_l||_F  at eps = 0, with eps_l V_l x added to layer l                   (6)
 
-(4) bounds the norm of any gradient of the row. (6) is (5) without a d_out x d_in gradient: one backward pass to scalars.
+(4) bounds the norm of any gradient of the row. (6) is (5) without a d_out x d_in gradient: one backward pass, to
+scalars.
 Sign: the update direction is -grad, so a negative score says that a step on these rows works against the refusals.
 Source: arXiv 2605.24550, section 4; (6) is ours.
 """

@@ -65,8 +65,9 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _width(layer: nn.Module) -> tuple[int, int] | None:
     """Return (d_out, d_in) of a linear layer."""
+    sizes: Any = layer
     if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-        return int(layer.out_features), int(layer.in_features)  # type: ignore[call-overload]
+        return int(sizes.out_features), int(sizes.in_features)
     weight = getattr(layer, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 2 and hasattr(layer, "nf"):
         return int(weight.shape[1]), int(weight.shape[0])  # the transposed layer of GPT-2

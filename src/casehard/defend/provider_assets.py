@@ -18,12 +18,11 @@ from typing import Any
 
 from torch import nn
 
+from casehard.defend.frozen_lora import fingerprints
 from casehard.errors import ConfigError, Corrupt, UserError
 from casehard.files import read_json, verify
 from casehard.maths.lowrank import LoraPair
 from casehard.model.lora_files import load_pairs, read_marker
-
-from casehard.defend.frozen_lora import fingerprints
 
 RECORD = "assets.json"
 BUFFER, REINFORCE = "buffer", "reinforce"
@@ -67,7 +66,8 @@ class Assets:
         changed = [name for name in common if wanted[name] != found[name]]
         if changed:
             raise ConfigError(
-                f"{self.path}: made for another base: {len(changed)} of {len(common)} tensors differ, first {changed[0]}",
+                f"{self.path}: made for another base: {len(changed)} of {len(common)} tensors differ, "
+                f"first {changed[0]}",
                 hint=hint,
             )
 
@@ -81,7 +81,7 @@ class Assets:
             if self.record[f"{what}_digest"] != value:
                 raise ConfigError(
                     f"{self.path}: made with another {what}",
-                    hint="the buffer is only known to work in the chat format it was trained in: prepare assets with it",
+                    hint="a buffer is only known to work in the chat format it was trained in: prepare assets with it",
                 )
         if self.record["system"] != system:
             raise ConfigError(
