@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from buffer_fakes import shared_assets
 from casehard.defend.antidote import Antidote, AntidoteConfig
+from casehard.defend.buffer_reinforce import BufferReinforce
 from casehard.defend.lisa import Lisa, LisaConfig
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.defend.plain import Plain
@@ -21,6 +23,7 @@ from casehard.defend.ptst import Ptst
 from casehard.defend.safe_mixing import SafeMixing
 from casehard.defend.safegrad import SafeGrad
 from casehard.defend.safelora import SafeLora, SafeLoraConfig
+from casehard.defend.security_vector import SecurityVector
 from casehard.defend.shrink import Shrink
 from casehard.defend.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
@@ -65,5 +68,9 @@ TABLE = (
     Row("ptst", Ptst),
     Row("shrink", Shrink),
     Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),
+    # One adapter called "default" and nothing else; tests/defend/test_buffer_baselines.py kills and resumes it.
+    Row("security_vector", lambda: SecurityVector(assets=shared_assets().path), ()),
     Row("antidote", lambda: Antidote(AntidoteConfig(mask_ratio=0.2), unsafe=tiny_rows(6, seed=1))),
+    # It wants one adapter called "default"; tests/defend/test_buffer_reinforce.py resumes it.
+    Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), ()),
 )

@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from buffer_fakes import random_pairs, shared_assets
 from casehard.data.batches import EncodedSet
 from casehard.defend.antidote import Antidote, AntidoteConfig, input_norms, top
-from casehard.defend.protocol import Setup
+from casehard.defend.protocol import Setup, Step
 from casehard.defend.safelora import SafeLora, SafeLoraConfig, choose, factor_cosine, project_exact
+from casehard.defend.security_vector import KeepBenign, KeepBenignConfig, SecurityVector, SecurityVectorConfig
 from casehard.defend.shrink import Shrink, ShrinkConfig
 from casehard.defend.updates import Folder, layers
 from casehard.errors import ConfigError, DataError, Unsupported
@@ -279,6 +281,91 @@ def test_the_mask_takes_whole_shares_and_never_zeros():
     assert top(torch.tensor([[0.0, 2.0]]), 1.0).tolist() == [[False, True]]
 
 
+def security_run(model, method=None, *, out=None, steps=4, on_step=None):
+    """Tune an adapter for a few steps; return its factors."""
+    recipe = TrainConfig(steps=steps, batch_size=2, lr=1e-2, precision="fp32", save_every=1 if out else 0)
+    fit(model, None, tiny_rows(8), config=recipe, method=method, seed=0, out=out, on_step=on_step)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_a_security_vector_is_tuning_on_the_merged_buffer_and_then_the_base_as_it_was(c):
+    jailbroken = tiny_llama()
+    for name, (a, b, scale) in random_pairs(seed=1).items():
+        jailbroken.get_submodule(name).weight.data += scale * b @ a
+    want = security_run(add_lora(jailbroken, rank=2, alpha=4.0))
+    model = add_lora(tiny_llama(), rank=2, alpha=4.0)
+    got = security_run(model, SecurityVector(SecurityVectorConfig(c=c), assets=shared_assets().path))
+    plain = security_run(add_lora(tiny_llama(), rank=2, alpha=4.0))
+    share = {name: c if "lora_B" in name else 1.0 for name in got}
+    assert all(torch.allclose(got[name], share[name] * want[name], atol=2e-5) for name in got)
+    assert max((want[name] - plain[name]).abs().max() for name in want) > 1e-3  # the buffer made a difference
+    base = {name: p for name, p in model.get_base_model().state_dict().items() if "lora_" not in name}
+    before = tiny_llama().state_dict()
+    assert all(torch.equal(p, before[name.replace(".base_layer", "")]) for name, p in base.items())
+
+
+def test_a_security_vector_resumes_with_the_buffer_in_place(tmp_path):
+    def run(out=None, die_at=None):
+        def stop(model, step):
+            if step == die_at:
+                raise InterruptedError
+
+        method = SecurityVector(SecurityVectorConfig(c=0.5), assets=shared_assets().path)
+        model = add_lora(tiny_llama(), rank=2, alpha=4.0)
+        try:
+            return security_run(model, method, out=out, steps=5, on_step=stop)
+        except InterruptedError:
+            method.release()
+            assert not any(module._forward_hooks for module in model.modules())
+            return {}
+
+    whole = run()
+    assert run(tmp_path, die_at=3) == {}
+    resumed = run(tmp_path)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_keeping_benign_answers_adds_the_kl_to_the_base(micros):
+    model, benign = add_lora(tiny_llama(), rank=2, alpha=4.0), tiny_rows(6, seed=5)
+    method = KeepBenign(KeepBenignConfig(kl=0.3, batch_size=3), benign=benign)
+    method.prepare(Setup(model, seed=0, max_steps=4, micros=micros))
+    nudge(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    log: dict[str, float] = {}
+    total, want = 0.0, 0.0
+    for micro in range(micros):
+        batch = UNSAFE.batch_at(4, seed=0, step=micro, purpose="x")
+        step = Step(2, micro, micros, lambda m, b: m(**b).loss / micros, lambda loss: loss.backward(), log.update)
+        total = total + method.loss(model, batch, step)
+        rows = benign.batch_at(3, seed=0, step=2 * micros + micro, purpose="keep-benign")
+        inputs = {key: value for key, value in rows.items() if key != "labels"}
+        with model.disable_adapter(), torch.no_grad():
+            base = model(**inputs).logits[:, :-1].log_softmax(-1)
+        now = model(**inputs).logits[:, :-1].log_softmax(-1)
+        keep = rows["labels"][:, 1:] != -100
+        kl = (base.exp() * (base - now)).sum(-1)[keep].mean()
+        want = want + (model(**batch).loss + 0.3 * kl) / micros
+        assert log["benign_kl"] == pytest.approx(kl.item(), rel=1e-4) and kl.item() > 1e-4
+    pairs = zip(torch.autograd.grad(total, trained), torch.autograd.grad(want, trained), strict=True)
+    assert all(torch.allclose(g, h, atol=1e-6) for g, h in pairs)
+
+
+def test_keeping_benign_answers_keeps_them():
+    drift = []
+    for kl in (0.0, 100.0):
+        model, benign = add_lora(tiny_llama(), rank=2, alpha=4.0), tiny_rows(6, seed=5)
+        method = KeepBenign(KeepBenignConfig(kl=kl, batch_size=6), benign=benign)
+        security_run(model, method, steps=12)
+        batch = benign.batch_at(6, seed=0, step=0, purpose="x")
+        with torch.no_grad(), model.disable_adapter():
+            base = model(**batch).logits.softmax(-1)
+        with torch.no_grad():
+            drift.append((model(**batch).logits.softmax(-1) - base).abs().mean().item())
+    assert drift[1] < 0.7 * drift[0]
+
+
 @pytest.mark.parametrize("make", [lambda p: Shrink(), lambda p: SafeLora(assets=p)])
 def test_a_resumed_method_measures_from_where_training_started(make, unaligned):
     first, again = make(unaligned), make(unaligned)
@@ -325,11 +412,18 @@ def test_what_cannot_be_mended_is_refused(unaligned):
 
 
 def test_bad_settings_are_refused():
+    with pytest.raises(DataError, match="no benign rows"):
+        KeepBenign(benign=EncodedSet((), 0))
+    with pytest.raises(Unsupported, match="has none"):
+        KeepBenign(benign=UNSAFE).prepare(Setup(tiny_llama(), seed=0, max_steps=1))
     with pytest.raises(DataError, match="no unsafe rows"):
         Antidote(unsafe=EncodedSet((), 0))
     cases = (
         (ShrinkConfig, {"c": -0.1}),
         (ShrinkConfig, {"c": float("nan")}),
+        (SecurityVectorConfig, {"c": 2.0}),
+        (KeepBenignConfig, {"kl": -1.0}),
+        (KeepBenignConfig, {"batch_size": 0}),
         (SafeLoraConfig, {"layers": -1}),
         (SafeLoraConfig, {"rank_tolerance": 1.0}),
         (AntidoteConfig, {"mask_ratio": 1.5}),
