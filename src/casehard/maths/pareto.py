@@ -18,8 +18,8 @@ class Coefficients(NamedTuple):
 
 
 def coefficient_grid(
-    c_user: Sequence[float] = (0.5, 0.75, 1.0),
-    c_reinforce: Sequence[float] = (0.0, 0.25, 0.5, 1.0),
+    c_user: Sequence[float] = (0.5, 1.0),
+    c_reinforce: Sequence[float] = (0.0, 0.5, 1.0),
     alpha: Sequence[float] = (0.0, 0.1, 1.0),
 ) -> list[Coefficients]:
     """Return the settings to measure, in order, each once; alpha means nothing where a coefficient is 0.
