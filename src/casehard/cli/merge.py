@@ -114,6 +114,8 @@ def _provider(user: Path, given: Path) -> Path:
 
 
 def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path, inputs: Path | None) -> None:
+    from statistics import fmean
+
     from casehard.model.merge import merge_folders
 
     console.plan(
@@ -132,11 +134,10 @@ def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path, inputs:
     reports = list(made.reports.values())
     rows: list[tuple[str, str]] = [("layers", str(made.layers)), ("rank", str(made.rank))]
     if reports:
-        mean = lambda key: sum(getattr(r, key) for r in reports) / len(reports)  # noqa: E731
         rows += [
-            ("cosine of the two updates, mean", f"{mean('cosine'):+.4f}"),
-            ("share of energy projected, mean", f"{100 * mean('removed'):.2f} %"),
-            ("directions projected off, mean", f"{mean('kept'):.1f}"),
+            ("cosine of the two updates, mean", f"{fmean(r.cosine for r in reports):+.4f}"),
+            ("share of energy projected, mean", f"{100 * fmean(r.removed for r in reports):.2f} %"),
+            ("directions projected off, mean", f"{fmean(r.kept for r in reports):.1f}"),
         ]
         if settings.rank is not None:
             rows.append(("error of the cut, largest", f"{max(r.error for r in reports):.3f}"))
@@ -257,9 +258,8 @@ def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]]
 
     both = [_pick(found, low, high) for _, found in points]
     best = pareto_front([(x["rate"], y["rate"]) for x, y in both], maximise=(False, True))
-    label = lambda at: f"{at.c_user:g} U + {at.c_reinforce:g} R, alpha {at.alpha:g}"  # noqa: E731
     settings = [
-        Setting(label(at), x["rate"], y["rate"], i in best)
+        Setting(f"{at.c_user:g} U + {at.c_reinforce:g} R, alpha {at.alpha:g}", x["rate"], y["rate"], i in best)
         for i, ((at, _), (x, y)) in enumerate(zip(points, both, strict=True))
     ]
     described = f"{high} against {low} of {len(settings)} merges; on the front: " + "; ".join(
