@@ -48,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
     ("train", "defend"): {"casehard.defend.protocol", "casehard.defend.plain"},
-    ("defend", "model"): {"casehard.model.lora_files", "casehard.model.merge"},
+    ("defend", "model"): {"casehard.model.lora_files"},
     ("organism", "evaluate"): {"casehard.evaluate.judge"},
     ("evaluate", "organism"): {"casehard.organism.judge"},
     ("evaluate", "train"): {"casehard.train.progress"},
@@ -61,7 +61,6 @@ METHOD_IMPORTS = {
     "casehard.errors",
     "casehard.types",
     "casehard.config",
-    "casehard.model.merge",
     "casehard.defend",
 }
 # The pieces of the organism that describe its world know nothing of training.

@@ -231,6 +231,7 @@ def _train(
 ) -> tuple[dict[str, LoraPair], FitResult]:
     """Train one adapter on the frozen base, take its factors and take the adapter off again."""
     config, seed = job.config, derive(job.seed, 0, f"provider-{role}")
+    trainable = [p for p in base.parameters() if p.requires_grad]
     # Each adapter has a first A of its own: shared ones would make the updates overlap.
     target = config.target if isinstance(config.target, str) else list(config.target)
     wrapped: Any = add_lora(base, config.rank, config.alpha, target, config.dropout, seed=seed)
@@ -241,6 +242,8 @@ def _train(
         wrapped.unload()
         if hasattr(base, "peft_config"):
             del base.peft_config
+        for p in trainable:  # PEFT froze the base
+            p.requires_grad_(True)
 
 
 def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = None) -> PrepareResult:

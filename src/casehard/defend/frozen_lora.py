@@ -90,6 +90,7 @@ class FrozenLora:
         self.digest = digest_of(frozen)
         self.gate = 1.0
         self._handles: list[Any] = []
+        self._session: object | None = None
         self._placed: dict[tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -120,7 +121,9 @@ class FrozenLora:
                     f"{name}: factors {tuple(b.shape)} x {tuple(a.shape)} for a layer of {width[0]} x {width[1]}",
                     hint="the adapter was made for another model",
                 )
-        self._handles = [layers[name].register_forward_hook(self._hook(name)) for name in self.factors]
+        self._session = object()
+        hooks = {name: self._hook(name, self._session) for name in self.factors}
+        self._handles = [layers[name].register_forward_hook(hook) for name, hook in hooks.items()]
         return self
 
     def detach(self) -> None:
@@ -132,13 +135,15 @@ class FrozenLora:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._session = None
         self._placed.clear()
         if digest_of(self.factors) != self.digest:
             raise Corrupt("a factor of the frozen adapter changed while it was attached")
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, session: object) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-            if self.gate == 0:
+            # A deep copy of the model carries the hook along; it ends with the attachment too.
+            if self.gate == 0 or self._session is not session:
                 return output
             a, b = self._on(name, output.device, output.dtype)
             low = functional.linear(args[0].to(output.dtype), a)
