@@ -99,7 +99,8 @@ class LayerReport(NamedTuple):
     removed: float
     """Energy of the projected part over that of the update it is taken from, before alpha."""
     growth: float
-    """||A_U'|| / ||c_U s_U A_U|| of form ``absorb``: large values lose digits in half precision; 1 otherwise."""
+    """||A_U'|| / ||c_U s_U A_U|| of form ``absorb``: large values lose digits in half precision; 1 otherwise,
+    and where c_U is 0."""
     error: float
     """Relative error of cutting the rank; 0 without."""
     invented: bool
@@ -207,7 +208,7 @@ def _absorb(user: LoraPair, reinforce: LoraPair, part: _Part, config: MergeConfi
         assert part.h is not None and part.c is not None
         moved = w_user * a - step * (part.h @ part.c @ reinforce.a)
     before = abs(w_user) * float(a.norm())
-    return LoraPair(moved, b), float(moved.norm()) / before if before > 0 else math.inf
+    return LoraPair(moved, b), float(moved.norm()) / before if before > 0 else 1.0
 
 
 def merge_pair(

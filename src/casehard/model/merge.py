@@ -8,7 +8,7 @@ inputs give equal bytes. The mathematics is in ``maths/lowrank.py``.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,33 @@ def _stream(
         yield name, pair
 
 
+def _record(
+    user: AdapterReader,
+    reinforce: AdapterReader,
+    config: MergeConfig,
+    reports: Mapping[str, LayerReport],
+    bound: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """Return what ``merge.json`` says: contents by digest, never paths or times."""
+    notes = list(notes_of(user.shapes, reinforce.shapes, reports, config))
+    bases = sorted({str(x.config.get("base_model_name_or_path")) for x in (user, reinforce)})
+    if len(bases) > 1 and not bound["base_digest"]:
+        notes.append(f"the adapters name different bases ({', '.join(bases)}), and neither says which by digest")
+    return {
+        "format": 1,
+        "casehard": __version__,
+        "config": asdict(config),
+        "user": folder_digest(user.folder),
+        "reinforce": folder_digest(reinforce.folder),
+        "reinforce_weight": config.c_reinforce if config.form == "absorb" else None,
+        **bound,
+        "user_only": sorted(set(user.shapes) - set(reinforce.shapes)),
+        "reinforce_only": sorted(set(reinforce.shapes) - set(user.shapes)),
+        "layers": {name: report._asdict() for name, report in reports.items()},
+        "notes": notes,
+    }
+
+
 def merge_folders(
     user: Path | str,
     reinforce: Path | str,
@@ -189,7 +216,6 @@ def merge_folders(
             raise DataError("nothing to merge", hint="with form absorb the user's adapter must have layers")
         rank = max(shape.rank for shape in shapes.values())
         needs = sum(4 * rank * (shape.d_out + shape.d_in) for shape in shapes.values()) + (1 << 20)
-        bases = {str(x.config.get("base_model_name_or_path")) for x in (u, r)}
         readers = (u, r) if config.form == "concat" else (u,)
         with staged(out, needs=needs) as folder:
             digests = write_adapter(
@@ -202,25 +228,9 @@ def merge_folders(
                 fan_in_fan_out=bool(u.config.get("fan_in_fan_out")),
             )
             write_marker(folder, "merged", tensors_sha256=digests, **bound)
-            notes = notes_of(u.shapes, r.shapes, reports, config)
-            if len(bases) > 1 and not bound["base_digest"]:
-                notes += (f"the adapters name different bases: {', '.join(sorted(bases))}; nothing proves them equal",)
-            record = {
-                "format": 1,
-                "casehard": __version__,
-                "config": asdict(config),
-                "rank": rank,
-                "user": folder_digest(user),
-                "reinforce": folder_digest(reinforce),
-                "reinforce_weight": config.c_reinforce if config.form == "absorb" else None,
-                **bound,
-                "user_only": sorted(set(u.shapes) - set(r.shapes)),
-                "reinforce_only": sorted(set(r.shapes) - set(u.shapes)),
-                "layers": {name: report._asdict() for name, report in reports.items()},
-                "notes": list(notes),
-            }
+            record = _record(u, r, config, reports, bound) | {"rank": rank}
             (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return Merged(out, rank, len(shapes), reports, record["reinforce_weight"], notes)
+    return Merged(out, rank, len(shapes), reports, record["reinforce_weight"], tuple(record["notes"]))
 
 
 def attach_absorbed(model: nn.Module, user: Path | str, reinforce: Path | str) -> nn.Module:

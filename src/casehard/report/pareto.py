@@ -36,7 +36,7 @@ def front(name: str, settings: Sequence[Setting], *, x_label: str, y_label: str,
         MissingExtra: matplotlib is not installed.
     """
     with _canvas(name, 5.6, 3.6) as figure:
-        axes = figure.add_axes((0.1, 0.13, 0.64, 0.82))
+        axes = figure.add_axes((0.125, 0.13, 0.59, 0.82))
         _bare(axes, grid="both")
         axes.set_xlim(-0.03, 1.03)
         axes.set_ylim(-0.03, 1.03)
