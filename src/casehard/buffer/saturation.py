@@ -80,9 +80,8 @@ def residual(model: nn.Module, chat: ChatFormat, examples: Sequence[Example], *,
 
 
 def _token_losses(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(
-        logits_BTV[:, :-1].float().transpose(1, 2), targets_BT, ignore_index=IGNORE, reduction="none"
-    )
+    wide = logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    return functional.cross_entropy(wide.transpose(1, 2), targets_BT, ignore_index=IGNORE, reduction="none")
 
 
 class Scores(NamedTuple):
