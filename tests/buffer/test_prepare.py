@@ -251,7 +251,7 @@ def test_the_gain_is_the_difference_of_the_two_log_likelihoods(provider, made, t
     chat = ChatFormat(loaded.tokenizer)
     rows = [*read(provider / "harmful.jsonl")[:5], *read(provider / "benign.jsonl")[:5]]
     gains = screen(loaded.model, chat, made.assets, rows, label="kind")
-    assert [g.gain_per_token for g in gains] == sorted((g.gain_per_token for g in gains), reverse=True)
+    assert [g.gain for g in gains] == sorted((g.gain for g in gains), reverse=True)
     wrapped = add_lora(loaded.model, 1, 1)  # the assets see through an adapter
     for g in gains[:3]:
         row = chat.encode(rows[g.row])

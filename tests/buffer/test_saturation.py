@@ -30,7 +30,7 @@ def test_the_gates_derivative_is_the_inner_product_with_the_dense_gradient():
         assert float(loss) == pytest.approx(float(plain), abs=1e-12)  # at zero the model computes what it did
         found = gated.gradients(loss)
     expected = torch.stack([(dense[name] * (p.scale * p.b @ p.a)).sum() for name, p in pairs.items()])
-    assert torch.allclose(found.double(), expected, atol=1e-10, rtol=0)
+    assert torch.allclose(found, expected, atol=1e-10, rtol=0)
     assert float(row_loss(model, batch)) == float(plain)
 
 

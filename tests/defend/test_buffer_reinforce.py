@@ -135,6 +135,33 @@ def test_the_gate_scales_the_update_and_a_copy_made_inside_is_clean_outside():
     again.detach()
 
 
+def test_lent_weights_compute_what_the_factors_do_and_never_show():
+    model = user_model().eval()
+    found = {}
+    for fold in (True, False):
+        frozen = FrozenLora(random_pairs(seed=1)).attach(model, fold=fold)
+        before = base_of(model)
+        model.zero_grad()
+        loss = model(**BATCH).loss
+        loss.backward()
+        assert largest_difference(before, base_of(model)) == 0 and set(model.state_dict()) == set(weights(user_model()))
+        found[fold] = [loss.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            found[f"half {fold}"] = [model(**BATCH).logits]
+        frozen.detach()
+    for first, second in ((True, False), ("half True", "half False")):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[first], found[second], strict=True))
+    assert FrozenLora(random_pairs()).attach(model).folds
+    assert not FrozenLora(random_pairs()).attach(tiny_llama().to(torch.bfloat16)).folds
+    raised = tiny_llama()
+    frozen = FrozenLora(random_pairs(seed=1)).attach(raised)
+    own = raised.get_submodule(LAYERS[0]).weight
+    with pytest.raises(RuntimeError):
+        raised.get_submodule(LAYERS[0])(torch.zeros(1, 5))
+    assert raised.get_submodule(LAYERS[0]).weight is own
+    frozen.detach()
+
+
 def test_an_exception_removes_the_buffer_and_a_trained_base_is_found():
     model = user_model()
     plain = logits(model.eval())

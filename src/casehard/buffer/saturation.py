@@ -112,9 +112,10 @@ class ZeroGated:
         layers = base_layers(model)
         if missing := sorted(set(safety) - set(layers)):
             raise ConfigError(f"the model has no layer {missing[0]!r}", hint="the adapter was made for another model")
-        device = next(model.parameters()).device
+        like = next(model.parameters())
+        dtype = torch.promote_types(like.dtype, torch.float32)
         self.layers = tuple(safety)
-        self.gates = {name: torch.zeros((), device=device, requires_grad=True) for name in safety}
+        self.gates = {n: torch.zeros((), device=like.device, dtype=dtype, requires_grad=True) for n in safety}
         self._handles = [layers[name].register_forward_hook(self._hook(name, safety[name])) for name in safety]
 
     def _hook(self, name: str, pair: LoraPair) -> Any:

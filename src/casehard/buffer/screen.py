@@ -49,7 +49,7 @@ class Gain(NamedTuple):
 def screen(
     model: nn.Module, chat: ChatFormat, assets: Assets, examples: Sequence[Example], *, label: str = ""
 ) -> list[Gain]:
-    """Measure (7) for each row; the highest gain a token first, ties in input order.
+    """Measure (7) for each row; the highest gain first, ties in input order.
 
     Args:
         model: the base, bare or with adapters, as the assets know it.
@@ -67,7 +67,7 @@ def screen(
     for i, example in enumerate(examples):
         n, a, b = found.base.tokens[i], found.base.nll[i], found.buffer.nll[i]
         out.append(Gain(i, example.id, (a - b) * n, a - b, a, b, n, str(example.tags.get(label, "")) if label else ""))
-    return sorted(out, key=lambda g: (-g.gain_per_token, g.row))
+    return sorted(out, key=lambda g: (-g.gain, g.row))
 
 
 class Both(NamedTuple):
@@ -98,8 +98,11 @@ class Roc(NamedTuple):
     negatives: int
 
 
-def roc(gains: Sequence[Gain], positive: str, *, per_token: bool = True) -> Roc:
+def roc(gains: Sequence[Gain], positive: str, *, per_token: bool = False) -> Roc:
     """Return the curve of "gain above a threshold" against "label is ``positive``".
+
+    Args:
+        per_token: score by the gain a token. The sum is a likelihood ratio; the mean overrates short answers.
 
     Raises:
         DataError: all rows, or none, carry the label.

@@ -181,15 +181,15 @@ def screen(
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     console.plan("screen rows with the buffer", {"model": model, "assets": assets, "data": data, "label": label})
     gains = rank(loaded.model, chat, opened, rows, label=label)
-    top = [[g.id or str(g.row + 1), f"{g.gain_per_token:.3f}", f"{g.gain:.2f}", g.label] for g in gains[:show]]
-    console.table("highest gain", ["row", "nats a token", "nats", label or "-"], top)
+    top = [[g.id or str(g.row + 1), f"{g.gain:.2f}", f"{g.gain_per_token:.3f}", g.label] for g in gains[:show]]
+    console.table("highest gain", ["row", "nats", "nats a token", label or "-"], top)
     if label:
-        found = roc(gains, positive), roc(gains, positive, per_token=False)
+        found = roc(gains, positive), roc(gains, positive, per_token=True)
         counts = f"{found[0].positives} against {found[0].negatives}"
         console.table(
             f"{label} = {positive}, {counts} rows",
             ["score", "area under the ROC"],
-            [("gain a token", f"{found[0].auc:.3f}"), ("gain", f"{found[1].auc:.3f}")],
+            [("gain", f"{found[0].auc:.3f}"), ("gain a token", f"{found[1].auc:.3f}")],
         )
     if out is not None:
         write_screening(out, gains)

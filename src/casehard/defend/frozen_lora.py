@@ -2,8 +2,12 @@
 
     y = W x + gate * scale * B A x + (whatever trains)                                                          (1)
 
-The second term is added by a forward hook on the base layer; its tensors are in no module, so they are in no state
-dict, no optimiser, no checkpoint and nothing that ``save_pretrained`` writes, whoever calls it. Dropout does not apply.
+The second term is added by hooks on the base layer; its tensors are in no module, so they are in no state dict, no
+optimiser, no checkpoint and nothing that ``save_pretrained`` writes, whoever calls it. Dropout does not apply.
+
+On a small fp32 base the hooks lend the layer W + scale * B A for the time of one call (``fold``): no extra arithmetic
+a step for one more copy of the layers' weights. In half precision the sum would round small updates away, so there, and
+on a large base, the factors are applied one after the other.
 
 Letters: r rank, d_in and d_out the layer's width.
 """
@@ -21,6 +25,7 @@ from torch.nn import functional
 from casehard.errors import ConfigError, Corrupt, Unsupported
 from casehard.maths.lowrank import LoraPair
 
+FOLD = 2**30  # bytes of fp32 weights up to which a folded copy is kept
 WHOLE = 2**30  # bytes of base weights up to which every byte is hashed; beyond, an even sample of each tensor
 _SAMPLE = 2**16
 _PROBE = 1024
@@ -74,6 +79,13 @@ def _width(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def _foldable(layers: list[nn.Module]) -> bool:
+    """Return whether all layers are plain fp32 linear layers, small enough together to keep a second copy."""
+    weights = [layer.weight for layer in layers if type(layer) is nn.Linear]
+    plain = len(weights) == len(layers) and all(type(w) is nn.Parameter and w.dtype == torch.float32 for w in weights)
+    return plain and sum(w.numel() * w.element_size() for w in weights) <= FOLD
+
+
 class FrozenLora:
     """Hold the factors of an adapter and add (1) to a model while attached.
 
@@ -82,6 +94,7 @@ class FrozenLora:
 
     Attributes:
         gate: multiplies the update; 0 skips it.
+        folds: whether the attachment lends folded weights; decided by :meth:`attach`.
     """
 
     def __init__(self, factors: Mapping[str, LoraPair]) -> None:
@@ -89,17 +102,24 @@ class FrozenLora:
         self.factors = frozen
         self.digest = digest_of(frozen)
         self.gate = 1.0
+        self.folds = False
         self._handles: list[Any] = []
         self._session: object | None = None
         self._placed: dict[tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._folded: dict[tuple[str, torch.device], nn.Parameter] = {}
+        self._lent: dict[str, nn.Parameter] = {}
 
     @property
     def attached(self) -> bool:
         """Whether the update is added to some model."""
         return bool(self._handles)
 
-    def attach(self, model: nn.Module) -> FrozenLora:
+    def attach(self, model: nn.Module, *, fold: bool | None = None) -> FrozenLora:
         """Add (1) to every layer that has factors, until :meth:`detach`.
+
+        Args:
+            model: bare or with adapters.
+            fold: lend folded weights; None does so for plain fp32 layers of up to 1 GiB together.
 
         Raises:
             ConfigError: the model lacks a layer, or one has another shape.
@@ -122,8 +142,12 @@ class FrozenLora:
                     hint="the adapter was made for another model",
                 )
         self._session = object()
-        hooks = {name: self._hook(name, self._session) for name in self.factors}
-        self._handles = [layers[name].register_forward_hook(hook) for name, hook in hooks.items()]
+        self.folds = _foldable([layers[name] for name in self.factors]) if fold is None else fold
+        for name in self.factors:
+            layer, hook = layers[name], self._hook(name, self._session)
+            if self.folds:
+                self._handles.append(layer.register_forward_pre_hook(self._lend(name, self._session)))
+            self._handles.append(layer.register_forward_hook(hook, always_call=self.folds))
         return self
 
     def detach(self) -> None:
@@ -137,11 +161,15 @@ class FrozenLora:
         self._handles = []
         self._session = None
         self._placed.clear()
+        self._folded.clear()
         if digest_of(self.factors) != self.digest:
             raise Corrupt("a factor of the frozen adapter changed while it was attached")
 
     def _hook(self, name: str, session: object) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            if name in self._lent:  # also when the layer raised
+                module._parameters["weight"] = self._lent.pop(name)
+                return output
             # A deep copy of the model carries the hook along; it ends with the attachment too.
             if self.gate == 0 or self._session is not session:
                 return output
@@ -151,6 +179,25 @@ class FrozenLora:
             return torch.addmm(wide, low.reshape(-1, low.shape[-1]), b, alpha=self.gate).view_as(output)
 
         return add
+
+    def _lend(self, name: str, session: object) -> Any:
+        def lend(module: nn.Module, args: tuple[Any, ...]) -> None:
+            half = torch.is_autocast_enabled(args[0].device.type)
+            if self._session is session and self.gate == 1 and not half:
+                own = module._parameters["weight"]
+                assert own is not None
+                self._lent[name] = own
+                module._parameters["weight"] = self._fold(name, own)
+
+        return lend
+
+    def _fold(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        key = (name, weight.device)
+        if key not in self._folded:
+            a, b, scale = self.factors[name]
+            a, b = (f.to(device=weight.device, dtype=weight.dtype) for f in (a, b))
+            self._folded[key] = nn.Parameter(torch.addmm(weight.detach(), b, a, alpha=scale), requires_grad=False)
+        return self._folded[key]
 
     def _on(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A (r, d_in) and scale * B transposed (r, d_out), where and as the layer computes."""
