@@ -79,6 +79,7 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
 
 def test_every_plan_and_recipe_is_accepted():
     from casehard.bench.plan import load_plan
+    from casehard.cli.buffer import prepare_job
     from casehard.config import build
     from casehard.jobs import DefendJob
 
@@ -86,6 +87,9 @@ def test_every_plan_and_recipe_is_accepted():
         assert load_plan(path).undefended.role == "undefended", path.name
     for path in (ROOT / "recipes").rglob("*.yaml"):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stem.startswith("buffer_prepare_"):
+            assert prepare_job({**values, "model": "m", "harmful": ["h"], "refusals": ["r"], "benign": ["b"]})
+            continue
         given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
         job = build(DefendJob, {**given, **values}, where=path.name)
         config = METHODS[job.method].load()[1]

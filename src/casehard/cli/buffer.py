@@ -73,13 +73,13 @@ def prepare(
     for key in ("harmful", "refusals", "benign"):
         options.check_specs(options.as_list(values, key), f"--{key}")
         options.need(values, key, f"--{key}")
-    chosen = preset or values.pop("preset", None) or "default"
-    values.pop("preset", None)
+    if preset:
+        values["preset"] = preset
     secrets.refuse(values, where="buffer prepare")
     _check_out(out)
     with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
         _check_out(out)  # whoever held the lock until now may just have finished
-        _prepare(values, chosen, out)
+        _prepare(values, out)
 
 
 def _check_out(out: Path) -> None:
@@ -87,16 +87,28 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
-def _prepare(values: dict[str, Any], chosen: str, out: Path) -> None:
-    from casehard.buffer.prepare import PrepareJob, preset, run_prepare
+def prepare_job(values: Mapping[str, Any]) -> Any:
+    """Build the job from plain values; the group ``config`` is laid over the preset that ``preset`` names.
+
+    Raises:
+        ConfigError: unknown keys, or values out of range.
+    """
+    from casehard.buffer.prepare import PrepareJob, preset
     from casehard.config import build, to_dict
-    from casehard.errors import UserError
 
     given = values.get("config") or {}
     if not isinstance(given, Mapping):
         raise ConfigError(f"config: must be a group of settings, got {given!r}")
-    values["config"] = _over(to_dict(preset(chosen)), given)
-    job = build(PrepareJob, values, where="buffer prepare")
+    config = _over(to_dict(preset(str(values.get("preset") or "default"))), given)
+    rest = {key: value for key, value in values.items() if key != "preset"}
+    return build(PrepareJob, {**rest, "config": config}, where="buffer prepare")
+
+
+def _prepare(values: dict[str, Any], out: Path) -> None:
+    from casehard.buffer.prepare import run_prepare
+    from casehard.errors import UserError
+
+    job = prepare_job(values)
     console.plan(
         "make the buffer and reinforce adapters of one base",
         {
@@ -104,7 +116,7 @@ def _prepare(values: dict[str, Any], chosen: str, out: Path) -> None:
             "harmful": list(job.harmful),
             "refusals": list(job.refusals),
             "benign": list(job.benign),
-            "preset": chosen,
+            "preset": values.get("preset") or "default",
             "rank": job.config.rank,
             "device": options.device_text(job.device),
             "seed": job.seed,
