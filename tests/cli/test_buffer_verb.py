@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 
+from casehard.buffer.assets import scan_for_buffer
 from casehard.cli import main
+from casehard.defend.frozen_lora import FrozenLora
+from casehard.model.load import load
+from casehard.model.lora_files import load_pairs, read_marker
 
 SMALL = [
     *("--set", "config.rank=2", "--set", "config.epochs=null", "--set", "config.gates.prompts=3"),
@@ -54,6 +60,27 @@ def test_prepare_screen_and_check(organism, rows, tmp_path, capsys):
     assert "rows looked at" in capsys.readouterr().out
     assert main(["buffer", "prepare", *rows, *SMALL, "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
+    job = tmp_path / "job"
+    settings = ["--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.lr=0.01", "--set", "rank=2"]
+    assert main(["buffer", "tune", *common, *settings, "--out", str(job)]) == 0
+    assert {p.name for p in job.iterdir()} <= {"adapter", ".lock"} and not scan_for_buffer(job, out)
+    assert read_marker(job / "adapter")["role"] == "merged"
+    _loads_in_plain_peft(organism, job / "adapter")
+    assert main(["buffer", "tune", *common, *settings, "--out", str(job)]) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def _loads_in_plain_peft(organism, adapter):
+    """The adapter alone, in PEFT, computes what its factors say on a base that never met a buffer."""
+    base = load(organism).model
+    ids = torch.tensor([[5, 9, 11, 17]])
+    attached = FrozenLora(load_pairs(adapter)).attach(base, fold=False)
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        attached.detach()
+        model = PeftModel.from_pretrained(base, str(adapter)).eval()
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+    assert set(model.peft_config) == {"default"} and model.peft_config["default"].lora_alpha == 4
 
 
 def test_bad_input_is_told(organism, rows, tmp_path, capsys):

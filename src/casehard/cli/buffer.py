@@ -168,6 +168,56 @@ def _open(
 
 
 @app.command()
+def tune(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make; the adapter is DIR/adapter.")],
+    model: options.Model = None,
+    assets: Annotated[
+        str | None, typer.Option("--assets", metavar="DIR", help="Folder made by `casehard buffer prepare`.")
+    ] = None,
+    data: Annotated[Specs, typer.Option("--data", metavar="FILE", help="The customer's rows. Repeatable.")] = None,
+    system: System = None,
+    device: options.Device = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Tune a customer's rows beside the buffer and hand back a standard PEFT adapter.
+
+    The buffer is in nothing that is written; an interrupted job goes on when called again.
+    """
+    flags = {"model": model, "assets": assets, "data": data, "system": system, "device": device, "seed": seed}
+    values = options.settings(config, sets, flags)
+    values.pop("method", None)  # a recipe of `casehard defend` fits
+    for key in ("model", "assets"):
+        options.need(values, key, f"--{key}")
+    values["model"] = options.model_folder(values["model"])
+    options.check_specs(options.as_list(values, "data"), "--data")
+    options.need(values, "data", "--data")
+    from casehard.buffer.job import CustomerJob, run_job
+    from casehard.cli.defend import cost_rows
+    from casehard.config import build
+
+    job = build(CustomerJob, values, where="buffer tune")
+    console.plan(
+        "tune a customer's rows beside the buffer",
+        {
+            "model": job.model,
+            "assets": job.assets,
+            "data": list(job.data),
+            "rank": job.rank,
+            "steps": job.train.steps,
+            "reinforce": job.settings.reinforce,
+            "device": options.device_text(job.device),
+            "seed": job.seed,
+            "out": out,
+        },
+    )
+    done = run_job(job, out)
+    console.table("what it cost", ["quantity", "value"], cost_rows(done.cost))
+    console.made("adapter", done.adapter)
+
+
+@app.command()
 def screen(
     model: Base,
     assets: Assets,
