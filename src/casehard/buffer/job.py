@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,8 +15,10 @@ from casehard.data.chat import ChatFormat
 from casehard.data.sources import load_many
 from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceConfig
 from casehard.defend.frozen_lora import live_pairs
+from casehard.defend.provider_assets import Assets
 from casehard.errors import ConfigError
 from casehard.files import remove, staged
+from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
 from casehard.model.lora_files import LayerShape, write_adapter, write_marker
@@ -108,21 +111,26 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
         "cost": asdict(result.budget),
         "casehard": __version__,
     }
-    ranks = {name: int(p.a.shape[0]) for name, p in pairs.items()}
-    shapes = {name: LayerShape(int(p.b.shape[0]), int(p.a.shape[1]), ranks[name]) for name, p in pairs.items()}
-    needs = sum(4 * (p.a.numel() + p.b.numel()) for p in pairs.values()) + (1 << 20)
-    with staged(out / "adapter", needs=needs) as folder:
-        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), target_modules=pairs)
-        write_marker(
-            folder,
-            "merged" if job.settings.reinforce else "user",
-            base_digest=loaded.digest,
-            tokenizer_digest=method.assets.record["tokenizer_digest"],
-            template_digest=method.assets.record["template_digest"],
-            tensors_sha256=digests,
-        )
-        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        refuse_buffer_in(folder, method.assets)  # before it is published
+    _export(out / "adapter", pairs, method.assets, record)
     if not job.train.save_every:
         remove(training)
     return CustomerResult(out / "adapter", {**asdict(result.budget), "seed": job.seed}, result.log)
+
+
+def _export(out: Path, pairs: Mapping[str, LoraPair], assets: Assets, record: dict[str, Any]) -> None:
+    """Write a standard adapter, searched for the buffer before it is published."""
+    ranks = {name: int(p.a.shape[0]) for name, p in pairs.items()}
+    shapes = {name: LayerShape(int(p.b.shape[0]), int(p.a.shape[1]), ranks[name]) for name, p in pairs.items()}
+    needs = sum(4 * (p.a.numel() + p.b.numel()) for p in pairs.values()) + (1 << 20)
+    with staged(out, needs=needs) as folder:
+        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), target_modules=pairs)
+        write_marker(
+            folder,
+            "merged" if record["merged"] else "user",
+            base_digest=record["base_digest"],
+            tokenizer_digest=assets.record["tokenizer_digest"],
+            template_digest=assets.record["template_digest"],
+            tensors_sha256=digests,
+        )
+        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        refuse_buffer_in(folder, assets)  # before it is published

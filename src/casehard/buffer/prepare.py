@@ -220,6 +220,14 @@ def _recipe(train: TrainConfig, epochs: float | None, rows: int) -> TrainConfig:
     return replace(train, steps=steps, warmup=math.ceil(0.05 * steps))
 
 
+def _recipes(config: PrepareConfig, sets: Mapping[str, EncodedSet]) -> dict[str, TrainConfig]:
+    epochs = config.epochs or (None, None)
+    return {
+        "buffer": _recipe(config.buffer_train, epochs[0], len(sets["buffer"])),
+        "reinforce": _recipe(config.reinforce_train, epochs[1], len(sets["reinforce"])),
+    }
+
+
 def _train(
     base: nn.Module,
     loaded: Loaded,
@@ -244,6 +252,21 @@ def _train(
             del base.peft_config
         for p in trainable:  # PEFT froze the base
             p.requires_grad_(True)
+
+
+def _both(
+    base: nn.Module, loaded: Loaded, sets: Mapping[str, EncodedSet], recipes: Mapping[str, TrainConfig], job: PrepareJob
+) -> tuple[dict[str, Pairs], dict[str, Any]]:
+    """Train the buffer, then reinforce beside it; return their factors and what each cost."""
+    buffer, first = _train(base, loaded, sets["buffer"], job, recipes["buffer"], "buffer")
+    frozen = FrozenLora(buffer).attach(base)
+    try:
+        gated = Gated(frozen, job.config.buffer_gate, job.seed)
+        reinforce, second = _train(base, loaded, sets["reinforce"], job, recipes["reinforce"], "reinforce", gated)
+    finally:
+        frozen.detach()
+    cost = {"buffer": asdict(first.budget), "reinforce": asdict(second.budget)}
+    return {"buffer": buffer, "reinforce": reinforce}, cost
 
 
 def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = None) -> PrepareResult:
@@ -274,21 +297,8 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         "buffer": chat.encode_all(buffer_rows(rows, config, seed=job.seed)),
         "reinforce": chat.encode_all(reinforce_rows(rows, config, seed=job.seed)),
     }
-    epochs = config.epochs or (None, None)
-    recipes = {
-        "buffer": _recipe(config.buffer_train, epochs[0], len(sets["buffer"])),
-        "reinforce": _recipe(config.reinforce_train, epochs[1], len(sets["reinforce"])),
-    }
-    pairs: dict[str, Pairs] = {}
-    pairs["buffer"], first = _train(base, loaded, sets["buffer"], job, recipes["buffer"], "buffer")
-    frozen = FrozenLora(pairs["buffer"]).attach(base)
-    try:
-        gated = Gated(frozen, config.buffer_gate, job.seed)
-        pairs["reinforce"], second = _train(
-            base, loaded, sets["reinforce"], job, recipes["reinforce"], "reinforce", gated
-        )
-    finally:
-        frozen.detach()
+    recipes = _recipes(config, sets)
+    pairs, cost = _both(base, loaded, sets, recipes, job)
     watch.verify(base)
     held = _capped(rows.held, config.gates.prompts)
     gates = _measure(base, chat, held, pairs, config.gates, suite)
@@ -314,7 +324,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         "gates": [gate.record() for gate in gates],
         "missed": [gate.name for gate in missed],
         "reference": reference,
-        "cost": {"buffer": asdict(first.budget), "reinforce": asdict(second.budget)},
+        "cost": cost,
         "versions": {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
     }
     return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates)
