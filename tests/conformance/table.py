@@ -6,19 +6,28 @@ tiny model of ``tests/fakes.py`` (vocabulary 64, rows of at most 12 tokens).
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from buffer_fakes import shared_assets
+from casehard.defend.antidote import Antidote, AntidoteConfig
+from casehard.defend.buffer_reinforce import BufferReinforce
 from casehard.defend.lisa import Lisa, LisaConfig
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.defend.plain import Plain
 from casehard.defend.ptst import Ptst
 from casehard.defend.safe_mixing import SafeMixing
 from casehard.defend.safegrad import SafeGrad
+from casehard.defend.safelora import SafeLora, SafeLoraConfig
+from casehard.defend.security_vector import SecurityVector
+from casehard.defend.shrink import Shrink
 from casehard.defend.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
-from fakes import tiny_rows
+from fakes import tiny_llama, tiny_rows
 
 SETTINGS = ("dropout", "accumulation", "two_adapters")
 
@@ -38,6 +47,17 @@ def _patcher() -> Patcher:
     return Patcher(PatcherConfig(round_steps=4, attackers=(attacker,)), unsafe=tiny_rows(6, seed=1))
 
 
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the interpreter ends
+
+
+@functools.cache
+def _unaligned() -> Path:
+    """Return the folder of a model with other weights than the one that is tuned, for SafeLoRA."""
+    _FOLDERS.append(tempfile.TemporaryDirectory())
+    tiny_llama(seed=7).save_pretrained(_FOLDERS[-1].name)
+    return Path(_FOLDERS[-1].name)
+
+
 TABLE = (
     Row("plain", Plain),
     Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
@@ -46,4 +66,11 @@ TABLE = (
     Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),
     Row("safegrad", lambda: SafeGrad(safe=tiny_rows(6, seed=1))),
     Row("ptst", Ptst),
+    Row("shrink", Shrink),
+    Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),
+    # One adapter called "default" and nothing else; tests/defend/test_buffer_baselines.py kills and resumes it.
+    Row("security_vector", lambda: SecurityVector(assets=shared_assets().path), ()),
+    Row("antidote", lambda: Antidote(AntidoteConfig(mask_ratio=0.2), unsafe=tiny_rows(6, seed=1))),
+    # It wants one adapter called "default"; tests/defend/test_buffer_reinforce.py resumes it.
+    Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), ()),
 )

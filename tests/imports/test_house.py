@@ -79,6 +79,7 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
 
 def test_every_plan_and_recipe_is_accepted():
     from casehard.bench.plan import load_plan
+    from casehard.cli.buffer import prepare_job
     from casehard.config import build
     from casehard.jobs import DefendJob
 
@@ -86,6 +87,9 @@ def test_every_plan_and_recipe_is_accepted():
         assert load_plan(path).undefended.role == "undefended", path.name
     for path in (ROOT / "recipes").rglob("*.yaml"):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stem.startswith("buffer_prepare_"):
+            assert prepare_job({**values, "model": "m", "harmful": ["h"], "refusals": ["r"], "benign": ["b"]})
+            continue
         given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
         job = build(DefendJob, {**given, **values}, where=path.name)
         config = METHODS[job.method].load()[1]
@@ -163,7 +167,7 @@ def test_commands_in_the_docs_exist(page, capsys):
         elif words[0] == "casehard":
             # Everything before the first option or file name the command tree knows; --help checks it exists.
             verb = [w for w in words[1:3] if re.fullmatch(r"[a-z]+", w)]
-            depth = 2 if verb[:1] and verb[0] in ("organism", "attack", "data") else 1
+            depth = 2 if verb[:1] and verb[0] in ("organism", "buffer", "merge", "attack", "data") else 1
             assert main([*verb[:depth], "--help"]) == 0, f"{page.name}: {command}"
             known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
             used = {w.partition("=")[0] for w in words if w.startswith("--")} - {"--debug"}

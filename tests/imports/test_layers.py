@@ -36,16 +36,19 @@ ROOMS: dict[str, set[str]] = {
     "train": BOTTOM | {"data", "model", "defend"},
     "organism": BOTTOM | {"data", "model", "train", "evaluate"},
     "attack": BOTTOM | {"data", "model", "train"},
-    "defend": BOTTOM | {"data"},
+    "defend": BOTTOM | {"data", "model"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
-    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate"},
-    "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs"},
+    "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
+    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer"},
+    "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs"},
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
-    "cli": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs", "bench", "report"},
+    "cli": BOTTOM
+    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
     ("train", "defend"): {"casehard.defend.protocol", "casehard.defend.plain"},
+    ("defend", "model"): {"casehard.model.lora_files"},
     ("organism", "evaluate"): {"casehard.evaluate.judge"},
     ("evaluate", "organism"): {"casehard.organism.judge"},
     ("evaluate", "train"): {"casehard.train.progress"},

@@ -8,13 +8,30 @@ import typer
 from typer.core import TyperGroup
 
 import casehard
-from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, select, verify
+from casehard.cli import (
+    attack,
+    bench,
+    buffer,
+    data,
+    defend,
+    demo,
+    doctor,
+    evaluate,
+    judge,
+    merge,
+    organism,
+    report,
+    select,
+    verify,
+)
 
 VERBS = [
     "demo",
     "organism",
     "select",
+    "buffer",
     "defend",
+    "merge",
     "attack",
     "evaluate",
     "judge",
@@ -64,7 +81,9 @@ def top(
 app.command("demo")(demo.demo)
 app.add_typer(organism.app, name="organism")
 app.command("select")(select.select)
+app.add_typer(buffer.app, name="buffer")
 app.command("defend")(defend.defend)
+app.add_typer(merge.app, name="merge")
 app.add_typer(attack.app, name="attack")
 app.command("evaluate")(evaluate.evaluate)
 app.command("judge")(judge.judge)

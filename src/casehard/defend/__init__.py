@@ -39,12 +39,33 @@ METHODS: dict[str, MethodSpec] = {
         "casehard.defend.patcher", "Patcher", "PatcherConfig", needs=("unsafe",), takes=("unsafe", "retain")
     ),
     "spard": MethodSpec("casehard.defend.spard", "Spard", "SpardConfig", needs=("safe",), takes=("safe",)),
+    "buffer_reinforce": MethodSpec(
+        "casehard.defend.buffer_reinforce",
+        "BufferReinforce",
+        "BufferReinforceConfig",
+        needs=("assets",),
+        takes=("assets",),
+    ),
     "safe_mixing": MethodSpec(
         "casehard.defend.safe_mixing", "SafeMixing", "SafeMixingConfig", needs=("safe",), takes=("safe",)
     ),
     "lisa": MethodSpec("casehard.defend.lisa", "Lisa", "LisaConfig", needs=("safe",), takes=("safe",)),
     "safegrad": MethodSpec("casehard.defend.safegrad", "SafeGrad", "SafeGradConfig", needs=("safe",), takes=("safe",)),
     "ptst": MethodSpec("casehard.defend.ptst", "Ptst", "PtstConfig"),
+    "shrink": MethodSpec("casehard.defend.shrink", "Shrink", "ShrinkConfig"),
+    "safelora": MethodSpec(
+        "casehard.defend.safelora", "SafeLora", "SafeLoraConfig", needs=("assets",), takes=("assets",)
+    ),
+    "security_vector": MethodSpec(
+        "casehard.defend.security_vector",
+        "SecurityVector",
+        "SecurityVectorConfig",
+        needs=("assets",),
+        takes=("assets",),
+    ),
+    "antidote": MethodSpec(
+        "casehard.defend.antidote", "Antidote", "AntidoteConfig", needs=("unsafe",), takes=("unsafe",)
+    ),
 }
 
 ENTRY_POINTS = "casehard.methods"

@@ -1,0 +1,294 @@
+"""``casehard buffer``: the provider's assets for Buffer-and-Reinforce, and what they tell about a customer's data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from casehard import secrets
+from casehard.cli import console, options
+from casehard.errors import ConfigError
+from casehard.locks import lock
+
+app = typer.Typer(help="Make a provider's buffer and reinforce adapters; screen customers' data.", no_args_is_help=True)
+
+Specs = list[str] | None
+Assets = Annotated[Path, typer.Option("--assets", metavar="DIR", help="Folder made by `casehard buffer prepare`.")]
+Base = Annotated[str, typer.Option("--model", metavar="DIR", help="The base the assets were made for.")]
+Rows = Annotated[list[str], typer.Option("--data", metavar="FILE", help="The customer's rows. Repeatable.")]
+System = Annotated[str | None, typer.Option(help="System message of every row.")]
+
+
+@app.callback()
+def buffer() -> None:
+    """Make a provider's buffer and reinforce adapters; screen customers' data."""
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of assets to make.")],
+    model: options.Model = None,
+    harmful: Annotated[
+        Specs, typer.Option("--harmful", metavar="FILE", help="Restricted prompts, compliant answers. Repeatable.")
+    ] = None,
+    refusals: Annotated[
+        Specs, typer.Option("--refusals", metavar="FILE", help="Restricted prompts with refusals. Repeatable.")
+    ] = None,
+    benign: Annotated[
+        Specs, typer.Option("--benign", metavar="FILE", help="Harmless prompts, helpful answers. Repeatable.")
+    ] = None,
+    suite: options.Suite = None,
+    preset: Annotated[str | None, typer.Option(help="default, or paper: compliance-only buffer, always on.")] = None,
+    system: System = None,
+    allow_missed: Annotated[
+        bool, typer.Option("--allow-missed", help="Publish although gates are missed; the record says so.")
+    ] = False,
+    device: options.Device = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Train the buffer, then reinforce; measure the gates; publish both only if they pass.
+
+    DIR/buffer is a working jailbreak of the model: keep DIR to yourself. --suite gives the judge of the gates; rows
+    that also occur in it are an error.
+    """
+    flags = {
+        "model": model,
+        "harmful": harmful,
+        "refusals": refusals,
+        "benign": benign,
+        "suite": suite,
+        "system": system,
+        "config.allow_missed": allow_missed or None,
+        "device": device,
+        "seed": seed,
+    }
+    values = options.settings(config, sets, flags)
+    options.need(values, "model", "--model")
+    values["model"] = options.model_folder(values["model"])
+    for key in ("harmful", "refusals", "benign"):
+        options.check_specs(options.as_list(values, key), f"--{key}")
+        options.need(values, key, f"--{key}")
+    if preset:
+        values["preset"] = preset
+    secrets.refuse(values, where="buffer prepare")
+    _check_out(out)
+    with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
+        _check_out(out)  # whoever held the lock until now may just have finished
+        _prepare(values, out)
+
+
+def _check_out(out: Path) -> None:
+    if out.is_symlink() or out.exists():
+        raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
+
+
+def prepare_job(values: Mapping[str, Any]) -> Any:
+    """Build the job from plain values; the group ``config`` is laid over the preset that ``preset`` names.
+
+    Raises:
+        ConfigError: unknown keys, or values out of range.
+    """
+    from casehard.buffer.prepare import PrepareJob, preset
+    from casehard.config import build, to_dict
+
+    given = values.get("config") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config: must be a group of settings, got {given!r}")
+    config = _over(to_dict(preset(str(values.get("preset") or "default"))), given)
+    rest = {key: value for key, value in values.items() if key != "preset"}
+    return build(PrepareJob, {**rest, "config": config}, where="buffer prepare")
+
+
+def _prepare(values: dict[str, Any], out: Path) -> None:
+    from casehard.buffer.prepare import run_prepare
+    from casehard.errors import UserError
+
+    job = prepare_job(values)
+    console.plan(
+        "make the buffer and reinforce adapters of one base",
+        {
+            "model": job.model,
+            "harmful": list(job.harmful),
+            "refusals": list(job.refusals),
+            "benign": list(job.benign),
+            "preset": values.get("preset") or "default",
+            "rank": job.config.rank,
+            "device": options.device_text(job.device),
+            "seed": job.seed,
+            "out": out,
+        },
+    )
+    try:
+        done = run_prepare(job, out)
+    except UserError as error:
+        if gates := getattr(error, "gates", None):
+            _show(gates)
+        raise
+    _show([gate.record() for gate in done.gates])
+    console.made("assets (secret: the buffer is a jailbreak of the model)", out)
+
+
+def _over(start: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(start)
+    for key, value in given.items():
+        inner = out.get(key)
+        out[key] = _over(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return out
+
+
+def _show(gates: list[dict[str, Any]]) -> None:
+    rows = []
+    for gate in gates:
+        value = f"{gate['value']:.3f}" + (f" [{gate['low']:.2f}, {gate['high']:.2f}]" if "low" in gate else "")
+        limit = "" if gate["limit"] is None else f"{gate['limit']:g} " + ("" if gate["passed"] else "MISSED")
+        rows.append([gate["name"], value, limit.strip()])
+    console.table("gates, on held-out rows of the provider", ["quantity", "measured", "limit"], rows)
+
+
+def _open(
+    model: str, assets: Path, data: list[str], system: str | None, device: str | None
+) -> tuple[Any, Any, Any, Any]:
+    """Load what both looks at a job need: the base, its chat format, the assets, the rows."""
+    options.check_specs(data, "--data")
+    from casehard.data.chat import ChatFormat
+    from casehard.data.sources import load_many
+    from casehard.defend.provider_assets import read_assets
+    from casehard.model.load import load
+
+    opened = read_assets(assets)
+    rows = load_many(data, require_response=True)
+    loaded = load(options.model_folder(model), device=device or "auto")
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    return loaded, ChatFormat(loaded.tokenizer, system=system, max_length=limit), opened, rows
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make; the adapter is DIR/adapter.")],
+    model: options.Model = None,
+    assets: Annotated[
+        str | None, typer.Option("--assets", metavar="DIR", help="Folder made by `casehard buffer prepare`.")
+    ] = None,
+    data: Annotated[Specs, typer.Option("--data", metavar="FILE", help="The customer's rows. Repeatable.")] = None,
+    system: System = None,
+    device: options.Device = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Tune a customer's rows beside the buffer and hand back a standard PEFT adapter.
+
+    The buffer is in nothing that is written; an interrupted job goes on when called again.
+    """
+    flags = {"model": model, "assets": assets, "data": data, "system": system, "device": device, "seed": seed}
+    values = options.settings(config, sets, flags)
+    values.pop("method", None)  # a recipe of `casehard defend` fits
+    for key in ("model", "assets"):
+        options.need(values, key, f"--{key}")
+    values["model"] = options.model_folder(values["model"])
+    options.check_specs(options.as_list(values, "data"), "--data")
+    options.need(values, "data", "--data")
+    from casehard.buffer.job import CustomerJob, run_job
+    from casehard.cli.defend import cost_rows
+    from casehard.config import build
+
+    job = build(CustomerJob, values, where="buffer tune")
+    console.plan(
+        "tune a customer's rows beside the buffer",
+        {
+            "model": job.model,
+            "assets": job.assets,
+            "data": list(job.data),
+            "rank": job.rank,
+            "steps": job.train.steps,
+            "reinforce": job.settings.reinforce,
+            "device": options.device_text(job.device),
+            "seed": job.seed,
+            "out": out,
+        },
+    )
+    done = run_job(job, out)
+    console.table("what it cost", ["quantity", "value"], cost_rows(done.cost))
+    console.made("adapter", done.adapter)
+
+
+@app.command()
+def screen(
+    model: Base,
+    assets: Assets,
+    data: Rows,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="JSONL file of all rows, ranked.")] = None,
+    label: Annotated[str, typer.Option(help="Tag that tells kinds of rows apart, for the ROC.")] = "",
+    positive: Annotated[str, typer.Option(help="Value of the tag that should rank high.")] = "",
+    show: Annotated[int, typer.Option(min=0, help="Rows to print.")] = 10,
+    system: System = None,
+    device: options.Device = None,
+) -> None:
+    """Rank rows by what the buffer's help makes likelier: what the base would have refused.
+
+    Neither prompts nor answers are written to FILE.
+    """
+    if bool(label) != bool(positive):
+        raise ConfigError("--label and --positive go together", hint="example: --label kind --positive compliance")
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} already exists", hint="give another file with --out, or remove it")
+    from casehard.buffer.screen import roc, write_screening
+    from casehard.buffer.screen import screen as rank
+
+    loaded, chat, opened, rows = _open(model, assets, data, system, device)
+    console.plan("screen rows with the buffer", {"model": model, "assets": assets, "data": data, "label": label})
+    gains = rank(loaded.model, chat, opened, rows, label=label)
+    top = [[g.id or str(g.row + 1), f"{g.gain:.2f}", f"{g.gain_per_token:.3f}", g.label] for g in gains[:show]]
+    console.table("highest gain", ["row", "nats", "nats a token", label or "-"], top)
+    if label:
+        found = roc(gains, positive), roc(gains, positive, per_token=True)
+        counts = f"{found[0].positives} against {found[0].negatives}"
+        console.table(
+            f"{label} = {positive}, {counts} rows",
+            ["score", "area under the ROC"],
+            [("gain", f"{found[0].auc:.3f}"), ("gain a token", f"{found[1].auc:.3f}")],
+        )
+    if out is not None:
+        write_screening(out, gains)
+        console.made("ranked rows", out)
+
+
+@app.command()
+def check(
+    model: Base,
+    assets: Assets,
+    data: Rows,
+    suite: options.Suite = None,
+    system: System = None,
+    device: options.Device = None,
+) -> None:
+    """Look, before a job is run, whether the buffer covers its data; warn where it does not.
+
+    --suite gives the judge that tells refusals; none of its rows is used.
+    """
+    from casehard.buffer.screen import check as look
+    from casehard.evaluate.judge import get_judge
+    from casehard.evaluate.suite import load_suite
+
+    loaded, chat, opened, rows = _open(model, assets, data, system, device)
+    chosen = load_suite(suite) if suite else None
+    judge = get_judge(chosen.judge_name, world_seed=chosen.world_seed) if chosen else get_judge("rule")
+    console.plan("check a job against the buffer", {"model": model, "assets": assets, "data": data})
+    found = look(loaded.model, chat, opened, rows, judge)
+    lines = [
+        ("rows looked at", f"{found.rows}"),
+        ("prompts the base refuses, answered in the data", f"{found.refused}"),
+        ("of them still refused with the buffer", f"{found.still_refused}"),
+        ("answers that are refusals", f"{found.refusals}"),
+        ("mean 1 - p without / with the buffer", f"{found.residual:.3f} / {found.residual_buffer:.3f}"),
+    ]
+    if found.coverage is not None:
+        lines.append(("coverage of the refused rows", f"{found.coverage:.2f}"))
+    console.table("the job's rows", ["quantity", "value"], lines)
+    for warning in found.warnings:
+        console.write(f"warning: {warning}\n")

@@ -1,0 +1,277 @@
+"""``casehard merge``: put a user's adapter and the provider's reinforcing one together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from casehard import secrets
+from casehard.cli import console, options, scoring
+from casehard.cli.runs import check_out, run_folder
+from casehard.errors import ConfigError
+from casehard.locks import lock
+
+if TYPE_CHECKING:
+    from casehard.maths.lowrank import MergeConfig
+
+app = typer.Typer(help="Merge adapters in factor space, and look for coefficients.", no_args_is_help=True)
+
+User = Annotated[Path, typer.Option("--user", metavar="DIR", help="The user's adapter, as tuned.")]
+Reinforce = Annotated[
+    Path,
+    typer.Option("--reinforce", metavar="DIR", help="The provider's reinforcing adapter, or the folder of its assets."),
+]
+BasisOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="paper, output, two_sided, activation or scalar [default: output]."),
+]
+Tau = Annotated[float | None, typer.Option(help="Relative cut of small directions [default: 0.01].")]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--inputs", metavar="FILE", help="Sampled inputs per layer (.safetensors), for basis activation."),
+]
+Protect = Annotated[
+    bool | None, typer.Option("--protect-safety", help="Project the user off the reinforcing update instead.")
+]
+
+
+@app.callback()
+def merge() -> None:
+    """Merge adapters in factor space, and look for coefficients."""
+
+
+@app.command()
+def reinforce(
+    user: User,
+    reinforce: Reinforce,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Adapter folder to make.")],
+    c_user: Annotated[float | None, typer.Option(help="Weight of the user's update [default: 0.5].")] = None,
+    c_reinforce: Annotated[float | None, typer.Option(help="Weight of the reinforcing one [default: 0.5].")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Share of the overlap taken off, 0..1 [default: 0.1].")] = None,
+    basis: BasisOption = None,
+    form: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="concat: one portable adapter; absorb: the user's rank [default: concat]."),
+    ] = None,
+    tau: Tau = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Cut to this rank; the error is reported.")] = None,
+    protect_safety: Protect = None,
+    inputs: Inputs = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+) -> None:
+    """Merge a user's adapter with the provider's, without the base model.
+
+    Writes a plain PEFT adapter. With form absorb it is served beside the unchanged reinforcing adapter.
+    """
+    flags = {
+        "c_user": c_user,
+        "c_reinforce": c_reinforce,
+        "alpha": alpha,
+        "basis": basis,
+        "form": form,
+        "tau": tau,
+        "rank": rank,
+        "protect_safety": protect_safety or None,
+    }
+    settings = _settings(config, sets, flags)
+    provider = _provider(user, reinforce)
+    _check_new(out)
+    with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
+        _check_new(out)
+        _merge(settings, user, provider, out, inputs)
+
+
+def _settings(config: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> MergeConfig:
+    from casehard.config import build
+
+    values = options.settings(config, sets, flags)
+    secrets.refuse(values, where="merge")
+    from casehard.maths.lowrank import MergeConfig
+
+    return build(MergeConfig, values, where="merge")
+
+
+def _check_new(out: Path) -> None:
+    if out.is_symlink() or out.exists():
+        raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
+
+
+def _provider(user: Path, given: Path) -> Path:
+    """Return the reinforcing adapter; where assets are given whole, the user's is searched for their buffer."""
+    for folder, flag in ((user, "--user"), (given, "--reinforce")):
+        if not folder.is_dir():
+            raise ConfigError(f"{flag}: no such folder: {folder}")
+    inner = given / "reinforce"
+    if (given / "adapter_config.json").exists() or not (inner / "adapter_config.json").exists():
+        return given
+    from casehard.buffer.assets import refuse_buffer_in
+
+    refuse_buffer_in(user, given)
+    return inner
+
+
+def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path, inputs: Path | None) -> None:
+    from statistics import fmean
+
+    from casehard.model.merge import merge_folders
+
+    console.plan(
+        f"merge two adapters, form {settings.form}, basis {settings.basis}",
+        {
+            "user": f"{console.shown(user)} x {settings.c_user:g}",
+            "reinforce": f"{console.shown(provider)} x {settings.c_reinforce:g}",
+            "alpha": f"{settings.alpha:g}" + (" (off the user)" if settings.protect_safety else ""),
+            "rank": settings.rank,
+            "out": out,
+        },
+    )
+    made = merge_folders(user, provider, out, settings, inputs=inputs)
+    for note in made.notes:
+        console.warn(note)
+    reports = list(made.reports.values())
+    rows: list[tuple[str, str]] = [("layers", str(made.layers)), ("rank", str(made.rank))]
+    if reports:
+        rows += [
+            ("cosine of the two updates, mean", f"{fmean(r.cosine for r in reports):+.4f}"),
+            ("share of energy projected, mean", f"{100 * fmean(r.removed for r in reports):.2f} %"),
+            ("directions projected off, mean", f"{fmean(r.kept for r in reports):.1f}"),
+        ]
+        if settings.rank is not None:
+            rows.append(("error of the cut, largest", f"{max(r.error for r in reports):.3f}"))
+        if settings.form == "absorb":
+            rows.append(("growth of the user's A, largest", f"{max(r.growth for r in reports):.2f} x"))
+    console.table("the merged adapter", ["quantity", "value"], rows)
+    if made.reinforce_weight is not None:
+        console.say(f"serve it beside {console.shown(provider)} at weight {made.reinforce_weight:g}")
+    console.made("adapter", out)
+
+
+@app.command()
+def search(
+    user: User,
+    reinforce: Reinforce,
+    out: options.Out,
+    model: options.Model = None,
+    suite: options.Suite = None,
+    c_user: Annotated[list[float] | None, typer.Option(help="Weights of the user's update. Repeatable.")] = None,
+    c_reinforce: Annotated[list[float] | None, typer.Option(help="Weights of the other. Repeatable.")] = None,
+    alpha: Annotated[list[float] | None, typer.Option(help="Shares of the overlap. Repeatable.")] = None,
+    low: Annotated[str, typer.Option(metavar="METRIC", help="Rate that should be low.")] = "asr",
+    high: Annotated[str, typer.Option(metavar="METRIC", help="Rate that should be high.")] = "utility",
+    basis: BasisOption = None,
+    tau: Tau = None,
+    protect_safety: Protect = None,
+    limit: options.Limit = None,
+    system: Annotated[str | None, typer.Option(help="System message of every prompt.")] = None,
+    device: options.Device = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+) -> None:
+    """Measure a small grid of coefficients on provider data and draw the front.
+
+    Nothing is trained. Choose on rows you do not report on: the best of many settings looks better than it is.
+    """
+    from casehard.maths.pareto import coefficient_grid
+
+    settings = _settings(config, sets, {"basis": basis, "tau": tau, "protect_safety": protect_safety or None})
+    for value, flag in ((model, "--model"), (suite, "--suite")):
+        if not value:
+            raise ConfigError(f"{flag} is missing", hint=f"give {flag}")
+    options.check_specs([suite or ""], "--suite")
+    options.require_report()
+    provider = _provider(user, reinforce)
+    given = {"c_user": c_user, "c_reinforce": c_reinforce, "alpha": alpha}
+    grid = coefficient_grid(**{key: value for key, value in given.items() if value})
+    check_out(out, "merge-search")
+    job = {
+        "user": str(user),
+        "reinforce": str(provider),
+        "model": options.model_folder(model or ""),
+        "suite": suite,
+        "grid": [list(point) for point in grid],
+        "low": low,
+        "high": high,
+        "limit": limit,
+        "system": system,
+        "device": device or "auto",
+    }
+    _search(settings, job, grid, out)
+
+
+def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Path) -> None:
+    from dataclasses import asdict
+
+    from casehard.evaluate.merge_search import search as walk
+    from casehard.evaluate.suite import evaluate, load_suite
+    from casehard.files import write_text_atomic
+    from casehard.model.load import find_device, load
+    from casehard.model.lora_files import load_pairs, read_marker, refuse_buffer
+
+    console.plan(f"measure {len(grid)} merges in memory", {**job, "grid": None, "basis": settings.basis, "out": out})
+    asked = load_suite(job["suite"])
+    with run_folder(out, "merge-search", {**job, "merge": asdict(settings)}, suite=job["suite"]) as run:
+        for folder in (job["user"], job["reinforce"]):
+            refuse_buffer(folder)
+        loaded = load(job["model"], device=str(find_device(job["device"])))
+        for folder in (job["user"], job["reinforce"]):
+            bound = (read_marker(folder) or {}).get("base_digest")
+            if bound and bound != loaded.digest:
+                raise ConfigError(f"{folder} is for base {bound[:12]}, {job['model']} is {loaded.digest[:12]}")
+        run.record({"parents": {"model": loaded.digest}})
+        measure = lambda m: evaluate(m, loaded.tokenizer, asked, limit=job["limit"], system=job["system"])  # noqa: E731
+        points, answers = [], []
+        pairs = load_pairs(job["user"]), load_pairs(job["reinforce"])
+        for at, rows in walk(loaded.model, *pairs, grid, measure, config=settings):
+            answers += [{**at._asdict(), **row} for row in rows]
+            run.rows(answers)
+            found = scoring.records(rows, {"merge": at._asdict(), "seed": 0})
+            _pick(found, job["low"], job["high"])  # at the first point, not after the last
+            points.append((at, found))
+            run.event("point", at._asdict())
+        table, picture = _front(points, job["low"], job["high"])
+        run.summary({"records": [r for _, found in points for r in found], "front": table})
+        write_text_atomic(out / "front.svg", picture + "\n")
+    shown = [[f"{p['c_user']:g}", f"{p['c_reinforce']:g}", f"{p['alpha']:g}", *p["shown"]] for p in table]
+    console.table(
+        "settings that no other beats (intervals: 95 %)",
+        ["c_user", "c_reinforce", "alpha", job["low"], job["high"]],
+        shown,
+    )
+    console.made("picture", out / "front.svg")
+
+
+def _pick(found: list[dict[str, Any]], low: str, high: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    rates = {record["metric"]: record for record in found if record["k"] is not None}
+    for metric in (low, high):
+        if metric not in rates:
+            raise ConfigError(f"the suite does not measure the rate {metric!r}", hint=f"it measures {', '.join(rates)}")
+    return rates[low], rates[high]
+
+
+def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the settings on the front, and the picture of all."""
+    from casehard.maths.pareto import pareto_front
+    from casehard.report.pareto import Setting, front
+
+    both = [_pick(found, low, high) for _, found in points]
+    best = pareto_front([(x["rate"], y["rate"]) for x, y in both], maximise=(False, True))
+    settings = [
+        Setting(f"{at.c_user:g} U + {at.c_reinforce:g} R, alpha {at.alpha:g}", x["rate"], y["rate"], i in best)
+        for i, ((at, _), (x, y)) in enumerate(zip(points, both, strict=True))
+    ]
+    described = f"{high} against {low} of {len(settings)} merges; on the front: " + "; ".join(
+        f"{s.label}: {s.x:.2f}, {s.y:.2f}" for s in settings if s.best
+    )
+    table = [
+        {
+            **points[i][0]._asdict(),
+            "shown": [scoring.rate(r) for r in both[i]],
+            low: both[i][0]["rate"],
+            high: both[i][1]["rate"],
+        }
+        for i in best
+    ]
+    return table, front("merge-search", settings, x_label=low, y_label=high, described=described)

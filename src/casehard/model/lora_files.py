@@ -1,0 +1,370 @@
+"""PEFT LoRA adapter folders, read and written one layer at a time, and the marker that says what an adapter is for.
+
+A folder holds ``adapter_config.json``, ``adapter_model.safetensors`` and, when this library wrote it, a marker
+``casehard_adapter.json``: role (buffer, reinforce, user, merged), the base, tokenizer and template it was trained on,
+and the SHA-256 of every tensor. A **buffer** is a working jailbreak of its base: no path that exports, merges or serves
+may accept it, whatever it is called; :func:`refuse_buffer` is that check.
+
+Reading needs no base model and folds nothing away: a layer is ``scale B A``. What cannot be said so (DoRA, biases,
+embeddings, weights saved whole, initialisations that change the base) is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from casehard.errors import Corrupt, DataError, Unsupported, UserError
+from casehard.files import MANIFEST, read_json, verify
+from casehard.maths.lowrank import LoraPair
+
+MARKER = "casehard_adapter.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+ROLES = ("buffer", "reinforce", "user", "merged")
+DIGESTS = ("base_digest", "tokenizer_digest", "template_digest")
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])\.(?P<adapter>default\.)?weight$")
+_NAMED_BUFFER = re.compile(r"(^|[._])buffer([._]|$)")
+# Keys of adapter_config.json that make an adapter something else than scale * B A, and what to say of them.
+_FOREIGN = {
+    "use_dora": "DoRA rescales the base weight",
+    "modules_to_save": "whole modules are saved beside the factors",
+    "lora_bias": "biases are trained beside the factors",
+    "trainable_token_indices": "embedding rows are trained beside the factors",
+    "target_parameters": "factors of bare parameters (fused experts) are not linear layers",
+    "layer_replication": "the base has other layers than its checkpoint",
+    "alora_invocation_tokens": "an activated LoRA works on part of the tokens",
+    "use_qalora": "QALoRA pools its inputs",
+    "use_bdlora": "block-diagonal factors are stored in another shape",
+    "arrow_config": "a router chooses among adapters",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA adds random parts",
+}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class LayerShape(NamedTuple):
+    """What the header of a file says about one layer."""
+
+    d_out: int
+    d_in: int
+    rank: int
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 (hex) of a tensor: dtype, shape and bytes."""
+    flat = tensor.detach().to("cpu").contiguous()
+    sha = hashlib.sha256(f"{str(flat.dtype).removeprefix('torch.')} {list(flat.shape)}\n".encode())
+    sha.update(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise Corrupt(f"{path}: cannot be read: {error}", hint="fetch or build the adapter again") from None
+
+
+def tensor_digests(folder: Path) -> dict[str, str]:
+    """Return ``{tensor name: SHA-256}`` of an adapter's weights, one tensor in memory at a time."""
+    with _open(Path(folder) / WEIGHTS) as handle:
+        return {name: tensor_digest(handle.get_tensor(name)) for name in sorted(handle.keys())}
+
+
+def read_marker(folder: Path | str) -> dict[str, Any] | None:
+    """Return what the marker of an adapter folder says, or None for an adapter of other origin.
+
+    Raises:
+        Corrupt: the marker is not one that :func:`write_marker` writes.
+    """
+    path = Path(folder) / MARKER
+    if not path.exists() and not path.is_symlink():
+        return None
+    marker = read_json(path)
+    if not isinstance(marker, dict) or marker.get("role") not in ROLES:
+        raise Corrupt(f"{path}: no role", hint=f"a marker names one of {', '.join(ROLES)}")
+    for key in DIGESTS:
+        if not isinstance(marker.setdefault(key, None), str | None):
+            raise Corrupt(f"{path}: {key} must be text or null, got {marker[key]!r}")
+    if not isinstance(marker.setdefault("tensors_sha256", {}), dict):
+        raise Corrupt(f"{path}: tensors_sha256 must map names to digests")
+    return marker
+
+
+def write_marker(
+    folder: Path | str,
+    role: str,
+    *,
+    base_digest: str | None = None,
+    tokenizer_digest: str | None = None,
+    template_digest: str | None = None,
+    tensors_sha256: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write the marker of an adapter folder and return it.
+
+    Args:
+        folder: holds the adapter's weights already, unless ``tensors_sha256`` is given.
+        role: buffer, reinforce, user or merged.
+        base_digest: content digest of the base (:func:`casehard.model.digest.folder_digest`), None if unknown.
+        tokenizer_digest: digest of the tokenizer, None if unknown.
+        template_digest: digest of the chat template, None if unknown.
+        tensors_sha256: digests of the tensors; None: computed from the file.
+
+    Raises:
+        UserError: an unknown role.
+        Corrupt: no readable weights.
+    """
+    if role not in ROLES:
+        raise UserError(f"unknown adapter role {role!r}", hint=f"one of {', '.join(ROLES)}")
+    marker = {
+        "role": role,
+        "base_digest": base_digest,
+        "tokenizer_digest": tokenizer_digest,
+        "template_digest": template_digest,
+        "tensors_sha256": dict(tensor_digests(Path(folder)) if tensors_sha256 is None else tensors_sha256),
+    }
+    text = json.dumps(marker, indent=1, sort_keys=True) + "\n"
+    (Path(folder) / MARKER).write_text(text, encoding="utf-8")
+    return marker
+
+
+def refuse_buffer(folder: Path | str, *, known: Collection[str] = ()) -> None:
+    """Raise when a buffer adapter lies in ``folder`` or below: by marker, by name, by content.
+
+    Args:
+        folder: an adapter folder, a checkpoint, or a whole output folder.
+        known: digests (:func:`tensor_digest`) of the buffer's tensors; when given, every ``.safetensors`` file below is
+            read and compared, so that a renamed copy is found too.
+
+    Raises:
+        UserError: names the file that gives it away.
+    """
+    folder = Path(folder)
+    hint = "a buffer is a working jailbreak of its base: it never leaves the provider and is never merged or served"
+    for path in sorted(folder.rglob(MARKER)):
+        if (read_marker(path.parent) or {})["role"] == "buffer":
+            raise UserError(f"{path}: this adapter is marked as a buffer", hint=hint)
+    for path in sorted(folder.rglob(CONFIG)):
+        if path.parent != folder and _NAMED_BUFFER.search(path.parent.name):
+            raise UserError(f"{path.parent}: an adapter saved under the name of a buffer", hint=hint)
+    wanted = set(known)
+    for path in sorted(folder.rglob("*.safetensors")):
+        with _open(path) as handle:
+            for name in sorted(handle.keys()):
+                # A model of its own may have register_buffer names; only adapter tensors are meant.
+                if "lora_" in name and _NAMED_BUFFER.search(name):
+                    raise UserError(f"{path}: the tensor {name} carries the name of a buffer", hint=hint)
+                if wanted and tensor_digest(handle.get_tensor(name)) in wanted:
+                    raise UserError(f"{path}: the tensor {name} is one of the buffer's", hint=hint)
+
+
+def _pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+    """Return the value of the first pattern that PEFT would apply to a layer."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or str(config.get("peft_type")) != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise Unsupported(f"{folder}: peft_type is {kind!r}", hint="only LoRA adapters can be merged in factor space")
+    for key, why in _FOREIGN.items():
+        if config.get(key):
+            raise Unsupported(f"{folder}: {key} = {config[key]!r}: {why}", hint="train the adapter without it")
+    if config.get("bias", "none") != "none":
+        raise Unsupported(f"{folder}: bias = {config['bias']!r}: biases are trained too", hint="use bias='none'")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise Unsupported(
+            f"{folder}: init_lora_weights = {start!r} changes the base weights",
+            hint="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    return config
+
+
+class AdapterReader:
+    """An adapter folder opened for reading layer by layer; use as a context manager.
+
+    Raises:
+        UserError: not an adapter folder.
+        Unsupported: something else than plain LoRA on linear layers; names it.
+        Corrupt: a damaged file, a factor without its partner, shapes that disagree with the configuration.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder}: no {CONFIG}", hint="give the folder of a PEFT adapter")
+        if not (folder / WEIGHTS).is_file():
+            pickled = (folder / "adapter_model.bin").exists()
+            why = " (adapter_model.bin is a pickle, which can run code)" if pickled else ""
+            raise Unsupported(f"{folder}: no {WEIGHTS}{why}", hint="save it with safe_serialization=True")
+        if (folder / MANIFEST).is_file():
+            verify(folder)
+        self.config = _config(folder)
+        self.marker = read_marker(folder)
+        self._handle = _open(folder / WEIGHTS)
+        self._names: dict[str, dict[str, str]] = {}
+        for name in sorted(self._handle.keys()):
+            found = _FACTOR.match(name)
+            if found is None:
+                raise Unsupported(
+                    f"{folder}: the tensor {name} is no LoRA factor of a linear layer",
+                    hint="biases, embeddings, DoRA magnitudes and whole modules cannot be merged in factor space",
+                )
+            layer = found["layer"].removeprefix(_PREFIX)
+            self._names.setdefault(layer, {})[found["factor"]] = name
+        if not self._names:
+            raise DataError(f"{folder}: {WEIGHTS} holds no LoRA factors")
+        self.shapes = {layer: self._shape(layer) for layer in self._names}
+
+    def __enter__(self) -> AdapterReader:
+        self._handle.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.__exit__(*error)
+
+    def _shape(self, layer: str) -> LayerShape:
+        names = self._names[layer]
+        if set(names) != {"A", "B"}:
+            raise Corrupt(f"{self.folder}: {layer} has only factor {next(iter(names))}", hint="the file is incomplete")
+        a, b = (tuple(self._handle.get_slice(names[f]).get_shape()) for f in "AB")
+        if len(a) != 2 or len(b) != 2:
+            raise Unsupported(f"{self.folder}: {layer} has factors of shape {a} and {b}", hint="only linear layers")
+        rank = _pattern(self.config.get("rank_pattern") or {}, layer, self.config.get("r"))
+        if a[0] != b[1] or a[0] != rank:
+            raise Corrupt(f"{self.folder}: {layer}: A {a} and B {b} do not fit rank {rank} of {CONFIG}")
+        return LayerShape(b[0], a[1], a[0])
+
+    def scale(self, layer: str) -> float:
+        """Return the scale of a layer: alpha / r, or alpha / sqrt(r) with rsLoRA; patterns as PEFT reads them."""
+        alpha = float(_pattern(self.config.get("alpha_pattern") or {}, layer, self.config.get("lora_alpha")))
+        rank = self.shapes[layer].rank
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def pair(self, layer: str) -> LoraPair:
+        """Read one layer.
+
+        Raises:
+            Corrupt: a tensor is not finite or differs from the marker.
+        """
+        out = []
+        for factor in "AB":
+            name = self._names[layer][factor]
+            tensor = self._handle.get_tensor(name)
+            wanted = (self.marker or {}).get("tensors_sha256", {})
+            if wanted and wanted.get(name) != tensor_digest(tensor):
+                raise Corrupt(f"{self.folder}: the tensor {name} differs from {MARKER}", hint="take another copy")
+            if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+                raise Corrupt(f"{self.folder}: the tensor {name} holds NaN or Inf", hint="use an earlier checkpoint")
+            out.append(tensor)
+        return LoraPair(a=out[0], b=out[1], scale=self.scale(layer))
+
+
+def load_pairs(folder: Path | str) -> dict[str, LoraPair]:
+    """Read a whole adapter, ``{layer: LoraPair}``, in file order; :func:`refuse_buffer` is the caller's to call.
+
+    Raises:
+        UserError, Unsupported, Corrupt: see :class:`AdapterReader`.
+    """
+    with AdapterReader(folder) as reader:
+        return {layer: reader.pair(layer) for layer in reader.shapes}
+
+
+def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[torch.Tensor]) -> dict[str, str]:
+    """Write a float32 safetensors file from a stream; equal tensors give equal bytes.
+
+    Args:
+        path: the file to make.
+        shapes: name -> shape, in the order in which ``tensors`` yields them.
+        tensors: one at a time; each may be dropped once it is written.
+
+    Returns:
+        ``{name: SHA-256}``, see :func:`tensor_digest`.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digests = {}
+    with path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            flat = tensor.detach().to("cpu", torch.float32).contiguous()
+            assert flat.shape == torch.Size(shape), (name, shape, flat.shape)
+            handle.write(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digests[name] = tensor_digest(flat)
+    return digests
+
+
+def write_adapter(
+    folder: Path,
+    shapes: Mapping[str, LayerShape],
+    pairs: Iterator[tuple[str, LoraPair]],
+    *,
+    rank: int,
+    target_modules: Collection[str],
+    base: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> dict[str, str]:
+    """Write a plain PEFT adapter: scales folded, one rank for all layers (zero-padded), ``lora_alpha == r``.
+
+    Args:
+        folder: an existing, empty folder; the caller stages it.
+        shapes: layers in the order in which ``pairs`` yields them.
+        pairs: name and factors of each layer, rank <= ``rank``.
+        rank: r of the written adapter.
+        target_modules: what PEFT is to wrap.
+        base: name or path of the base model, for PEFT's automatic loading.
+        fan_in_fan_out: whether the base stores its weights transposed (GPT-2).
+
+    Returns:
+        ``{name: SHA-256}`` of the tensors written, for the marker.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "r": rank,
+        "target_modules": sorted(target_modules),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sizes = {}
+    for layer, shape in shapes.items():
+        sizes[f"{_PREFIX}{layer}.lora_A.weight"] = (rank, shape.d_in)
+        sizes[f"{_PREFIX}{layer}.lora_B.weight"] = (shape.d_out, rank)
+
+    def stream() -> Iterator[torch.Tensor]:
+        for layer, (name, pair) in zip(shapes, pairs, strict=True):
+            assert layer == name
+            short = rank - pair.a.shape[0]
+            yield torch.nn.functional.pad(pair.a, (0, 0, 0, short))
+            yield torch.nn.functional.pad(pair.b * pair.scale, (0, short))
+
+    return write_tensors(folder / WEIGHTS, sizes, stream())
