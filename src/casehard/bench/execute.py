@@ -140,6 +140,8 @@ def job_of(task: Task) -> Any:
         )
     if task.node.kind == "evaluate":
         return jobs.EvaluateJob(model=model, suite=task.suite, system=config["system"], limit=config["limit"])
+    if task.node.kind == "prepare":
+        return _prepare_job(task)
     keys = ("mode", "share", "steps", "lr", "evaluate_at")
     own = config["job_settings"] if task.node.kind == "tune" else config["settings"]
     attack = build(FinetuneAttack, {**own, **{key: config[key] for key in keys}}, where=where)
@@ -182,6 +184,23 @@ def _tune_job(task: Task, common: dict[str, Any], where: str) -> Any:
     )
 
 
+def _prepare_job(task: Task) -> Any:
+    from casehard.buffer.prepare import PrepareConfig, PrepareJob
+
+    config = task.node.config
+    return PrepareJob(
+        model=str(task.parent),
+        harmful=task.specs("harmful"),
+        refusals=task.specs("refusals"),
+        benign=task.specs("benign"),
+        config=build(PrepareConfig, config["settings"], where=f"{task.node.label}: settings"),
+        suite=task.suite,
+        system=config["system"],
+        max_length=config["max_length"],
+        seed=task.node.seed,
+    )
+
+
 def execute(task: Task) -> Outcome:
     """Do a node's work with the library's own jobs."""
     from casehard import jobs
@@ -196,6 +215,8 @@ def execute(task: Task) -> Outcome:
         return Outcome(rows=jobs.run_evaluate(job))
     if task.node.kind == "tune":
         return _tuned(jobs.run_tune(job, label=task.node.label))
+    if task.node.kind == "prepare":
+        return _prepared(job, task.out)
     attacked = jobs.run_attack(job, label=task.node.label)
     facts = {"harmful_rows": attacked.harmful_rows, "benign_rows": attacked.benign_rows}
     return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=facts, log=attacked.log)
@@ -214,6 +235,14 @@ def _tuned(done: Any) -> Outcome:
         facts["selection"] = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
         facts["selection"] |= {"coverage": done.selection["coverage"], "rows": len(picked["order"])}
     return Outcome(rows=run.rows, cost=asdict(run.budget), facts=facts, log=run.log)
+
+
+def _prepared(job: Any, out: Path) -> Outcome:
+    from casehard.buffer.prepare import run_prepare
+
+    made = run_prepare(job, out / "assets").assets
+    facts = {"gates": made.record["gates"], "missed": made.record["missed"]}
+    return Outcome(cost=dict(made.record["cost"]), path=str(made.path), digest=made.digest, facts=facts)
 
 
 def _base(task: Task) -> Outcome:

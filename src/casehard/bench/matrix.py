@@ -43,8 +43,8 @@ SOURCES: dict[Kind, tuple[str, ...]] = {
     "defend": (*_SHARED, "defend"),
     "evaluate": (*_SHARED, "evaluate", "organism"),
     "attack": (*_SHARED, "attack", "evaluate", "organism"),
-    "prepare": (*_SHARED, "defend", "evaluate"),
-    "tune": (*_SHARED, "attack", "defend", "evaluate", "organism"),
+    "prepare": (*_SHARED, "buffer", "defend", "evaluate"),
+    "tune": (*_SHARED, "attack", "defend", "buffer", "evaluate", "organism"),
 }
 
 
