@@ -23,7 +23,7 @@ from casehard.errors import Unsupported
 from casehard.maths.collective import whole
 from casehard.maths.tensors import wide
 
-FLOOR = 1.0
+FLOOR = 0.1
 """Smallest denominator of (1) in units of the root mean square one: M may exceed its typical value 1 / FLOOR times."""
 
 
