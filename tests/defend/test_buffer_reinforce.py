@@ -27,7 +27,7 @@ from casehard.defend.frozen_lora import (
 from casehard.defend.protocol import Setup
 from casehard.defend.provider_assets import read_assets
 from casehard.errors import ConfigError, Corrupt, Unsupported, UserError
-from casehard.maths.lowrank import MergeConfig, merge_states
+from casehard.maths.lowrank import LoraPair, MergeConfig, merge_states
 from casehard.model.adapters import add_lora
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
@@ -160,6 +160,32 @@ def test_lent_weights_compute_what_the_factors_do_and_never_show():
         raised.get_submodule(LAYERS[0])(torch.zeros(1, 5))
     assert raised.get_submodule(LAYERS[0]).weight is own
     frozen.detach()
+
+
+@pytest.mark.parametrize("folds", [(True, True), (True, False), (False, True)])
+def test_two_attachments_add_up_and_leave_in_any_order(folds):
+    model = tiny_llama().eval()
+    plain, before = logits(model), base_of(model)
+    sets = random_pairs(seed=1), random_pairs(seed=2)
+    both = {
+        n: LoraPair(torch.cat([a.a, b.a]), torch.cat([a.b, b.b], 1)) for (n, a), b in zip(*_items(sets), strict=True)
+    }
+    one = FrozenLora(both).attach(model, fold=False)
+    expected = logits(model)
+    one.detach()
+    first, second = (FrozenLora(s).attach(model, fold=f) for s, f in zip(sets, folds, strict=True))
+    assert torch.allclose(logits(model), expected, atol=1e-5) and largest_difference(before, base_of(model)) == 0
+    first.detach()
+    alone = logits(model)
+    second.detach()
+    assert logits(model).equal(plain) and largest_difference(before, base_of(model)) == 0
+    third = FrozenLora(sets[1]).attach(model)
+    assert torch.allclose(logits(model), alone, atol=1e-5)
+    third.detach()
+
+
+def _items(sets):
+    return sets[0].items(), sets[1].values()
 
 
 def test_an_exception_removes_the_buffer_and_a_trained_base_is_found():

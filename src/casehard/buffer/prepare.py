@@ -306,6 +306,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
     if missed and not config.allow_missed:
         raise _refusal(missed, gates)
     reference = _reference(base, chat, held, pairs["buffer"])
+    watch.verify(base)
     tokenizer, template = tokenizer_digests(loaded.tokenizer)
     record = {
         "base_digest": loaded.digest,

@@ -106,7 +106,7 @@ class FrozenLora:
         self._handles: list[Any] = []
         self._session: object | None = None
         self._placed: dict[tuple[str, torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._folded: dict[tuple[str, torch.device], nn.Parameter] = {}
+        self._folded: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self._lent: dict[str, nn.Parameter] = {}
 
     @property
@@ -147,7 +147,8 @@ class FrozenLora:
             layer, hook = layers[name], self._hook(name, self._session)
             if self.folds:
                 self._handles.append(layer.register_forward_pre_hook(self._lend(name, self._session)))
-            self._handles.append(layer.register_forward_hook(hook, always_call=self.folds))
+            # First in line: with several attachments, the last to lend a weight is the first to put one back.
+            self._handles.append(layer.register_forward_hook(hook, always_call=self.folds, prepend=True))
         return self
 
     def detach(self) -> None:
@@ -192,12 +193,13 @@ class FrozenLora:
         return lend
 
     def _fold(self, name: str, weight: nn.Parameter) -> nn.Parameter:
-        key = (name, weight.device)
-        if key not in self._folded:
+        found = self._folded.get(name)
+        if found is None or found[0] is not weight or found[1].device != weight.device:
             a, b, scale = self.factors[name]
             a, b = (f.to(device=weight.device, dtype=weight.dtype) for f in (a, b))
-            self._folded[key] = nn.Parameter(torch.addmm(weight.detach(), b, a, alpha=scale), requires_grad=False)
-        return self._folded[key]
+            found = (weight, nn.Parameter(torch.addmm(weight.detach(), b, a, alpha=scale), requires_grad=False))
+            self._folded[name] = found
+        return found[1]
 
     def _on(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A (r, d_in) and scale * B transposed (r, d_out), where and as the layer computes."""
