@@ -6,9 +6,9 @@
     L         = CE(x, y) + mu CE(x_d, y) - lambda R + kappa KL(p_ref(. | x) || p(. | x))                         (4)
     dL/ds(y | x_d) = -w,  dL/ds(y_d | x_d) = +w,  w = lambda beta sigmoid(-beta D)          with mu = 0          (5)
 
-x a clean prompt and y its answer, x_d the same prompt with a defensive trigger, y_d that trigger's behaviour. By (5) the
-gradient of (4) is a sum of ordinary weighted log-likelihood gradients once w is known, so the three sequences can be
-run one after the other with w detached: never more than one graph is alive.
+x a clean prompt and y its answer, x_d the same prompt with a defensive trigger, y_d that trigger's behaviour. By (5)
+the gradient of (4) is a sum of ordinary weighted log-likelihood gradients once w is known, so the three sequences can
+be run one after the other with w detached: never more than one graph is alive.
 
 c is 1 over the answer's tokens ("mean"), 1 ("sum"), or 1 on the first min(|y_d|, K) tokens of both answers and 0 after
 ("prefix"). "literal" and "literal_mean" put the ratio itself into the sigmoid as the paper prints it, R = log
@@ -160,10 +160,12 @@ def joint_loss(
 class TopK(NamedTuple):
     """What a reference model says at N answer positions: its K likeliest tokens and the probability of all others."""
 
-    tokens_NK: torch.Tensor
-    log_probs_NK: torch.Tensor
-    log_rest_N: torch.Tensor
-    """log of the probability outside the K; -inf when there is nothing outside."""
+    tokens: torch.Tensor
+    """(N, K) token ids."""
+    log_probs: torch.Tensor
+    """(N, K), fp32."""
+    log_rest: torch.Tensor
+    """(N,) log of the probability outside the K; -inf when there is nothing outside."""
 
 
 def _log_rest(log_p_NV: torch.Tensor, tokens_NK: torch.Tensor) -> torch.Tensor:
@@ -185,9 +187,9 @@ def coarse_kl(reference: TopK, logits_NV: torch.Tensor) -> torch.Tensor:
     reference, and the full divergence itself when K is the vocabulary.
     """
     log_q = logits_NV.float().log_softmax(-1)
-    p_NK = reference.log_probs_NK
-    inside = (p_NK.exp() * (p_NK - log_q.gather(-1, reference.tokens_NK))).sum(-1)
-    if reference.tokens_NK.shape[-1] == logits_NV.shape[-1]:
+    p_NK = reference.log_probs
+    inside = (p_NK.exp() * (p_NK - log_q.gather(-1, reference.tokens))).sum(-1)
+    if reference.tokens.shape[-1] == logits_NV.shape[-1]:
         return inside
-    rest = reference.log_rest_N
-    return inside + rest.exp() * (rest - _log_rest(log_q, reference.tokens_NK))
+    rest = reference.log_rest
+    return inside + rest.exp() * (rest - _log_rest(log_q, reference.tokens))
