@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from casehard.defend.lisa import Lisa, LisaConfig
+from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.defend.plain import Plain
 from casehard.defend.ptst import Ptst
@@ -18,7 +19,7 @@ from casehard.defend.safe_mixing import SafeMixing
 from casehard.defend.safegrad import SafeGrad
 from casehard.defend.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
-from fakes import tiny_rows
+from fakes import tiny_pairs, tiny_rows
 
 SETTINGS = ("dropout", "accumulation", "two_adapters")
 
@@ -46,4 +47,6 @@ TABLE = (
     Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),
     Row("safegrad", lambda: SafeGrad(safe=tiny_rows(6, seed=1))),
     Row("ptst", Ptst),
+    # Its pairs are made of the very rows that the shared tests train on.
+    Row("mb_defense", lambda: MbDefense(MbDefenseConfig(top_k=8), pairs=tiny_pairs())),
 )

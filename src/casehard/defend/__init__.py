@@ -45,6 +45,9 @@ METHODS: dict[str, MethodSpec] = {
     "lisa": MethodSpec("casehard.defend.lisa", "Lisa", "LisaConfig", needs=("safe",), takes=("safe",)),
     "safegrad": MethodSpec("casehard.defend.safegrad", "SafeGrad", "SafeGradConfig", needs=("safe",), takes=("safe",)),
     "ptst": MethodSpec("casehard.defend.ptst", "Ptst", "PtstConfig"),
+    "mb_defense": MethodSpec(
+        "casehard.defend.mb_defense", "MbDefense", "MbDefenseConfig", needs=("assets",), takes=("assets",)
+    ),
 }
 
 ENTRY_POINTS = "casehard.methods"
