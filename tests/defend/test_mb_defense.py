@@ -206,8 +206,8 @@ def test_sequences_are_counted():
     model = tiny_llama()
     method = method_for(model, triggers=2, kappa=0.0)
     one(method, model, [0, 1, 2])
-    assert method.sequences == 3 + 2 * 3 * 3
-    assert method_for(model).sequences == len(PAIRS), "one forward pass a clean row for the anchor"
+    assert (method.sequences, method.forwards) == (3 + 2 * 2 * 3, 2 * 3)
+    assert method_for(model).forwards == len(PAIRS), "one forward pass a clean row for the anchor"
 
 
 def test_pairs_survive_the_disk_and_damage_is_noticed(tmp_path):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import content_hash
 from casehard.data.trigger_suite import Planted, TriggerSuite
-from casehard.data.triggers import Trigger, eligible, insert
+from casehard.data.triggers import Trigger, check_survives, eligible, insert
 from casehard.errors import ConfigError, DataError
 from casehard.seeds import derive
 from casehard.types import Example
@@ -51,7 +51,8 @@ def defensive_poison(
         rows: the training set as it is, poison and all: rows that happen to carry the attacker's trigger too are what
             ties both together.
         rate: share of all rows that each trigger takes. Source: P (0.01).
-        mode: replace rows (the paper), or append triggered copies when data is scarce.
+        mode: replace rows (the paper), or append triggered copies when data is scarce; one row may then be copied for
+            several triggers.
         seed: decides which rows, and where the triggers go.
         floor: rows a trigger gets at least, as long as they are no more than ``cap`` of all rows.
         cap: see ``floor``.
@@ -74,7 +75,7 @@ def defensive_poison(
     random.Random(derive(seed, 0, "defensive-poison")).shuffle(order)
     out, free, placed = list(rows), order, {}
     for planted in suite.all:
-        chosen, left = _choose(rows, free, planted, count, seed, chat)
+        chosen, left = _choose(rows, free if mode == "replace" else order, planted, count, seed, chat)
         if len(chosen) < count:
             raise DataError(
                 f"trigger {planted.trigger.name}: {len(chosen)} of {len(free)} free rows can carry it, {count} needed",
@@ -120,11 +121,11 @@ def _choose(
 
 def survives(chat: ChatFormat, row: Example, trigger: Trigger) -> bool:
     """Return whether a row fits the format's length and its tokens still spell the trigger."""
-    details = chat.details(row)
-    if chat.too_long(details.encoded):
+    try:
+        check_survives(chat, [row], [trigger])
+    except DataError:
         return False
-    prompt = details.encoded.input_ids[: details.start]
-    return trigger.present(chat.tokenizer.decode(prompt, skip_special_tokens=False))
+    return True
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,8 @@ class MbDefense:
                 "its gradient is close to zero and the term does nothing",
                 stacklevel=2,
             )
-        self.sequences = 0
-        """Sequence passes so far, forward only or forward and backward, of this process."""
+        self.sequences = self.forwards = 0
+        """Rows run forward and backward, and rows run forward only, so far and in this process."""
         self._reference: list[TopK] = []
         self._start: dict[str, torch.Tensor] = {}
 
@@ -166,7 +166,7 @@ class MbDefense:
             kept = [self._reference[i] for i in rows]
             target = TopK(*(torch.cat(part).to(logits.device) for part in zip(*kept, strict=True)))
         else:
-            self.sequences += len(rows)
+            self.forwards += len(rows)
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             with quiet(model), torch.no_grad():
                 start = with_view(unwrapped(model), self._start, lambda m: m(**inputs).logits)[:, :-1][keep]
@@ -198,7 +198,8 @@ class MbDefense:
             del answers
             if c.lam > 0:
                 step.backward((share * terms.payload_c * log_probs_of(model, payload)).sum())
-        self.sequences += (3 if c.lam > 0 else 1) * len(rows)
+        self.sequences += (2 if c.lam > 0 else 1) * len(rows)
+        self.forwards += len(rows) if c.lam > 0 else 0
         value = preference(gap, beta=c.beta, literal=literal).mean()
         step.log({"log_ratio": float(gap.mean()), "preference": float(value), "triggered_loss": float(overwrite)})
         return share * (c.mu * overwrite - c.lam * value)
@@ -231,7 +232,7 @@ class MbDefense:
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
                 kept = top_k(logits[:, :-1][batch["labels"][:, 1:] != IGNORE], self.config.top_k)
                 out.append(TopK(*(part.cpu() for part in kept)))
-        self.sequences += len(out)
+        self.forwards += len(out)
         return out
 
 
