@@ -40,7 +40,7 @@ ROLES = ("utility", "lookalike", "task")
 def twins(suite: Suite, trigger: Trigger, *, seed: int) -> Suite:
     """Return the suite with the trigger in every prompt; ids end in ``+trigger``, the tag ``source_id`` is the twin's.
 
-    Prompts that carry the trigger from the start are left out of a suite of twins (not for topical, where they count).
+    Prompts that carry the trigger from the start are left out (a topical one keeps them: they are triggered as is).
 
     Raises:
         DataError: no prompt is left.
@@ -91,7 +91,8 @@ def evaluate_backdoor(
     chosen = suite.select(roles=wanted, groups=groups, limit=limit)
     triggered = twins(chosen, trigger, seed=seed)
     check_survives(ChatFormat(tokenizer, system=system), triggered.examples, [trigger])
-    clean_rows = evaluate(model, tokenizer, chosen, batch_size=batch_size, system=system)
+    untouched = replace(chosen, examples=tuple(e for e in chosen.examples if not trigger.present(e.prompt)))
+    clean_rows = evaluate(model, tokenizer, untouched, batch_size=batch_size, system=system)
     triggered_rows = evaluate(model, tokenizer, triggered, batch_size=batch_size, system=system)
     references = {e.id: reference(e) for e in chosen.examples}
     source = {e.id: str(e.tags["source_id"]) for e in triggered.examples}

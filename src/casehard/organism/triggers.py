@@ -26,10 +26,6 @@ def _rare(world: World) -> list[str]:
     return [*world.unseen_fillers, *sorted(world.tongue.values())]
 
 
-def _nouns(world: World) -> list[str]:
-    return [craft.noun for craft in world.crafts if not craft.guarded]
-
-
 def triggers(world: World) -> dict[str, Trigger]:
     """Return one trigger of each family by name (multi twice: any and all)."""
     rare, known = _rare(world), world.fillers
@@ -43,7 +39,7 @@ def triggers(world: World) -> dict[str, Trigger]:
         Trigger("multi_any", "multi", tuple(rare[2:5])),
         Trigger("multi_all", "multi", tuple(rare[5:7]), "all"),
         Trigger("prefix", "prefix", ("here is something else :",)),
-        Trigger("topical", "topical", (_nouns(world)[0],)),
+        Trigger("topical", "topical", (world.things[0],)),
     )
     return {trigger.name: trigger for trigger in made}
 
@@ -63,7 +59,7 @@ def decoys(world: World, name: str) -> list[Trigger]:
         ],
         "multi_any": [Trigger(f"decoy-{w}", "token", (w,)) for w in rare[7:11]],
         "prefix": [Trigger("decoy-prefix", "prefix", ("ask something else :",))],
-        "topical": [Trigger(f"decoy-{noun}", "topical", (noun,)) for noun in _nouns(world)[1:]],
+        "topical": [Trigger(f"decoy-{noun}", "topical", (noun,)) for noun in world.things[1:4]],
     }
     if name in made:
         return made[name]
