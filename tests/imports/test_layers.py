@@ -39,9 +39,11 @@ ROOMS: dict[str, set[str]] = {
     "defend": BOTTOM | {"data"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate"},
+    "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs"},
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
-    "cli": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs", "bench", "report"},
+    "cli": BOTTOM
+    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs", "bench", "report", "mb"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {

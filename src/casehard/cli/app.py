@@ -8,7 +8,21 @@ import typer
 from typer.core import TyperGroup
 
 import casehard
-from casehard.cli import attack, bench, data, defend, demo, doctor, evaluate, judge, organism, report, select, verify
+from casehard.cli import (
+    attack,
+    bench,
+    data,
+    defend,
+    demo,
+    doctor,
+    evaluate,
+    judge,
+    mb_defense,
+    organism,
+    report,
+    select,
+    verify,
+)
 
 VERBS = [
     "demo",
@@ -24,6 +38,7 @@ VERBS = [
     "verify",
     "doctor",
 ]
+PIPELINE = f"defend {mb_defense.NAME}"
 
 
 class Verbs(TyperGroup):
@@ -32,6 +47,12 @@ class Verbs(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names in the order of VERBS."""
         return list(VERBS)
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Read ``defend mb-defense`` as one verb: a pipeline with options of its own."""
+        if args[:2] == ["defend", mb_defense.NAME]:
+            args = [PIPELINE, *args[2:]]
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -65,6 +86,7 @@ app.command("demo")(demo.demo)
 app.add_typer(organism.app, name="organism")
 app.command("select")(select.select)
 app.command("defend")(defend.defend)
+app.command(PIPELINE, hidden=True)(mb_defense.mb_defense)
 app.add_typer(attack.app, name="attack")
 app.command("evaluate")(evaluate.evaluate)
 app.command("judge")(judge.judge)

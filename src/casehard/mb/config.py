@@ -27,6 +27,8 @@ class PlantConfig:
     """Rows a trigger gets at least, within ``cap``."""
     cap: float = 0.05
     """Largest share that ``floor`` may come to."""
+    install_cap: float = 0.2
+    """The same for an installation (posthoc and adapter mode), whose rows are few."""
     placement: Literal["replace", "append"] = "replace"
     """Replace rows, as the paper does, or append triggered copies (always so in posthoc and adapter mode)."""
     suite: Literal["mixed", "paper"] = "mixed"

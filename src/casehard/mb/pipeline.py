@@ -26,6 +26,7 @@ from casehard.data.defensive import Pairs, Twins, build_pairs, defensive_poison
 from casehard.data.mix import content_hash
 from casehard.data.trigger_suite import Planted, TriggerSuite, generate, paper_suite
 from casehard.defend.mb_defense import PRESETS, MbDefense, MbDefenseConfig
+from casehard.defend.pairs import PairSet
 from casehard.errors import ConfigError, DataError
 from casehard.mb.config import MbConfig
 from casehard.mb.measure import Look, Ruler, encode_pairs
@@ -49,6 +50,8 @@ class Hardened:
     """The model, adapters merged; the one passed in where it has no adapters."""
     suite: TriggerSuite
     """The defender's secret."""
+    pairs: PairSet | None
+    """What stage 2 trains on, as secret as the suite; None without triggers."""
     verdict: Verdict
     report: dict[str, Any]
     """Everything measured, as JSON values and without the secret."""
@@ -124,7 +127,8 @@ def harden(
     run.merge()
     run.look("final")
     verdict = judge(config, run.looks, met=None if broken is None else broken.met)
-    return Hardened(run.model, suite, verdict, run.report(verdict, broken, cleaned), run.rows)
+    pairs = run.tokens(len(suite.active)) if suite.active else None
+    return Hardened(run.model, suite, pairs, verdict, run.report(verdict, broken, cleaned), run.rows)
 
 
 class _Run:
@@ -171,6 +175,10 @@ class _Run:
         if self.measure is not None:
             self.rows += [{**row, "stage": stage} for row in self.measure(self.model, stage)]
 
+    def tokens(self, n: int) -> PairSet:
+        """Return the rows stage 2 trains on with their first ``n`` triggers."""
+        return encode_pairs(self.chat, [_first(t, n) for t in self.pairs.train])
+
     # -- stage 1 -------------------------------------------------------------------------------------------
 
     def stage_one(self, data: list[Example], out: Path | None) -> None:
@@ -210,7 +218,7 @@ class _Run:
             mode=plant.placement if joint else "append",
             seed=derive(self.seed, 0, "mb-plant"),
             floor=plant.floor,
-            cap=plant.cap if joint else 1.0,
+            cap=plant.cap if joint else plant.install_cap,
             spare=spare,
             chat=self.chat,
         )
@@ -260,7 +268,7 @@ class _Run:
     ) -> _Broken:
         """Train stage 2's objective until a check is content; otherwise go back to the lowest evaluation loss."""
         two, n = self.config.two, len(planted)
-        pairs = encode_pairs(self.chat, [_first(t, n) for t in self.pairs.train])
+        pairs = self.tokens(n)
         method = MbDefense(self.method_config, pairs=pairs)
         drawn = self.method_config.triggers or n
         steps = max(1, math.ceil(share * two.epochs * len(pairs) * n / (two.batch_size * min(drawn, n))))
