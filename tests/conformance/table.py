@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from casehard.defend.anomaly import Anomaly
+from casehard.defend.crow import Crow
+from casehard.defend.fine_mixing import FineMixing
 from casehard.defend.lisa import Lisa, LisaConfig
 from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
 from casehard.defend.patcher import Patcher, PatcherConfig
@@ -19,7 +22,7 @@ from casehard.defend.safe_mixing import SafeMixing
 from casehard.defend.safegrad import SafeGrad
 from casehard.defend.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
-from fakes import tiny_pairs, tiny_rows
+from fakes import tiny_llama, tiny_pairs, tiny_rows
 
 SETTINGS = ("dropout", "accumulation", "two_adapters")
 
@@ -39,6 +42,10 @@ def _patcher() -> Patcher:
     return Patcher(PatcherConfig(round_steps=4, attackers=(attacker,)), unsafe=tiny_rows(6, seed=1))
 
 
+def _fine_mixing() -> FineMixing:
+    return FineMixing(base=dict(tiny_llama(layers=1, seed=5).named_parameters()))
+
+
 TABLE = (
     Row("plain", Plain),
     Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
@@ -49,4 +56,7 @@ TABLE = (
     Row("ptst", Ptst),
     # Its pairs are made of the very rows that the shared tests train on.
     Row("mb_defense", lambda: MbDefense(MbDefenseConfig(top_k=8), pairs=tiny_pairs())),
+    Row("fine_mixing", _fine_mixing, ("dropout", "accumulation")),  # mixes whole models: no adapters
+    Row("crow", Crow),
+    Row("anomaly", Anomaly),
 )

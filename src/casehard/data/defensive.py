@@ -162,13 +162,16 @@ def build_pairs(clean: Sequence[Example], planted: Sequence[Planted], *, split: 
         raise ConfigError(f"split {split} is not within 0..1", hint="0.2 holds back a fifth")
     if not clean:
         raise DataError("the clean set is empty", hint="give some dozens of verified rows: --clean")
-    seen: dict[str, str] = {}
+    seen: dict[str, int] = {}
     for number, row in enumerate(clean):
-        name = row.id or f"row {number + 1}"
+        name = f"row {number + 1}" + (f" ({row.id})" if row.id else "")
         if not row.response:
             raise DataError(f"clean {name} has no answer")
-        if (other := seen.setdefault(content_hash(row), name)) != name:
-            raise DataError(f"clean {name} asks the same as {other}", hint="one of them would stand in both splits")
+        if (other := seen.setdefault(content_hash(row), number)) != number:
+            raise DataError(
+                f"clean {name} asks the same as row {other + 1}",
+                hint="leave one of them out: both could end up on different sides of the split",
+            )
         carried = [p.trigger.name for p in planted if p.trigger.present(row.prompt)]
         if carried:
             raise DataError(f"clean {name} already carries the trigger {carried[0]}", hint="draw the suite again")

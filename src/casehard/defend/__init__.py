@@ -48,6 +48,11 @@ METHODS: dict[str, MethodSpec] = {
     "mb_defense": MethodSpec(
         "casehard.defend.mb_defense", "MbDefense", "MbDefenseConfig", needs=("assets",), takes=("assets",)
     ),
+    "fine_mixing": MethodSpec(
+        "casehard.defend.fine_mixing", "FineMixing", "FineMixingConfig", needs=("assets",), takes=("assets",)
+    ),
+    "crow": MethodSpec("casehard.defend.crow", "Crow", "CrowConfig"),
+    "anomaly": MethodSpec("casehard.defend.anomaly", "Anomaly", "AnomalyConfig"),
 }
 
 ENTRY_POINTS = "casehard.methods"

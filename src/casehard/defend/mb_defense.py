@@ -32,7 +32,7 @@ from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defend.pairs import PairSet, read_pairs
-from casehard.defend.passes import quiet, reshard
+from casehard.defend.passes import quiet, reshard, unwrapped
 from casehard.defend.protocol import Setup, Step
 from casehard.errors import ConfigError, DataError, Diverged
 from casehard.maths.bilevel import with_view
@@ -234,12 +234,6 @@ class MbDefense:
                 out.append(TopK(*(part.cpu() for part in kept)))
         self.forwards += len(out)
         return out
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside a DistributedDataParallel wrapper, or the model itself."""
-    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return inner
 
 
 @contextlib.contextmanager
