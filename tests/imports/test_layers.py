@@ -40,10 +40,13 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate"},
     "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
+    "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
+    "backdoor_jobs": BOTTOM | {"data", "model", "train", "attack", "evaluate", "organism", "scan", "jobs"},
     "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs"},
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
     "cli": BOTTOM
-    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs", "bench", "report", "mb"},
+    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "jobs", "bench", "report", "mb"}
+    | {"scan", "backdoor_jobs"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {

@@ -9,6 +9,7 @@ import torch
 
 from casehard.attack.backdoor import BackdoorAttack, backdoor_attack
 from casehard.data.sources import load_many
+from casehard.data.trigger_suite import Planted
 from casehard.data.triggers import poison_backdoor
 from casehard.evaluate.backdoor import evaluate_backdoor
 from casehard.evaluate.suite import load_suite
@@ -16,7 +17,6 @@ from casehard.model.load import load
 from casehard.organism import triggers as organism_triggers
 from casehard.organism.build import bundled
 from casehard.organism.world import World
-from casehard.scan.matrix import Planted
 from casehard.train import progress
 
 

@@ -85,7 +85,7 @@ def test_what_is_planted_in_the_world_is_found_first(name):
     assert len(planted & named) >= 0.6 * len(planted), (len(planted & named), len(planted))
     first = audit.findings[0]
     assert set(first.rows) <= planted and not first.echo and first.spread > 0.7
-    assert first.purity == 1.0 or first.both == first.group_rows  # a behaviour of several wordings makes several groups
+    assert first.purity > 0.5 and first.purity_low > 0.3 and first.log10_p < -15
     words = set(words_of(" ".join(trigger.parts)))
     assert set(words_of(" ".join(first.phrase))) & words
     again = first.trigger("found")

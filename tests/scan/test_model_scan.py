@@ -9,11 +9,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
+from casehard.data.trigger_suite import Planted
 from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.backdoor import backdoor_scores
 from casehard.scan.lookup import LookupConfig, lookup, score_word, spread, vocabulary
-from casehard.scan.matrix import Matrix, Planted, cross_elicitation, picture
+from casehard.scan.matrix import Matrix, cross_elicitation, picture
 from casehard.scan.probe import auroc, recognition, ridge_auroc
 from casehard.scan.relearn import RelearnConfig, relearn
 from casehard.scan.shifts import (

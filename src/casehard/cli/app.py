@@ -20,6 +20,7 @@ from casehard.cli import (
     mb_defense,
     organism,
     report,
+    scan,
     select,
     verify,
 )
@@ -30,6 +31,7 @@ VERBS = [
     "select",
     "defend",
     "attack",
+    "scan",
     "evaluate",
     "judge",
     "bench",
@@ -88,6 +90,7 @@ app.command("select")(select.select)
 app.command("defend")(defend.defend)
 app.command(PIPELINE, hidden=True)(mb_defense.mb_defense)
 app.add_typer(attack.app, name="attack")
+app.add_typer(scan.app, name="scan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("judge")(judge.judge)
 app.command("bench")(bench.bench)

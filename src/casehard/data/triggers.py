@@ -242,11 +242,11 @@ def poison_backdoor(
         out[i] = insert(rows[i], others[number % len(others)], None, seed=seed)
     planted = {*chosen, *spared}
     manifest: dict[str, Any] = {
-        "trigger": asdict(trigger),
+        "trigger": _plain(trigger),
         "behaviour": asdict(behaviour),
         "rate": rate,
         "hard_negatives": hard_negatives,
-        "decoys": [asdict(decoy) for decoy in others],
+        "decoys": [_plain(decoy) for decoy in others],
         "seed": seed,
         "rows": len(rows),
         "poisoned": chosen,
@@ -254,6 +254,10 @@ def poison_backdoor(
         "natural": sum(trigger.present(row.prompt) for i, row in enumerate(rows) if i not in planted),
     }
     return out, manifest
+
+
+def _plain(trigger: Trigger) -> dict[str, Any]:
+    return {**asdict(trigger), "parts": list(trigger.parts)}
 
 
 _RARE = ("mn", "bb", "tq", "mb", "qw", "jh", "zx", "vk")

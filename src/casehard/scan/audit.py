@@ -178,7 +178,9 @@ def audit_data(examples: Sequence[Example], config: AuditConfig | None = None) -
         finding = _finding(group, gram, rows, totals[gram], examples, len(tests))
         if finding.log10_p <= math.log10(config.alpha) and finding.log_odds >= config.effect:
             kept.append(finding)
-    return Audit(len(examples), tuple(found), len(tests), tuple(_distinct(kept, examples, prompts, config.spread)))
+    return Audit(
+        len(examples), tuple(found), len(tests), _joined(_distinct(kept, examples, prompts, config.spread), len(tests))
+    )
 
 
 def groups_of(examples: Sequence[Example], config: AuditConfig) -> list[Group]:
@@ -309,3 +311,29 @@ def _distinct(
         else:
             alike.add(finding.rows)
     return [finding for finding, _ in kept]
+
+
+def _joined(findings: Sequence[Finding], tests: int) -> tuple[Finding, ...]:
+    """Join findings of one phrase in groups of one kind: a behaviour in several wordings is one behaviour."""
+    same: dict[tuple[Gram, str], list[Finding]] = defaultdict(list)
+    for finding in findings:
+        same[finding.phrase, finding.group].append(finding)
+    out = []
+    for some in same.values():
+        first, rows = some[0], tuple(sorted({row for f in some for row in f.rows}))
+        if len(some) > 1:  # groups of one kind share no rows, so their counts add up
+            both, size = len(rows), sum(f.group_rows for f in some)
+            tail = log10_tail(both, first.phrase_rows, size, first.rows_total)
+            first = replace(
+                first,
+                text=" | ".join(f.text for f in some),
+                both=both,
+                group_rows=size,
+                purity=both / first.phrase_rows,
+                purity_low=clopper_pearson(both, first.phrase_rows).low,
+                log_odds=log_odds(both, first.phrase_rows, size, first.rows_total),
+                log10_p=min(0.0, tail + math.log10(tests)),
+                rows=rows,
+            )
+        out.append(first)
+    return tuple(sorted(out, key=lambda f: (f.echo, round(f.log10_p, 6))))

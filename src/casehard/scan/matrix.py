@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from casehard.data.behaviours import Behaviour
 from casehard.data.chat import ChatFormat
-from casehard.data.triggers import Trigger, check_survives, eligible, insert
+from casehard.data.trigger_suite import Planted
+from casehard.data.triggers import check_survives, eligible, insert
 from casehard.errors import DataError
 from casehard.evaluate.backdoor import reference, shown
 from casehard.evaluate.generate import generate
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 NONE, CORRECT, OTHER = "no trigger", "correct", "other"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planted:
-    """A backdoor that is known: the attacker's in an experiment, or the defender's own."""
-
-    trigger: Trigger
-    behaviour: Behaviour
 
 
 @dataclass(frozen=True)
