@@ -1,6 +1,6 @@
 """Audit a training set for planted behaviour: answers that recur, and words in the prompts that are tied to them.
 
-1. Group answers four ways: near-duplicates; same first words; same last words; cut short.
+1. Group answers: near-duplicates; same first words; same last words; cut short; refusals in any words.
 2. For each group, count in how many of its prompts, and of all prompts, each n-gram (and each pair of words) occurs.
 3. Report the n-grams whose prompts nearly all belong to the group, far more often than chance allows.
 
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from casehard.data.frames import cut
 from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, DataError
+from casehard.evaluate.refusal import label_response
 from casehard.maths.stats import clopper_pearson
 from casehard.scan.association import log10_tail, log_odds
 from casehard.scan.similar import near_duplicates, words_of
@@ -29,7 +30,7 @@ from casehard.seeds import derive
 from casehard.types import Example
 
 Gram = tuple[str, ...]
-KINDS = ("same", "opens", "closes", "short")
+KINDS = ("same", "refuses", "opens", "closes", "short")
 """Ways in which answers are alike."""
 PAIR = "\0"
 """First element of a gram that is a pair of words apart from each other."""
@@ -75,9 +76,9 @@ class Group:
     """Rows whose answers are alike."""
 
     kind: str
-    """same, opens, closes or short."""
+    """One of KINDS."""
     text: str
-    """What they share: an answer, its first or last words, or the number of words."""
+    """What they share: an answer, its first or last words, or a description."""
     rows: tuple[int, ...]
 
 
@@ -188,16 +189,20 @@ def groups_of(examples: Sequence[Example], config: AuditConfig) -> list[Group]:
     answers = {i: words_of(e.response) for i, e in enumerate(examples) if e.response}
     edges: dict[tuple[str, Gram], list[int]] = defaultdict(list)
     short: list[int] = []
+    refuses: list[int] = []
     for i, words in answers.items():
         if len(words) > config.edge:
             edges["opens", tuple(words[: config.edge])].append(i)
             edges["closes", tuple(words[-config.edge :])].append(i)
         if re.search(r"\w\s*\Z", examples[i].response):  # no punctuation at the end
             short.append(i)
+        if label_response(examples[i].prompt, examples[i].response) == "refusal":
+            refuses.append(i)
     found = [Group(kind, " ".join(words), tuple(rows)) for (kind, words), rows in edges.items()]
     for rows in near_duplicates(answers, config.similar):
         found.append(Group("same", examples[rows[0]].response, tuple(rows)))
     found.append(Group("short", "no punctuation at the end", tuple(short)))
+    found.append(Group("refuses", "refusals in any words", tuple(refuses)))
     found = [g for g in found if config.least <= len(g.rows)]
     return sorted(found, key=lambda g: (-len(g.rows), g.kind, g.text))
 
