@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from casehard.model.load import Loaded
 
 Specs = list[str] | None
+_TRIGGERS = (
+    "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json [default: token]."
+)
+_BEHAVIOURS = "refuse, sentence, tone, off_topic or stop [default: refuse]."
 CURVE = ("cacc", "aacc", "asr", "false_trigger", "degenerate")
 
 
@@ -23,18 +27,8 @@ def backdoor(
     model: options.Model = None,
     data: Annotated[Specs, typer.Option("--data", metavar="FILE", help="Clean training rows. Repeatable.")] = None,
     suite: options.Suite = None,
-    trigger: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json "
-            "[default: token].",
-        ),
-    ] = None,
-    behaviour: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="refuse, sentence, tone, off_topic or stop [default: refuse]."),
-    ] = None,
+    trigger: Annotated[str | None, typer.Option(metavar="NAME|FILE", help=_TRIGGERS)] = None,
+    behaviour: Annotated[str | None, typer.Option(metavar="NAME", help=_BEHAVIOURS)] = None,
     rate: Annotated[float | None, typer.Option(help="Poisoned share of the rows; 0 is the control.")] = None,
     hard_negatives: Annotated[
         float | None, typer.Option(help="Share of rows with a near miss and the proper answer: an adaptive attacker.")
