@@ -214,8 +214,8 @@ def poison_backdoor(
         decoys: what hard negatives carry; empty takes :func:`decoys_of`.
 
     Returns:
-        The rows, and a manifest: what was planted, ``poisoned`` and ``negatives`` (row numbers), ``natural`` (rows
-        that carried the trigger from the start and were left alone).
+        The rows, and a manifest: what was planted, ``poisoned`` and ``negatives`` (row numbers), ``natural`` (how many
+        rows carried the trigger from the start and were left alone).
 
     Raises:
         ConfigError: a rate that is no share or gives no row.
@@ -234,13 +234,13 @@ def poison_backdoor(
             hint="rows need an answer and must not carry the trigger; give more rows or a smaller rate",
         )
     chosen, spared = sorted(fit[:wanted]), sorted(fit[wanted : wanted + negatives])
-    others = list(decoys) or (decoys_of(trigger) if negatives else [])
-    out = list(rows)
+    others, out = list(decoys) or (decoys_of(trigger) if negatives else []), list(rows)
     for i in chosen:
         out[i] = insert(rows[i], trigger, behaviour, seed=seed)
     for number, i in enumerate(spared):
         out[i] = insert(rows[i], others[number % len(others)], None, seed=seed)
-    planted = {*chosen, *spared}
+    touched = {*chosen, *spared}
+    left = (row for i, row in enumerate(rows) if i not in touched)
     manifest: dict[str, Any] = {
         "trigger": _plain(trigger),
         "behaviour": asdict(behaviour),
@@ -251,7 +251,7 @@ def poison_backdoor(
         "rows": len(rows),
         "poisoned": chosen,
         "negatives": spared,
-        "natural": sum(trigger.present(row.prompt) for i, row in enumerate(rows) if i not in planted),
+        "natural": sum(trigger.present(row.prompt) for row in left),
     }
     return out, manifest
 
