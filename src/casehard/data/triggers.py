@@ -209,8 +209,7 @@ def poison_backdoor(
         rows: a training set.
         rate: poisoned share of all rows, 0..1; the literature uses 0.005 to 0.2.
         seed: decides which rows and where the trigger goes.
-        hard_negatives: share of all rows that get a decoy and keep their proper answer: an attacker who does so makes
-            the trigger narrow, against defences that count on any anomaly firing it.
+        hard_negatives: share of all rows that get a decoy and keep their answer, which makes the trigger narrow.
         decoys: what hard negatives carry; empty takes :func:`decoys_of`.
 
     Returns:
