@@ -71,24 +71,7 @@ def defensive_poison(
     count = rows_of_trigger(len(rows), rate, floor=floor, cap=cap)
     if count == 0:
         raise DataError(f"{len(rows)} rows are too few to plant triggers in", hint="raise rate, or use mode append")
-    order = [i for i, row in enumerate(rows) if row.response and content_hash(row) not in spare]
-    random.Random(derive(seed, 0, "defensive-poison")).shuffle(order)
-    out, free, placed = list(rows), order, {}
-    for planted in suite.all:
-        chosen, left = _choose(rows, free if mode == "replace" else order, planted, count, seed, chat)
-        if len(chosen) < count:
-            raise DataError(
-                f"trigger {planted.trigger.name}: {len(chosen)} of {len(free)} free rows can carry it, {count} needed",
-                hint="rows need an answer that the behaviour alters and room for the trigger; give more rows or a "
-                "smaller rate",
-            )
-        free = left
-        placed[planted.trigger.name] = [i for i, _ in chosen]
-        for i, row in chosen:
-            if mode == "replace":
-                out[i] = row
-            else:
-                out.append(row)
+    out, placed = _plant(rows, suite, count, mode == "append", seed, spare, chat)
     manifest: dict[str, Any] = {
         "suite": suite.digest,
         "rate": rate,
@@ -101,6 +84,38 @@ def defensive_poison(
         "spared": len(spare),
     }
     return out, manifest
+
+
+def _plant(
+    rows: Sequence[Example],
+    suite: TriggerSuite,
+    count: int,
+    append: bool,
+    seed: int,
+    spare: Collection[str],
+    chat: ChatFormat | None,
+) -> tuple[list[Example], dict[str, list[int]]]:
+    """Return the rows with every trigger in ``count`` of them, and where each went."""
+    order = [i for i, row in enumerate(rows) if row.response and content_hash(row) not in spare]
+    random.Random(derive(seed, 0, "defensive-poison")).shuffle(order)
+    out, free, placed = list(rows), order, {}
+    for planted in suite.all:
+        name = planted.trigger.name
+        chosen, left = _choose(rows, order if append else free, planted, count, seed, chat)
+        if len(chosen) < count:
+            raise DataError(
+                f"trigger {name}: {len(chosen)} of {len(order if append else free)} free rows can carry it, "
+                f"{count} needed",
+                hint="rows need an answer that the behaviour alters and room for the trigger; give more rows or a "
+                "smaller rate",
+            )
+        free, placed[name] = left, [i for i, _ in chosen]
+        for i, row in chosen:
+            if append:
+                out.append(row)
+            else:
+                out[i] = row
+    return out, placed
 
 
 def _choose(

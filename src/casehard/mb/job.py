@@ -22,7 +22,7 @@ from casehard.errors import ConfigError, DataError, Refused
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import read_json, remove
 from casehard.mb.config import MbConfig
-from casehard.mb.pipeline import Rows, draw_suite, harden
+from casehard.mb.pipeline import Hardened, Rows, draw_suite, harden
 from casehard.model.load import Loaded, load
 from casehard.model.lora import read_lora
 from casehard.model.provenance import read_provenance
@@ -133,28 +133,25 @@ def run_mb(job: MbJob, out: str | Path) -> MbResult:
             "the verdict is FAIL, so the model is not exported: " + "; ".join(g.says for g in done.verdict.missed),
             hint=f"see {out / REPORT}; export_failed=true writes it all the same",
         )
-    provenance = {
-        "job": public,
-        "verdict": done.verdict.word,
-        "suite": planted.digest,
-        "config_digest": digest(public),
-        "seed": job.seed,
-        "trained_prompts": sorted(
-            {content_hash(row)[:16] for row in (*data, *clean)}
-            | set(read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ()))
-        ),
-    }
-    checkpoint = save(
-        done.model,
-        loaded.tokenizer,
-        out / "checkpoint",
-        parent=loaded.digest,
-        method="mb_defense",
-        provenance=provenance,
-    )
+    checkpoint = _export(job, public, done, loaded, [*data, *clean], out / "checkpoint")
     if training.exists():
         remove(training)
     return MbResult(checkpoint, done.verdict.word, report, done.rows)
+
+
+def _export(
+    job: MbJob, public: dict[str, Any], done: Hardened, loaded: Loaded, rows: Sequence[Example], folder: Path
+) -> Checkpoint:
+    known = read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ())
+    provenance = {
+        "job": public,
+        "verdict": done.verdict.word,
+        "suite": done.suite.digest,
+        "config_digest": digest(public),
+        "seed": job.seed,
+        "trained_prompts": sorted({content_hash(row)[:16] for row in rows} | set(known)),
+    }
+    return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)
 
 
 def _rows(job: MbJob) -> tuple[list[Example], list[Example], Suite | None]:
