@@ -20,7 +20,6 @@ Letters: B rows, T tokens of the longest row, V vocabulary, K cached candidates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -165,19 +164,25 @@ class TopK(NamedTuple):
     log_probs: torch.Tensor
     """(N, K), fp32."""
     log_rest: torch.Tensor
-    """(N,) log of the probability outside the K; -inf when there is nothing outside."""
+    """(N,) log of the probability outside the K, at least log REST."""
 
 
-def _log_rest(log_p_NV: torch.Tensor, tokens_NK: torch.Tensor) -> torch.Tensor:
-    inside = torch.zeros_like(log_p_NV, dtype=torch.bool).scatter(-1, tokens_NK, True)
-    return log_p_NV.masked_fill(inside, -math.inf).logsumexp(-1)
+REST = 1e-6
+"""Probability outside the K below which nothing is told apart: fp32 gives 1 - sum no more digits."""
+
+
+def _candidates(logits_NV: torch.Tensor, tokens_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities (N, K) of some tokens and (N,) of all others; no second copy of the logits is kept."""
+    wide = logits_NV.float()
+    log_probs = wide.gather(-1, tokens_NK) - wide.logsumexp(-1, keepdim=True)
+    return log_probs, (1.0 - log_probs.exp().sum(-1)).clamp(min=REST).log()
 
 
 def top_k(logits_NV: torch.Tensor, k: int) -> TopK:
     """Return the K likeliest tokens of each position, K at most the vocabulary; log-probabilities in fp32."""
-    log_p = logits_NV.detach().float().log_softmax(-1)
-    values, tokens = log_p.topk(min(k, log_p.shape[-1]))
-    return TopK(tokens, values, _log_rest(log_p, tokens))
+    logits = logits_NV.detach()
+    tokens = logits.topk(min(k, logits.shape[-1])).indices
+    return TopK(tokens, *_candidates(logits, tokens))
 
 
 def coarse_kl(reference: TopK, logits_NV: torch.Tensor) -> torch.Tensor:
@@ -186,10 +191,6 @@ def coarse_kl(reference: TopK, logits_NV: torch.Tensor) -> torch.Tensor:
     Merging the rest into one class gives a lower bound of the full divergence that is 0, with zero gradient, at the
     reference, and the full divergence itself when K is the vocabulary.
     """
-    log_q = logits_NV.float().log_softmax(-1)
-    p_NK = reference.log_probs
-    inside = (p_NK.exp() * (p_NK - log_q.gather(-1, reference.tokens))).sum(-1)
-    if reference.tokens.shape[-1] == logits_NV.shape[-1]:
-        return inside
-    rest = reference.log_rest
-    return inside + rest.exp() * (rest - _log_rest(log_q, reference.tokens))
+    log_q, rest_q = _candidates(logits_NV, reference.tokens)
+    inside = (reference.log_probs.exp() * (reference.log_probs - log_q)).sum(-1)
+    return inside + reference.log_rest.exp() * (reference.log_rest - rest_q)
