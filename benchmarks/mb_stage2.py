@@ -108,7 +108,7 @@ def side(name: str, model_name: str, device: str, size: int) -> float:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = float(torch.cuda.memory_allocated())
-    for index in range(4):
+    for index in range(2):
         batch = {k: v.to(device) for k, v in rows.batch_at(size, seed=0, step=index, purpose="train").items()}
         step = Step(index, 0, 1, lambda m, b: m(**b).loss, lambda loss: loss.backward())
         if name == "stage2":
