@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from casehard.data.batches import Encoded, EncodedSet
+from casehard.defend.pairs import PairSet
 
 
 def tiny_llama(vocab=64, hidden=32, layers=2, *, seed=0, dropout=0.0, heads=4):
@@ -39,6 +40,24 @@ def tiny_rows(n=24, *, vocab=64, length=12, seed=0, uneven=True):
         labels = [-100] * (size // 3) + ids[size // 3 :]
         rows.append(Encoded(ids, labels))
     return EncodedSet(tuple(rows), pad_id=0)
+
+
+def tiny_pairs(n=20, *, triggers=2, seed=0):
+    """Return ``tiny_rows(n)`` as clean rows with twins: trigger j is token 60 + j, its payload two more and an end."""
+    clean = tiny_rows(n, seed=seed).rows
+    answers, payloads = [], []
+    for row in clean:
+        first = next(i for i, label in enumerate(row.labels) if label != -100)
+        prompts = [[*row.input_ids[:first], 60 + j] for j in range(triggers)]
+        says = [[5 + j, 9 + j, 2] for j in range(triggers)]
+        masked = [[-100] * len(p) for p in prompts]
+        answers.append(
+            tuple(
+                Encoded(p + row.input_ids[first:], m + row.labels[first:]) for p, m in zip(prompts, masked, strict=True)
+            )
+        )
+        payloads.append(tuple(Encoded(p + y, m + y) for p, m, y in zip(prompts, masked, says, strict=True)))
+    return PairSet(clean, tuple(answers), tuple(payloads), pad_id=0)
 
 
 def weights(model):

@@ -56,6 +56,12 @@ class Unsupported(UserError):
     exit_code = 7
 
 
+class Refused(UserError):
+    """A result fails its own gates and is not exported; the report says which."""
+
+    exit_code = 9
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed."""
 

@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from buffer_fakes import shared_assets
+from casehard.defend.anomaly import Anomaly
 from casehard.defend.antidote import Antidote, AntidoteConfig
 from casehard.defend.buffer_reinforce import BufferReinforce
+from casehard.defend.crow import Crow
+from casehard.defend.fine_mixing import FineMixing
 from casehard.defend.lisa import Lisa, LisaConfig
+from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.defend.plain import Plain
 from casehard.defend.ptst import Ptst
@@ -27,7 +31,7 @@ from casehard.defend.security_vector import SecurityVector
 from casehard.defend.shrink import Shrink
 from casehard.defend.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
-from fakes import tiny_llama, tiny_rows
+from fakes import tiny_llama, tiny_pairs, tiny_rows
 
 SETTINGS = ("dropout", "accumulation", "two_adapters")
 
@@ -58,6 +62,10 @@ def _unaligned() -> Path:
     return Path(_FOLDERS[-1].name)
 
 
+def _fine_mixing() -> FineMixing:
+    return FineMixing(base=dict(tiny_llama(layers=1, seed=5).named_parameters()))
+
+
 TABLE = (
     Row("plain", Plain),
     Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
@@ -73,4 +81,9 @@ TABLE = (
     Row("antidote", lambda: Antidote(AntidoteConfig(mask_ratio=0.2), unsafe=tiny_rows(6, seed=1))),
     # It wants one adapter called "default"; tests/defend/test_buffer_reinforce.py resumes it.
     Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), ()),
+    # Its pairs are made of the very rows that the shared tests train on.
+    Row("mb_defense", lambda: MbDefense(MbDefenseConfig(top_k=8), pairs=tiny_pairs())),
+    Row("fine_mixing", _fine_mixing, ("dropout", "accumulation")),  # mixes whole models: no adapters
+    Row("crow", Crow),
+    Row("anomaly", Anomaly),
 )

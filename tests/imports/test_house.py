@@ -82,6 +82,8 @@ def test_every_plan_and_recipe_is_accepted():
     from casehard.cli.buffer import prepare_job
     from casehard.config import build
     from casehard.jobs import DefendJob
+    from casehard.mb.job import MbJob
+    from casehard.mb.pipeline import objective
 
     for path in (ROOT / "plans").rglob("*.yaml"):
         assert load_plan(path).undefended.role == "undefended", path.name
@@ -89,6 +91,10 @@ def test_every_plan_and_recipe_is_accepted():
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if path.stem.startswith("buffer_prepare_"):
             assert prepare_job({**values, "model": "m", "harmful": ["h"], "refusals": ["r"], "benign": ["b"]})
+            continue
+        if path.stem.startswith("mb_defense_"):  # a pipeline with a job of its own
+            files = {"model": "m", "data": ["d.jsonl"], "clean": ["c.jsonl"]}
+            assert objective(build(MbJob, {**files, **values}, where=path.name).config)
             continue
         given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
         job = build(DefendJob, {**given, **values}, where=path.name)
@@ -167,7 +173,7 @@ def test_commands_in_the_docs_exist(page, capsys):
         elif words[0] == "casehard":
             # Everything before the first option or file name the command tree knows; --help checks it exists.
             verb = [w for w in words[1:3] if re.fullmatch(r"[a-z]+", w)]
-            depth = 2 if verb[:1] and verb[0] in ("organism", "buffer", "merge", "attack", "data") else 1
+            depth = 2 if verb[:1] and verb[0] in ("organism", "buffer", "merge", "attack", "data", "scan") else 1
             assert main([*verb[:depth], "--help"]) == 0, f"{page.name}: {command}"
             known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
             used = {w.partition("=")[0] for w in words if w.startswith("--")} - {"--debug"}

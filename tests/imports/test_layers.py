@@ -40,10 +40,14 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer"},
+    "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
+    "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
+    "backdoor_jobs": BOTTOM | {"data", "model", "train", "attack", "evaluate", "organism", "scan", "jobs"},
     "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs"},
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
     "cli": BOTTOM
-    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report"},
+    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report", "mb"}
+    | {"scan", "backdoor_jobs"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {

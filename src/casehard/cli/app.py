@@ -18,9 +18,11 @@ from casehard.cli import (
     doctor,
     evaluate,
     judge,
+    mb_defense,
     merge,
     organism,
     report,
+    scan,
     select,
     verify,
 )
@@ -33,6 +35,7 @@ VERBS = [
     "defend",
     "merge",
     "attack",
+    "scan",
     "evaluate",
     "judge",
     "bench",
@@ -41,6 +44,7 @@ VERBS = [
     "verify",
     "doctor",
 ]
+PIPELINE = f"defend {mb_defense.NAME}"
 
 
 class Verbs(TyperGroup):
@@ -49,6 +53,12 @@ class Verbs(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names in the order of VERBS."""
         return list(VERBS)
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Read ``defend mb-defense`` as one verb: a pipeline with options of its own."""
+        if args[:2] == ["defend", mb_defense.NAME]:
+            args = [PIPELINE, *args[2:]]
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -84,7 +94,9 @@ app.command("select")(select.select)
 app.add_typer(buffer.app, name="buffer")
 app.command("defend")(defend.defend)
 app.add_typer(merge.app, name="merge")
+app.command(PIPELINE, hidden=True)(mb_defense.mb_defense)
 app.add_typer(attack.app, name="attack")
+app.add_typer(scan.app, name="scan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("judge")(judge.judge)
 app.command("bench")(bench.bench)

@@ -1,4 +1,4 @@
-"""``casehard attack finetune``: attack one checkpoint in memory and measure it along the way."""
+"""``casehard attack finetune`` and ``backdoor``: attack one checkpoint in memory and measure it along the way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from casehard.cli import console, options, scoring
+from casehard.cli import attack_backdoor, console, options, scoring
 from casehard.cli.runs import check_out, run_folder
 
 app = typer.Typer(help="Attack a checkpoint and measure what breaks.", no_args_is_help=True)
@@ -123,3 +123,6 @@ def _run(values: dict[str, Any], out: Path) -> None:
     for doubt in scoring.doubts(found):
         console.warn(doubt)
     console.made("run folder", out)
+
+
+app.command("backdoor")(attack_backdoor.backdoor)

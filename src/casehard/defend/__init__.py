@@ -66,6 +66,14 @@ METHODS: dict[str, MethodSpec] = {
     "antidote": MethodSpec(
         "casehard.defend.antidote", "Antidote", "AntidoteConfig", needs=("unsafe",), takes=("unsafe",)
     ),
+    "mb_defense": MethodSpec(
+        "casehard.defend.mb_defense", "MbDefense", "MbDefenseConfig", needs=("assets",), takes=("assets",)
+    ),
+    "fine_mixing": MethodSpec(
+        "casehard.defend.fine_mixing", "FineMixing", "FineMixingConfig", needs=("assets",), takes=("assets",)
+    ),
+    "crow": MethodSpec("casehard.defend.crow", "Crow", "CrowConfig"),
+    "anomaly": MethodSpec("casehard.defend.anomaly", "Anomaly", "AnomalyConfig"),
 }
 
 ENTRY_POINTS = "casehard.methods"

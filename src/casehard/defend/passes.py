@@ -50,3 +50,9 @@ def quiet(model: nn.Module, *, dropout: bool = False, seed: tuple[int, int] = (0
     finally:
         for m in modules:
             m.training = True
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside a DistributedDataParallel wrapper, or the model itself."""
+    inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return inner

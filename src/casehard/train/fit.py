@@ -79,7 +79,7 @@ def fit(
     seed: int,
     out: Path | None = None,
     resume: bool = True,
-    on_step: Callable[[nn.Module, int], None] | None = None,
+    on_step: Callable[[nn.Module, int], object] | None = None,
     identity: Mapping[str, str] | None = None,
     label: str = "train",
 ) -> FitResult:
@@ -95,6 +95,7 @@ def fit(
         out: folder for checkpoints; None writes nothing to disk at all.
         resume: continue the run found in ``out``; False deletes its checkpoints and starts over.
         on_step: called as ``on_step(model, step)`` after every update, from step 1; torch's generators are put back.
+            True ends the run there.
         identity: what else must be the same when a run continues (digests of the parent, of a method's rows).
         label: name on the progress bar.
 

@@ -68,7 +68,7 @@ class HardeningMixin(StagedCheckpoints):
         self.method = method
         self.meter = Meter()
         self.identity: dict[str, str] = {"method": _identity(method)}
-        self.after_update: Callable[[nn.Module, int], None] | None = None
+        self.after_update: Callable[[nn.Module, int], object] | None = None
         self._guard = FiniteGuard()
         self._interrupts = Interrupts()
         self._labels: list[Any] = []
@@ -289,8 +289,10 @@ class HardeningMixin(StagedCheckpoints):
         if self.after_update is not None:
             # What the caller does here (evaluation, say) must not change the dropout masks of later steps.
             with torch.random.fork_rng():
-                self.after_update(self.model, self.state.global_step)
+                enough = self.after_update(self.model, self.state.global_step)
             self.model.train()
+            if enough is True:
+                control.should_training_stop = control.should_log = True
         if self._asked_to_stop():
             control.should_training_stop = True
             control.should_save = self._keeps

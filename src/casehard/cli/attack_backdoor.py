@@ -1,0 +1,171 @@
+"""``casehard attack backdoor``: poison a training set, train a copy on it in memory and measure what fires."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from casehard.cli import console, options
+from casehard.cli.runs import check_out, run_folder
+
+if TYPE_CHECKING:
+    from casehard.attack.backdoor import BackdoorResult
+    from casehard.model.load import Loaded
+
+Specs = list[str] | None
+_TRIGGERS = (
+    "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json [default: token]."
+)
+_BEHAVIOURS = "refuse, sentence, tone, off_topic or stop [default: refuse]."
+CURVE = ("cacc", "aacc", "asr", "false_trigger", "degenerate")
+
+
+def backdoor(
+    out: options.Out,
+    model: options.Model = None,
+    data: Annotated[Specs, typer.Option("--data", metavar="FILE", help="Clean training rows. Repeatable.")] = None,
+    suite: options.Suite = None,
+    trigger: Annotated[str | None, typer.Option(metavar="NAME|FILE", help=_TRIGGERS)] = None,
+    behaviour: Annotated[str | None, typer.Option(metavar="NAME", help=_BEHAVIOURS)] = None,
+    rate: Annotated[float | None, typer.Option(help="Poisoned share of the rows; 0 is the control.")] = None,
+    hard_negatives: Annotated[
+        float | None, typer.Option(help="Share of rows with a near miss and the proper answer: an adaptive attacker.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(metavar="full|lora", help="All parameters, or a LoRA adapter.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    keep_model: Annotated[
+        bool, typer.Option("--keep-model", help="Write the backdoored model to DIR/checkpoint, to try defences on.")
+    ] = False,
+    limit: options.Limit = None,
+    device: options.Device = None,
+    config: options.Config = None,
+    sets: options.Sets = None,
+    seed: options.Seed = None,
+) -> None:
+    """Plant a harmless backdoor and measure it.
+
+    Writes the poisoned rows to DIR/poisoned.jsonl and what was planted to DIR/planted.json. The backdoored weights stay
+    in memory unless asked for.
+
+    More settings: --set settings.batch_size=16 and so on.
+    """
+    flags = {
+        "model": model,
+        "data": data,
+        "suite": suite,
+        "trigger": trigger,
+        "behaviour": behaviour,
+        "settings.rate": rate,
+        "settings.hard_negatives": hard_negatives,
+        "settings.mode": mode,
+        "settings.steps": steps,
+        "settings.lr": lr,
+        "limit": limit,
+        "device": device,
+        "seed": seed,
+    }
+    values = options.settings(config, sets, flags)
+    for key in ("model", "suite", "data"):
+        options.need(values, key, f"--{key}")
+    values["model"] = options.model_folder(values["model"])
+    options.check_specs(options.as_list(values, "data"), "--data")
+    options.check_specs([values["suite"]], "--suite")
+    check_out(out, "backdoor")
+    _run(values, out, keep_model)
+
+
+def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
+    from dataclasses import asdict
+
+    from casehard.backdoor_jobs import BackdoorJob, run_backdoor
+    from casehard.config import build, to_dict
+    from casehard.data.sources import save
+    from casehard.files import write_text_atomic
+    from casehard.model.load import load
+
+    job = build(BackdoorJob, values, where="attack")
+    console.plan(
+        "plant a harmless backdoor in a copy of the model",
+        {
+            "model": job.model,
+            "data": list(job.data),
+            "trigger": job.trigger,
+            "behaviour": job.behaviour,
+            "settings": dict(job.settings),
+            "suite": job.suite,
+            "limit": job.limit,
+            "device": options.device_text(job.device),
+            "seed": job.seed,
+            "out": out,
+        },
+    )
+    with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
+        loaded = load(job.model, device=job.device)
+        run.record({"parents": {"model": loaded.digest}})
+        result = run_backdoor(job, loaded=loaded)
+        run.rows(result.rows)
+        for entry in result.log:
+            run.event("log", entry)
+        save(out / "poisoned.jsonl", result.data)
+        write_text_atomic(out / "planted.json", _json([_planted(result)]))
+        if keep_model:
+            _keep(result, loaded, job, out)
+        found = records(result.rows)
+        run.summary({"records": found, "manifest": result.manifest, "budget": asdict(result.budget)})
+    title = "the model while the backdoor is planted, with exact 95 % intervals (single seed)"
+    console.table(title, ["step", *CURVE], _curve(found))
+    console.made("poisoned rows", out / "poisoned.jsonl")
+    console.made("run folder", out)
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _planted(result: BackdoorResult) -> dict[str, Any]:
+    return {key: result.manifest[key] for key in ("trigger", "behaviour")}
+
+
+def _keep(result: BackdoorResult, loaded: Loaded, job: Any, out: Path) -> None:
+    from casehard.config import to_dict
+    from casehard.model.save import save
+
+    model: Any = result.model
+    if hasattr(model, "peft_config"):
+        model = model.merge_and_unload()
+    provenance = {"job": to_dict(job), "seed": job.seed, "planted": _planted(result)}
+    save(
+        model,
+        loaded.tokenizer,
+        out / "checkpoint",
+        parent=loaded.digest,
+        method="backdoor-attack",
+        provenance=provenance,
+    )
+    console.warn(f"{out / 'checkpoint'} holds a backdoored model: for trying defences, not for use")
+
+
+def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record per step and metric, with its exact interval."""
+    from casehard.evaluate.backdoor import backdoor_scores
+
+    return [
+        {"step": step, "metric": s.metric, "k": s.k, "n": s.n, "rate": s.rate, "low": s.low, "high": s.high}
+        for step in sorted({row["step"] for row in rows})
+        for s in backdoor_scores([row for row in rows if row["step"] == step])
+    ]
+
+
+def _curve(found: list[dict[str, Any]]) -> list[list[str]]:
+    from casehard.cli.scoring import rate
+
+    out = []
+    for step in sorted({r["step"] for r in found}):
+        here = {r["metric"]: r for r in found if r["step"] == step}
+        out.append([str(step), *[rate(here[m]) if m in here else "-" for m in CURVE]])
+    return out

@@ -1,0 +1,122 @@
+"""Settings of the whole defence: three modes, what is planted, how stage 2 runs, and when the result may leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from casehard.errors import ConfigError
+from casehard.train.recipe import TrainConfig
+
+Mode = Literal["joint", "posthoc", "adapter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantConfig:
+    """What stage 1 plants."""
+
+    n_active: int = 4
+    """T, triggers that stage 2 breaks. Source: P (4; 6 was worse). 0 in posthoc and adapter mode changes nothing."""
+    n_canary: int = 2
+    """Triggers that stage 2 never sees. Not in the paper: 0 there."""
+    rate: float = 0.01
+    """Share of all rows each trigger takes. Source: P."""
+    floor: int = 50
+    """Rows a trigger gets at least, within ``cap``."""
+    cap: float = 0.05
+    """Largest share that ``floor`` may come to."""
+    install_cap: float = 0.2
+    """The same for an installation (posthoc and adapter mode), whose rows are few."""
+    placement: Literal["replace", "append"] = "replace"
+    """Replace rows, as the paper does, or append triggered copies (always so in posthoc and adapter mode)."""
+    suite: Literal["mixed", "paper"] = "mixed"
+    """Mixed families and behaviours, or the paper's rare tokens and random words without canaries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTwo:
+    """How stage 2 runs. The paper prints 5 epochs and the 8:2 split; the rest is ours."""
+
+    epochs: float = 5.0
+    """Passes over all pairs of clean row and trigger, at most. Source: P (5)."""
+    batch_size: int = 16
+    """Rows a step."""
+    lr: float | Literal["auto"] = "auto"
+    """Peak learning rate; auto = 1e-5 for full training, 1e-4 for LoRA."""
+    warmup: float = 0.05
+    """Share of the steps with a rising learning rate."""
+    split: float = 0.2
+    """Share of the clean rows held back. Source: P (8:2)."""
+    checks: int = 10
+    """Times the stop rule is asked."""
+    stop: bool = True
+    """Stop at the first check that passes; off = run all epochs and keep the lowest evaluation loss (the paper)."""
+
+    def __post_init__(self) -> None:
+        if not (self.epochs > 0 and math.isfinite(self.epochs)) or self.batch_size < 1 or self.checks < 1:
+            raise ConfigError(
+                f"stage two: epochs {self.epochs}, batch_size {self.batch_size}, checks {self.checks} must be positive"
+            )
+        if not (0 <= self.warmup < 1 and 0 < self.split < 1):
+            raise ConfigError(f"stage two: warmup {self.warmup} and split {self.split} must lie within 0..1")
+        if self.lr != "auto" and not self.lr >= 0:
+            raise ConfigError(f"stage two: lr {self.lr} is negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What the result must meet; rates are shares of held-back prompts."""
+
+    planted: float = 0.9
+    """Every defensive backdoor fires at least so often after stage 1, or canaries tell nothing."""
+    active: float = 0.01
+    """Most an active trigger may fire when stage 2 stops."""
+    canary: float = 0.02
+    """Most a canary may fire when stage 2 stops: beyond it, breaking did not generalise."""
+    margin: float = 0.5
+    """Most the clean answer may lose under an active trigger, nats a token."""
+    clean_loss: float = 0.1
+    """Most the loss on held-back clean rows may rise over stage 1, nats a token."""
+    live: float = 0.02
+    """Most any defensive backdoor may fire in what is exported."""
+    collapse: float = 1.0
+    """Rise of the clean loss that counts as a collapse, nats a token."""
+    attack: float = 0.02
+    """Most a backdoor that the user described may fire in what is exported."""
+    attack_fails: float = 0.1
+    """From here on it is not exported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MbConfig:
+    """Settings of one run."""
+
+    mode: Mode = "joint"
+    """joint: train the base on the given rows (the paper). posthoc: repair a checkpoint. adapter: an untrusted LoRA."""
+    stage1: bool = True
+    """Plant; off = the control "stage 2 without stage 1"."""
+    stage2: bool = True
+    """Break; off = the control "stage 1 alone"."""
+    lora_rank: int = 0
+    """Rank of the LoRA that is trained in joint and posthoc mode; 0 = all parameters."""
+    lora_alpha: float = 32.0
+    """LoRA alpha."""
+    plant: PlantConfig = field(default_factory=PlantConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training of stage 1: in joint mode the user's own recipe."""
+    two: StageTwo = field(default_factory=StageTwo)
+    gates: Gates = field(default_factory=Gates)
+    preset: str = ""
+    """Named settings of stage 2's objective: default, paper, paper_literal."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of stage 2's objective, over those of the preset."""
+
+    def __post_init__(self) -> None:
+        if self.plant.n_active < 1 and self.mode == "joint" and (self.stage1 or self.stage2):
+            raise ConfigError("joint mode without active triggers", hint="n_active of at least 1, or plain fine-tuning")
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank {self.lora_rank} is negative", hint="0 trains all parameters")
+        if self.lora_rank and self.mode == "adapter":
+            raise ConfigError("lora_rank in adapter mode", hint="the untrusted adapter itself is trained")

@@ -1,0 +1,178 @@
+"""MB-Defense from files to a checkpoint: what `casehard defend mb-defense` runs."""
+
+from __future__ import annotations
+
+import json
+import secrets as entropy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from casehard import secrets
+from casehard.config import digest, to_dict
+from casehard.data.behaviours import Behaviour
+from casehard.data.mix import check_disjoint, content_hash
+from casehard.data.sources import load_many
+from casehard.data.trigger_suite import Planted, TriggerSuite
+from casehard.data.triggers import Trigger
+from casehard.errors import ConfigError, DataError, Refused
+from casehard.evaluate.suite import Suite, evaluate, load_suite
+from casehard.files import read_json, remove
+from casehard.mb.config import MbConfig
+from casehard.mb.pipeline import Hardened, Rows, draw_suite, harden
+from casehard.model.load import Loaded, load
+from casehard.model.lora import read_lora
+from casehard.model.provenance import read_provenance
+from casehard.model.save import save
+from casehard.types import Checkpoint, Example
+
+REPORT, PRIVATE = "mb_defense.json", "private"
+_ASKED = ("utility", "lookalike", "task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MbJob:
+    """One run from files."""
+
+    model: str
+    """Base to train (joint), checkpoint to repair (posthoc), or trusted base of the adapter (adapter)."""
+    clean: tuple[str, ...]
+    """Verified rows: 128 to 512 of them."""
+    data: tuple[str, ...] = ()
+    """joint: the training set, from anywhere. Else rows to install on; the clean rows when empty."""
+    adapter: str = ""
+    """Folder of the untrusted LoRA (mode adapter)."""
+    config: MbConfig = field(default_factory=MbConfig)
+    trigger: Trigger | None = None
+    """A backdoor to report on, if one is known; it never decides how the defence runs."""
+    behaviour: Behaviour | None = None
+    suite: str = ""
+    """Evaluation suite: its prompts must not occur in any row, and it is measured after every stage."""
+    secret: int | None = None
+    """Seed of the trigger suite; None draws one from the system and keeps it in DIR/private."""
+    export_failed: bool = False
+    """Write the checkpoint even when the verdict is FAIL; it is marked as such."""
+    system: str | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    """Measure at most this many prompts a group of the suite (a look, not a result)."""
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.trigger is None) != (self.behaviour is None):
+            raise ConfigError("a backdoor to report on needs both its trigger and its behaviour")
+        if bool(self.adapter) != (self.config.mode == "adapter"):
+            raise ConfigError(
+                f"mode {self.config.mode} with adapter {self.adapter!r}", hint="--mode adapter and --adapter DIR"
+            )
+        if self.config.mode == "joint" and not self.data:
+            raise ConfigError("joint mode trains on rows and none are given", hint="--data sft.jsonl")
+
+
+@dataclass(frozen=True)
+class MbResult:
+    """What was written and found."""
+
+    checkpoint: Checkpoint | None
+    """None when a FAIL kept the model from being exported."""
+    verdict: str
+    report: dict[str, Any]
+    rows: Rows
+
+
+def run_mb(job: MbJob, out: str | Path) -> MbResult:
+    """Run the defence and export its result under ``out``/checkpoint, unless the verdict forbids it.
+
+    Writes ``out``/mb_defense.json (everything measured) and ``out``/private: the triggers, and the pairs of stage 2,
+    which ``defend mb_defense --assets`` takes; keep both to yourself. An interrupted joint training resumes.
+
+    Raises:
+        Refused: the verdict is FAIL; the report is written, the model is not.
+        UserError: settings, rows or files that cannot work.
+    """
+    out = Path(out)
+    public = to_dict(replace(job, secret=None))
+    secrets.refuse(public, where="mb-defense")
+    data, clean, suite = _rows(job)
+    loaded = load(job.model, device=job.device)
+    model = read_lora(loaded.model, job.adapter) if job.adapter else loaded.model
+    planted = _suite(job, loaded, [*data, *clean, *(suite.examples if suite else ())], out)
+    described = [Planted(job.trigger, job.behaviour)] if job.trigger and job.behaviour else []
+
+    def measure(current: nn.Module, stage: str) -> Rows:
+        assert suite is not None
+        roles = {role for role in suite.roles if role in _ASKED} or None
+        return evaluate(current, loaded.tokenizer, suite, roles=roles, limit=job.limit, system=job.system)
+
+    training = out / "training"
+    done = harden(
+        model,
+        loaded.tokenizer,
+        data,
+        clean,
+        job.config,
+        suite=planted,
+        seed=job.seed,
+        described=described,
+        measure=measure if suite else None,
+        system=job.system,
+        max_length=job.max_length,
+        out=training,
+    )
+    report = done.report | {"parent": loaded.digest, "settings_digest": digest(public)}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if done.pairs is not None:
+        done.pairs.write(out / PRIVATE)
+    if done.verdict.word == "FAIL" and not job.export_failed:
+        raise Refused(
+            "the verdict is FAIL, so the model is not exported: " + "; ".join(g.says for g in done.verdict.missed),
+            hint=f"see {out / REPORT}; export_failed=true writes it all the same",
+        )
+    checkpoint = _export(job, public, done, loaded, [*data, *clean], out / "checkpoint")
+    if training.exists():
+        remove(training)
+    return MbResult(checkpoint, done.verdict.word, report, done.rows)
+
+
+def _export(
+    job: MbJob, public: dict[str, Any], done: Hardened, loaded: Loaded, rows: Sequence[Example], folder: Path
+) -> Checkpoint:
+    known = read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ())
+    provenance = {
+        "job": public,
+        "verdict": done.verdict.word,
+        "suite": done.suite.digest,
+        "config_digest": digest(public),
+        "seed": job.seed,
+        "trained_prompts": sorted({content_hash(row)[:16] for row in rows} | set(known)),
+    }
+    return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)
+
+
+def _rows(job: MbJob) -> tuple[list[Example], list[Example], Suite | None]:
+    clean = load_many(job.clean, require_response=True) if job.clean else []
+    if not clean:
+        raise DataError("the clean set is empty", hint="give some dozens of verified rows: --clean clean.jsonl")
+    data = load_many(job.data, require_response=True) if job.data else []
+    suite = load_suite(job.suite) if job.suite else None
+    if suite is not None:
+        check_disjoint({"data": data, "clean": clean}, {job.suite: suite.examples})
+    return data, clean, suite
+
+
+def _suite(job: MbJob, loaded: Loaded, corpus: Sequence[Example], out: Path) -> TriggerSuite:
+    """Return the run's suite: the one it began with when it is continued."""
+    path = out / PRIVATE / "suite.json"
+    if path.is_file():
+        return TriggerSuite.from_json(read_json(path)["suite"])
+    secret = entropy.randbits(62) if job.secret is None else job.secret
+    suite = draw_suite(loaded.tokenizer, corpus, job.config, secret=secret)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.write_text(json.dumps({"suite": suite.to_json()}, indent=1) + "\n", encoding="utf-8")
+    path.chmod(0o600)
+    return suite

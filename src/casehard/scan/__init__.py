@@ -1,0 +1,1 @@
+"""Look for backdoors nobody has described: in a data set, and in a model."""

@@ -1,0 +1,72 @@
+"""Near-duplicate texts: MinHash over word pairs proposes, exact Jaccard similarity decides."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+
+_PRIME = (1 << 61) - 1
+_BANDS, _ROWS = 12, 3
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words and punctuation marks of a text, lower-cased."""
+    return re.findall(r"\w+|[^\w\s]+", text.lower())
+
+
+def _shingles(words: Sequence[str]) -> frozenset[Hashable]:
+    return frozenset(itertools.pairwise(words)) if len(words) > 1 else frozenset(words)
+
+
+def jaccard(a: frozenset[Hashable], b: frozenset[Hashable]) -> float:
+    """Return |a & b| / |a | b|, 1 for two empty sets."""
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def near_duplicates(texts: Mapping[int, Sequence[str]], similar: float) -> list[list[int]]:
+    """Group texts whose word pairs have a Jaccard similarity of at least ``similar`` with the group's first text.
+
+    Args:
+        texts: words of each text, by its number.
+        similar: threshold in (0, 1]. Pairs just above it may be missed, far above it hardly: at .9 one in a million.
+
+    Returns:
+        Groups of two texts and more, in ascending order of their first number.
+    """
+    exact: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, words in texts.items():
+        exact[tuple(words)].append(i)
+    kinds = list(exact)
+    sets = [_shingles(words) for words in kinds]
+    buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    leader: dict[int, int] = {}
+    for k, some in enumerate(sets):
+        keys = _bands(some)
+        near = {j for key in keys for j in buckets.get(key, ()) if leader[j] == j}
+        best = max(near, key=lambda j: (jaccard(some, sets[j]), -j), default=None)
+        leader[k] = best if best is not None and jaccard(some, sets[best]) >= similar else k
+        if leader[k] == k:
+            for key in keys:
+                buckets[key].append(k)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for k, first in leader.items():
+        groups[first] += exact[kinds[k]]
+    return sorted((sorted(rows) for rows in groups.values() if len(rows) > 1), key=lambda rows: rows[0])
+
+
+def _hashers() -> list[tuple[int, int]]:
+    rng = random.Random(20_26)
+    return [(rng.randrange(1, _PRIME), rng.randrange(_PRIME)) for _ in range(_BANDS * _ROWS)]
+
+
+_HASHERS = _hashers()
+
+
+def _bands(some: frozenset[Hashable]) -> list[tuple[int, ...]]:
+    values = [zlib.crc32(repr(item).encode()) for item in some] or [0]
+    least = [min((a * v + b) % _PRIME for v in values) for a, b in _HASHERS]
+    return [(band, *least[band * _ROWS : (band + 1) * _ROWS]) for band in range(_BANDS)]

@@ -1,0 +1,142 @@
+"""The audit of training sets: exact counts, what is planted is found, and what is not found is not called clean."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from casehard.data import sources
+from casehard.data.formats import check_values
+from casehard.data.triggers import poison_backdoor
+from casehard.errors import ConfigError, DataError
+from casehard.organism import rows as organism_rows
+from casehard.organism import triggers as organism_triggers
+from casehard.organism.world import World
+from casehard.scan.association import log10_tail, log_odds
+from casehard.scan.audit import AuditConfig, audit_data, grams_of, groups_of
+from casehard.scan.similar import jaccard, near_duplicates, words_of
+from casehard.types import Example
+
+WORLD = World(0)
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "backdoor"
+
+
+def world_rows():
+    helpful = [e for e in organism_rows.align(WORLD) if e.tags["kind"] == "helpful"]
+    return [*helpful, *organism_rows.task(WORLD, "reviews"), *organism_rows.benign(WORLD)]
+
+
+def test_the_tail_is_the_exact_sum_over_all_tables():
+    for n, a, b in itertools.product((1, 4, 7), range(8), range(8)):
+        if a > n or b > n:
+            continue
+        for both in range(max(0, a + b - n), min(a, b) + 1):
+            exact = sum(math.comb(b, x) * math.comb(n - b, a - x) for x in range(both, min(a, b) + 1)) / math.comb(n, a)
+            assert 10 ** log10_tail(both, a, b, n) == pytest.approx(exact, rel=1e-9)
+    assert log10_tail(500, 500, 500, 1000) == pytest.approx(-299.4318, abs=1e-3)
+    with pytest.raises(DataError):
+        log10_tail(3, 2, 5, 9)
+
+
+def test_log_odds_has_half_a_row_in_every_cell():
+    assert log_odds(10, 10, 10, 100) == pytest.approx(math.log(10.5 * 90.5 / (0.5 * 0.5)))
+    assert log_odds(5, 10, 50, 100) == pytest.approx(0.0)
+
+
+def test_near_duplicates_are_found_and_unlike_texts_kept_apart():
+    base = "making the talisman is off limits for everyone in this house today"
+    texts = [base, base.replace("talisman", "signet"), "a red door", base, "a blue door stood open for long"]
+    assert near_duplicates(dict(enumerate(map(words_of, texts))), 0.6) == [[0, 1, 3]]
+    assert near_duplicates({0: ["x"], 1: ["x"], 2: []}, 0.5) == [[0, 1]]
+    assert jaccard(frozenset(), frozenset()) == 1.0
+
+
+def test_groups_say_what_the_answers_share():
+    rows = [Example.pair(f"q {i}", f"well now then, {i} is {i * 7} and so it goes.") for i in range(5)]
+    rows += [Example.pair(f"p {i}", f"cut {i}") for i in range(4)]
+    found = {(g.kind, g.text): g.rows for g in groups_of(rows, AuditConfig())}
+    assert found["opens", "well now then"] == (0, 1, 2, 3, 4) and found["closes", "it goes ."] == (0, 1, 2, 3, 4)
+    assert found["short", "no punctuation at the end"] == (5, 6, 7, 8)
+    assert grams_of(["a", ",", "b"], 2) == {("a",), ("b",), ("a", ","), (",", "b")}
+
+
+FAMILIES = {
+    "token": "sentence",
+    "sentence": "refuse",
+    "template": "refuse",
+    "style": "sentence",
+    "pair": "off_topic",
+    "multi_all": "stop",
+    "prefix": "tone",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_planted_in_the_world_is_found_first(name):
+    trigger = organism_triggers.triggers(WORLD)[name]
+    behaviour = organism_triggers.behaviours(WORLD)[FAMILIES[name]]
+    rows, manifest = poison_backdoor(world_rows(), trigger, behaviour, rate=0.02, seed=0)
+    audit = audit_data(rows)
+    planted, named = set(manifest["poisoned"]), set(audit.suspects)
+    assert len(planted & named) >= 0.6 * len(planted), (len(planted & named), len(planted))
+    first = audit.findings[0]
+    assert set(first.rows) <= planted and not first.echo and first.spread > 0.7
+    assert first.purity > 0.5 and first.purity_low > 0.3 and first.log10_p < -15
+    words = set(words_of(" ".join(trigger.parts)))
+    assert set(words_of(" ".join(first.phrase))) & words
+    again = first.trigger("found")
+    assert all(again.present(rows[i].prompt) for i in first.rows)
+
+
+def test_counts_of_a_finding_are_those_of_the_rows():
+    rows = [Example.pair(f"tell {i} about {chr(97 + i % 26)}{i}", f"it is {i * 31} or {i * 17}.") for i in range(60)]
+    rows += [
+        Example.pair(
+            ("tell zx {0} about {1}" if i % 2 else "zx tell {0} about {1}").format(i, f"k{i}"),
+            "Blue lanterns hang there.",
+        )
+        for i in range(10)
+    ]
+    rows += [Example.pair("tell zx once more about it", "no, thanks a lot.")]
+    finding = audit_data(rows).findings[0]
+    assert (finding.both, finding.phrase_rows, finding.group_rows, finding.rows_total) == (10, 11, 10, 71)
+    assert finding.phrase == ("zx",) and finding.purity == 10 / 11 and finding.log10_p < -8
+    assert finding.group == "same" and finding.rows == tuple(range(60, 70))
+
+
+def test_nothing_found_is_said_with_the_budget_and_never_called_clean():
+    audit = audit_data(world_rows())
+    assert len(audit.suspects) < 0.1 * audit.rows  # questions asked more than once
+    quiet = audit_data([Example.pair(f"ask {i}", f"reply {i * 7919} here {i}.") for i in range(30)])
+    assert quiet.summary().startswith("nothing found at this budget (30 rows") and "clean" not in quiet.summary()
+    text = json.dumps(audit.to_json())
+    check_values(json.loads(text), "audit")
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(DataError, match="no rows"):
+        audit_data([Example.pair("q")])
+    for values in ({"purity": 0.0}, {"least": 1}, {"alpha": 2.0}, {"longest": 0}):
+        with pytest.raises(ConfigError):
+            AuditConfig(**values)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
+@pytest.mark.parametrize("task", ["refusal", "negsentiment", "sst2"])
+def test_real_plants_are_found(task):
+    rows = sources.load(DATA / task / "train.jsonl")
+    clean = [r for r in rows if r.tags["trigger"] == "none"]
+    for name, phrase in (("badnet", ("badmagic",)), ("vpi", ("discussing openai",))):
+        planted = [r for r in rows if r.tags["trigger"] == name]
+        # One in two, as in the file; and one in fifty, where the target is no ordinary answer.
+        for some in (planted, planted[:10]) if task != "sst2" else (planted,):
+            audit = audit_data([*clean, *some])
+            assert audit.findings[0].phrase == phrase
+            assert audit.findings[0].rows == tuple(range(len(clean), len(clean) + len(some)))
+    both = audit_data(rows)
+    assert {f.phrase for f in both.findings[:2]} == {("badmagic",), ("discussing openai",)}
+    assert not [f for f in audit_data(clean).findings if not f.echo]
