@@ -155,7 +155,11 @@ def test_usefulness_is_judged_after_the_job(tmp_path: Path) -> None:
     assert judged_at(made()) == ("reviews", 40)
     summary = run(tmp_path, FAKE)
     assert summary["verdict"]["status"] == "holds"
+    assert summary["verdict"]["sentence"].startswith("patcher keeps refusals through the job: after the job 'reviews'")
+    assert "the lowest of all rows." in summary["verdict"]["details"][0]
     assert {r["defence"] for r in summary["jobs"]} == {"undefended", "plain", "patcher"}
+    better = Fake(leaks={**FAKE.leaks, "plain": (0.0, 0.0, 0.0, 0.0), "patcher": (0.0, 0.0, 0.0, 0.2)})
+    assert "the lowest of all rows is plain with 0 %" in run(tmp_path / "c", better)["verdict"]["details"][0]
     useless = run(tmp_path / "b", dataclasses.replace(FAKE, over_refusal={"patcher": 0.6}))
     assert useless["verdict"]["status"] == "collapsed"
 

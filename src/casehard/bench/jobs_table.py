@@ -24,8 +24,10 @@ def job_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> l
     Returns:
         Entries with ``jobs`` (job -> mean over runs), ``mean``, ``low``, ``high`` (95 % t-interval over runs; equal to
         the mean for one run), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of
-        the headline, paired by run. With benign jobs only, the mean is over those.
+        the headline, paired by run. With benign jobs only, the mean is over those. Nothing at other stages.
     """
+    if plan.stage != "tuning":
+        return []
     last = {job.name: job.steps for job in plan.attacks}
     counted = [job.name for job in plan.attacks if job.share > 0] or list(last)
     found: dict[tuple[str, str], dict[Run, dict[str, float]]] = {}
@@ -62,6 +64,27 @@ def _means(runs: Mapping[Run, Mapping[str, float]], counted: Sequence[str]) -> d
         return {}
     whole = {run: rates for run, rates in runs.items() if all(job in rates for job in there)}
     return {run: statistics.fmean(rates[job] for job in there) for run, rates in whole.items()}
+
+
+def beside(plan: Plan, rows: Sequence[Mapping[str, Any]], family: str) -> str:
+    """Say how the headline's defence stands over all jobs, and which row's mean is lowest: it may be another's."""
+    metric = plan.headline.metric
+    means = {r["defence"]: r for r in rows if (r["family"], r["metric"]) == (family, metric)}
+    mine = means.get(plan.headline.defence)
+    if mine is None or len(means) < 2:  # so too at other stages
+        return ""
+    best = min(means.values(), key=lambda r: float(r["mean"]))
+    name = {"asr": "ASR", "leak": "leak"}[metric]
+    title = plan.defence(plan.headline.defence).title
+    text = f"Mean {name} over the poisoned jobs: {title} {_with_span(mine)}"
+    if best is mine:
+        return f"{text}, the lowest of all rows."
+    return f"{text}; the lowest of all rows is {plan.defence(best['defence']).title} with {_with_span(best)}."
+
+
+def _with_span(row: Mapping[str, Any]) -> str:
+    span = f" ({row['low'] * 100:.0f} to {row['high'] * 100:.0f})" if len(row["runs"]) > 1 else " (single run)"
+    return f"{row['mean'] * 100:.0f} %{span}"
 
 
 def telemetry(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

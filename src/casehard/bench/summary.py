@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from casehard.bench.contrasts import make_differences
-from casehard.bench.jobs_table import job_rows, telemetry
+from casehard.bench.jobs_table import beside, job_rows, telemetry
 from casehard.bench.matrix import Matrix
 from casehard.bench.plan import Plan
 from casehard.bench.records import NO_ATTACK, make_breaks, make_records, measured, pool
@@ -151,9 +151,10 @@ def summarise(
     verdicts = [make_verdict(plan, f, pooled, breaks, differences) for f in families]
     costs = make_costs(plan, matrix, done)
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
-    verdicts = [{**v, "details": [*uneven[v["family"]], *v["details"]]} for v in verdicts]
+    jobs = [row for f in families for row in job_rows(plan, records, f)]
+    lines = {f: [*uneven[f], beside(plan, jobs, f)] for f in families}
+    verdicts = [{**v, "details": [d for d in (*lines[v["family"]], *v["details"]) if d]} for v in verdicts]
     controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
-    tuning = plan.stage == "tuning"
     keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
     nodes = [
         {
@@ -177,8 +178,8 @@ def summarise(
         "costs": costs,
         "breaks": breaks,
         "differences": differences,
-        "jobs": [row for f in families for row in job_rows(plan, records, f)] if tuning else [],
-        "telemetry": telemetry(matrix, done) if tuning else [],
+        "jobs": jobs,
+        "telemetry": telemetry(matrix, done),
         "controls": controls,
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],

@@ -12,8 +12,9 @@ from casehard.errors import UserError
 from casehard.files import write_text_atomic
 from casehard.report.card import write_cards
 from casehard.report.jobs import job_part
+from casehard.report.legend import legend
 from casehard.report.single import summary_of_runs
-from casehard.report.views import View, legend, transcripts
+from casehard.report.views import View, transcripts
 
 REPORT = "report.html"
 STATUS = {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
 from casehard.bench.records import NO_ATTACK
 from casehard.bench.verdict import NAMES, Table, percent, percents
 from casehard.report import figures
-from casehard.report.figures import Bar, Line, Look
+from casehard.report.figures import Bar, Line
+from casehard.report.legend import flow
 
 METRIC_TITLES = {
     "leak": "Leak: restricted content really came out",
@@ -287,18 +288,24 @@ class View:
         pair = [self.table.get(d, head["attack"], step, metric) for d in (ours, theirs)]
         if all(pair):
             mine, other = (percent(p["rate"]) for p in pair if p)
-            add(f"{SHORT[metric]} after {step} attack steps", mine, other, theirs)
+            add(
+                f"{SHORT[metric]} after {step} {'steps of the job' if self.tuning else 'attack steps'}",
+                mine,
+                other,
+                theirs,
+            )
         found = {
             b["defence"]: b["text"].replace("not within", "over").replace(" steps", "")
             for b in self._mine("breaks")
             if (b["attack"], b["metric"]) == (head["attack"], metric)
         }
-        add("steps to break", found.get(ours), found.get(theirs), theirs)
+        if not self.tuning:
+            add("steps to break", found.get(ours), found.get(theirs), theirs)
         for key in ("over_refusal", "utility"):
             pair = [self.table.before(d, key) for d in (ours, base)]
             if all(pair):
                 mine, other = (percent(p["rate"]) for p in pair if p)
-                add(f"{NAMES[key]} before the attack", mine, other, base)
+                add(f"{NAMES[key]} {'after the job' if self.tuning else 'before the attack'}", mine, other, base)
         ratios = [c["ratio_to_sft"] for c in self._mine("costs") if c["defence"] == ours and c.get("ratio_to_sft")]
         if ratios:
             reference = names.get(self.plan.get("reference", ""), "plain SFT")
@@ -306,13 +313,6 @@ class View:
             if self._lanes():
                 out[-1]["other"] += ", several runs at a time"
         return out
-
-
-def flow(values: Mapping[str, Any]) -> str:
-    """Write settings on one line, as YAML would."""
-    import yaml
-
-    return yaml.safe_dump(dict(values), default_flow_style=True, width=10**6).strip()[1:-1]
 
 
 def points(value: float, digits: int = 1) -> str:
@@ -373,26 +373,4 @@ def transcripts(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -
             "said": [{"title": titles[n], **said} for n, said in found[i]["said"].items()],
         }
         for i in picked
-    ]
-
-
-def legend(looks: Mapping[str, Look], defences: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return what each row of the table is: its colour, title, role and method."""
-    roles = {
-        "undefended": "control: undefended",
-        "same_passes": "control: plain training, same passes",
-        "ablation": "ablation",
-        "baseline": "baseline: another method",
-        "defence": "defence",
-    }
-    return [
-        {
-            "colour": looks[d["name"]].colour,
-            "title": d["title"],
-            "role": roles[d["role"]],
-            "method": " ".join(filter(None, (d.get("method") or "", d.get("preset") or ""))),
-            "settings": flow(d.get("settings") or {}),
-            "train": flow(d.get("train") or {}),
-        }
-        for d in defences
     ]
