@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from buffer_fakes import make_assets
 from casehard import jobs
 from casehard.attack.finetune import FinetuneAttack
 from casehard.data import sources
 from casehard.data.mix import content_hash
 from casehard.data.select import SelectConfig
+from casehard.defend.provider_assets import tokenizer_digests
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import load_suite
 from casehard.jobs import AttackJob, DefendJob, EvaluateJob, TuneJob
+from casehard.model.digest import folder_digest
+from casehard.model.load import load
 from casehard.model.save import read_provenance
 from casehard.organism import suite as organism_suite
 from casehard.organism.build import write_data
@@ -228,6 +232,65 @@ def test_a_method_that_ends_a_run_is_measured_after_it(base: Path, monkeypatch: 
     monkeypatch.setattr(jobs, "_method", lambda *args: Freezing())
     rows = jobs.run_tune(tune(base)).run.rows
     assert [(row["step"], row["sum"] > 0) for row in rows] == [(0, True), (3, False)]
+
+
+def test_nothing_of_a_method_stays_attached_when_a_run_fails(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Holding:
+        name, config, released = "holding", None, 0
+
+        def after_step(self, model: torch.nn.Module, optimizer: object, step: object) -> None:
+            raise RuntimeError("half-way")
+
+        def release(self) -> None:
+            self.released += 1
+
+    held = Holding()
+    monkeypatch.setattr(jobs, "_method", lambda *args: held)
+    with pytest.raises(RuntimeError, match="half-way"):
+        jobs.run_tune(tune(base))
+    assert held.released == 1
+
+
+def test_a_job_beside_a_buffer_checks_the_format_and_tells_its_assets(base: Path, tmp_path: Path) -> None:
+    loaded = load(base)
+    tokenizer, template = tokenizer_digests(loaded.tokenizer)
+    record = {"tokenizer_digest": tokenizer, "template_digest": template}
+    assets = make_assets(tmp_path / "assets", model=loaded.model, **record)
+    lora = FinetuneAttack(mode="lora", rank=2, share=0.2, rows=20, steps=2, batch_size=4, evaluate_at=(0,))
+    given = tune(base, method="buffer_reinforce", assets=str(assets.path), config=lora)
+    done = jobs.run_tune(given)
+    assert done.assets_digest == assets.digest and {row["step"] for row in done.run.rows} == {0, 2}
+    for method in ("buffer_reinforce", "security_vector"):
+        with pytest.raises(ConfigError, match="system message"):
+            jobs.run_tune(dataclasses.replace(given, method=method, system="be brief"))
+    other = make_assets(tmp_path / "other", model=loaded.model, **(record | {"template_digest": "0" * 64}))
+    with pytest.raises(ConfigError, match="another template"):
+        jobs.run_tune(dataclasses.replace(given, assets=str(other.path)))
+
+
+def test_assets_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for seed in (1, 2):
+        tiny_llama(vocab=len(load(base).tokenizer), seed=seed).save_pretrained(tmp_path / str(seed))
+    guarded = job(base, method="safelora", unsafe=(), settings={}, assets=str(tmp_path / "1"))
+    monkeypatch.setattr(jobs, "save", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_defend(guarded, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="assets"):
+        jobs.run_defend(dataclasses.replace(guarded, assets=str(tmp_path / "2")), tmp_path / "out")
+    made = jobs.run_defend(guarded, tmp_path / "out")
+    known = read_provenance(made.checkpoint.path)["provenance"]
+    assert known["assets_digest"] == folder_digest(tmp_path / "1") == jobs.assets_digest(tmp_path / "1")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.json").write_text("{}")
+    first = jobs.assets_digest(tmp_path / "plain")
+    (tmp_path / "plain" / "a.json").write_text("[]")
+    assert jobs.assets_digest(tmp_path / "plain") != first
 
 
 def test_assets_are_a_folder_that_the_method_takes(base: Path, tmp_path: Path) -> None:

@@ -5,26 +5,29 @@ Each takes a frozen job of plain values, so that it can be digested, stored and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from casehard import secrets
 from casehard.attack.finetune import FinetuneAttack, FinetuneResult, attack_data, finetune_attack
-from casehard.config import build, digest, to_dict
+from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
 from casehard.data.embed import Embedder
-from casehard.data.mix import check_disjoint, content_hash
+from casehard.data.mix import check_disjoint, mark, marks
 from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
+from casehard.defend.provider_assets import RECORD, read_assets
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import Suite, evaluate, load_suite
-from casehard.files import remove
+from casehard.evaluate.unseen import require_unseen, trained_prompts
+from casehard.files import file_digest, remove
+from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load
-from casehard.model.provenance import read_provenance
 from casehard.model.save import save
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
@@ -136,6 +139,8 @@ class TuneResult:
 
     run: FinetuneResult
     selection: dict[str, Any] = field(default_factory=dict)
+    assets_digest: str = ""
+    """Digest of what the method read from its folder of assets; empty without."""
 
 
 def _encode(loaded: Loaded, examples: Sequence[Example], system: str | None, max_length: int | None) -> EncodedSet:
@@ -154,17 +159,38 @@ def _method(spec: MethodSpec, job: DefendJob | TuneJob, rows: Mapping[str, Encod
         if need not in roles:
             what = "a folder of assets" if need == "assets" else f"{need} rows"
             raise DataError(f"method {job.method!r} needs {what} and got none", hint=f"--{need}")
-    cls, config_cls = spec.load()
-    presets = spec.presets()
-    if job.preset and job.preset not in presets:
-        raise ConfigError(f"method {job.method!r} has no preset {job.preset!r}", hint=f"presets: {', '.join(presets)}")
-    start = to_dict(presets[job.preset]) if job.preset else {}
     ignored = sorted(set(roles) - set(spec.takes))
     if ignored:
         what = "assets" if ignored[0] == "assets" else f"{ignored[0]} rows"
         raise DataError(f"method {job.method!r} would ignore the {what}", hint=f"leave out --{ignored[0]}")
-    config: Any = build(config_cls, {**start, **job.settings}, where=job.method)
-    return cls(config, **roles)
+    return spec.load()[0](spec.configure(job.method, job.preset, job.settings), **roles)
+
+
+def assets_digest(folder: Path | str) -> str:
+    """Return a digest of a method's folder of assets: of provider assets, of a model, else of every file.
+
+    Raises:
+        Corrupt: a damaged file.
+    """
+    folder = Path(folder)
+    if (folder / RECORD).is_file():
+        return read_assets(folder).digest
+    if any(folder.glob("*.safetensors")):
+        return folder_digest(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files})
+
+
+@contextmanager
+def _guarded(method: Any, loaded: Loaded, system: str | None) -> Iterator[None]:
+    """Check that the method fits the rows' format, and see that nothing of it stays attached if the run fails."""
+    if callable(check := getattr(method, "check_format", None)):
+        check(loaded.tokenizer, system=system)
+    try:
+        yield
+    finally:
+        if callable(release := getattr(method, "release", None)):
+            release()
 
 
 def _roles(job: DefendJob | TuneJob) -> dict[str, list[Example]]:
@@ -192,26 +218,29 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
+    assets = {"assets": assets_digest(job.assets)} if job.assets else {}
     training = out / "training"
-    result = fit(
-        loaded.model,
-        loaded.tokenizer,
-        data,
-        config=job.train,
-        method=method,
-        seed=job.seed,
-        out=training,
-        identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}},
-        label=label or job.method,
-    )
+    with _guarded(method, loaded, job.system):
+        result = fit(
+            loaded.model,
+            loaded.tokenizer,
+            data,
+            config=job.train,
+            method=method,
+            seed=job.seed,
+            out=training,
+            identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}, **assets},
+            label=label or job.method,
+        )
     provenance = {
         "job": to_dict(job),
         "settings": to_dict(method.config),
         "config_digest": digest(to_dict(job)),
         "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
+        **({"assets_digest": assets["assets"]} if assets else {}),
         "seed": job.seed,
         **({"selection": chosen} if chosen else {}),
-        "trained_prompts": sorted(_prompts(*roles.values()) | _trained_prompts(loaded)),
+        "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
     }
     checkpoint = save(
         result.model,
@@ -249,8 +278,10 @@ def run_tune(job: TuneJob, *, loaded: Loaded | None = None, label: str = "tune")
     chosen = _choose(job.select, roles, user, loaded, job.seed)
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     method = _method(spec, job, encoded)
-    result = _train_and_measure(job, loaded, roles, method, label)
-    return TuneResult(result, chosen)
+    assets = assets_digest(job.assets) if job.assets else ""
+    with _guarded(method, loaded, job.system):
+        result = _train_and_measure(job, loaded, roles, method, label)
+    return TuneResult(result, chosen, assets)
 
 
 def _choose(
@@ -276,7 +307,7 @@ def _train_and_measure(
     suite = load_suite(job.suite)
     check_disjoint({"harmful": harmful, "benign": benign, **roles}, {job.suite: suite.examples})
     loaded = loaded or load(job.model, device=job.device)
-    _require_unseen(suite, loaded)
+    require_unseen(suite, trained_prompts(loaded.path), loaded.path)
     full_at = job.full_at or (job.config.checkpoints[-1],)
     if odd := set(full_at) - set(job.config.checkpoints):
         raise ConfigError(f"full_at: step {min(odd)} is not evaluated", hint=f"one of {job.config.checkpoints}")
@@ -300,8 +331,8 @@ def _train_and_measure(
         method=method,
         label=label,
     )
-    known = _trained_prompts(loaded)
-    return replace(result, known_rows=sum(_short(row) in known for row in (*harmful, *benign)))
+    known = trained_prompts(loaded.path)
+    return replace(result, known_rows=sum(mark(row) in known for row in (*harmful, *benign)))
 
 
 def run_evaluate(job: EvaluateJob, *, loaded: Loaded | None = None) -> Rows:
@@ -312,33 +343,8 @@ def run_evaluate(job: EvaluateJob, *, loaded: Loaded | None = None) -> Rows:
     """
     loaded = loaded or load(job.model, device=job.device)
     suite = load_suite(job.suite)
-    _require_unseen(suite, loaded)
+    require_unseen(suite, trained_prompts(loaded.path), loaded.path)
     return _measure(loaded.model, loaded, suite, job.limit, job.system, only=None)
-
-
-def _short(example: Example) -> str:
-    # 64 bits: among a million prompts two collide with a chance of 3e-8.
-    return content_hash(example)[:16]
-
-
-def _prompts(*sets: Sequence[Example]) -> set[str]:
-    return {_short(example) for rows in sets for example in rows}
-
-
-def _trained_prompts(loaded: Loaded) -> set[str]:
-    """Return the prompts that this checkpoint, or one it came from, is known to have been trained on."""
-    return set(read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ()))
-
-
-def _require_unseen(suite: Suite, loaded: Loaded) -> None:
-    known = _trained_prompts(loaded)
-    seen = [example.id or f"row {i + 1}" for i, example in enumerate(suite.examples) if _short(example) in known]
-    if seen:
-        raise DataError(
-            f"{loaded.path} was trained on {len(seen)} of the {len(suite.examples)} prompts of suite {suite.name!r}, "
-            f"first {seen[0]}",
-            hint="a score on them would measure memory: evaluate on prompts that no training row contains",
-        )
 
 
 def _measure(

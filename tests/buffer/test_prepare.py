@@ -105,6 +105,28 @@ def test_roles_are_never_mixed_and_held_out_prompts_are_trained_by_nobody():
     assert Counter(e.tags["kind"] for e in third) == {"refuse": 32, "help": 96}
 
 
+def test_the_kl_term_holds_the_buffer_to_the_base_on_benign_rows(provider, tmp_path):
+    chat = ChatFormat(load_tokenizer(provider / "model"))
+    ids = [chat.prompt_ids(row) for row in read(provider / "benign.jsonl")[:8]]
+    moved = {}
+    for kl in (0.0, 300.0):
+        train = replace(TRAIN, steps=12, lr=1e-2)
+        config = replace(SMALL, kl=kl, helpful_share=0.0, allow_missed=True, buffer_train=train)
+        done = run_prepare(job(provider, config), tmp_path / str(kl))
+        assert ("benign" in done.assets.record["data_digests"]) == (kl > 0)
+        model = load(provider / "model").model
+        with torch.no_grad():
+            before = [model(torch.tensor([row])).logits.log_softmax(-1) for row in ids]
+            FrozenLora(done.assets.buffer()).attach(model)
+            after = [model(torch.tensor([row])).logits.log_softmax(-1) for row in ids]
+        moved[kl] = sum(float((b.exp() * (b - a)).sum(-1).mean()) for b, a in zip(before, after, strict=True))
+    assert 0 <= moved[300.0] < 0.5 * moved[0.0], moved
+    assert preset("security_vector").kl == 0.01 and preset("security_vector").helpful_share == 0
+    for wrong in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="kl"):
+            PrepareConfig(kl=wrong)
+
+
 def test_unusable_rows_are_refused():
     bad, good = pairs_of("bad", 4, "x"), pairs_of("good", 4, "y")
     with pytest.raises(DataError, match="overlap"):

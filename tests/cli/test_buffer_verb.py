@@ -60,14 +60,58 @@ def test_prepare_screen_and_check(organism, rows, tmp_path, capsys):
     assert "rows looked at" in capsys.readouterr().out
     assert main(["buffer", "prepare", *rows, *SMALL, "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
-    job = tmp_path / "job"
-    settings = ["--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.lr=0.01", "--set", "rank=2"]
-    assert main(["buffer", "tune", *common, *settings, "--out", str(job)]) == 0
-    assert {p.name for p in job.iterdir()} <= {"adapter", ".lock"} and not scan_for_buffer(job, out)
+    _tunes(organism, common, out, tmp_path, capsys)
+
+
+def _tunes(organism, common, assets, tmp_path, capsys):
+    """The customer's job, by both of its names and by the other method on the same assets."""
+    job, suite = tmp_path / "job", organism / "data" / "suite"
+    train = ["--set", "train.batch_size=4", "--set", "train.lr=0.01", "--set", "rank=2", "--set", "train.warmup=0"]
+    settings = [*common, *train, "--steps", "2", "--suite", str(suite)]
+    assert main(["defend", "buffer-reinforce", *settings, "--preset", "paper", "--out", str(job)]) == 0
+    assert not (job / "training").exists() and not scan_for_buffer(job, assets)
     assert read_marker(job / "adapter")["role"] == "merged"
+    record = json.loads((job / "adapter" / "job.json").read_text(encoding="utf-8"))
+    assert (record["job"]["method"], record["settings"]["merge"]["basis"]) == ("buffer_reinforce", "paper")
+    assert len(record["trained_prompts"]) >= 12
     _loads_in_plain_peft(organism, job / "adapter")
-    assert main(["buffer", "tune", *common, *settings, "--out", str(job)]) == 2
-    assert "already exists" in capsys.readouterr().err
+    run = json.loads((job / "run.json").read_text(encoding="utf-8"))
+    assert (run["kind"], run["status"]) == ("tune", "ok")
+    assert main(["defend", "buffer_reinforce", *settings, "--out", str(job)]) == 2
+    assert "finished run" in capsys.readouterr().err
+    again = [*common, *train, "--set", "train.steps=2", "--set", "preset=paper", "--set", f"suite={suite}"]
+    assert main(["buffer", "tune", *again, "--out", str(tmp_path / "again")]) == 0
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (job, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    vector = tmp_path / "vector"
+    assert main(["defend", "security-vector", *settings, "--set", "settings.c=0.5", "--out", str(vector)]) == 0
+    assert read_marker(vector / "adapter")["role"] == "user" and not scan_for_buffer(vector, assets)
+    assert json.loads((vector / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 2
+    found = ["merge", "search", "--user", str(vector / "adapter"), "--reinforce", str(assets), *common[:2]]
+    asked = tmp_path / "asked.jsonl"
+    source = [json.loads(line) for line in Path(common[-1]).read_text(encoding="utf-8").splitlines()][:1]
+    asked.write_text("".join(json.dumps({**row, "role": "lookalike"}) + "\n" for row in source), encoding="utf-8")
+    assert main([*found, "--suite", str(asked), "--out", str(tmp_path / "found")]) == 3
+    assert "was trained on 1 of the 1 prompts" in capsys.readouterr().err
+    found[found.index("--user") + 1] = str(job / "adapter")
+    assert main([*found, "--suite", str(suite), "--out", str(tmp_path / "found")]) == 2
+    assert "merged already" in capsys.readouterr().err
+    assert not (tmp_path / "found" / "run.json").exists()
+    for extra, told in (
+        (["--safe", common[-1]], "takes no --safe rows"),
+        (["--select"], "no safe rows to choose from"),
+        (["--preset", "best"], "no preset 'best'"),
+        (["--assets", str(organism)], "no assets.json"),
+        (["--set", "settings.merge.alfa=1"], "did you mean 'alpha'?"),
+    ):
+        assert main(["defend", "buffer-reinforce", *settings, *extra, "--out", str(tmp_path / "no")]) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+    without = [*common[:2], *common[4:]]
+    assert main(["defend", "buffer-reinforce", *without, "--out", str(tmp_path / "no")]) == 2
+    assert "--assets is missing" in capsys.readouterr().err
+    assert main(["defend", "bufer-reinforce", *settings, "--out", str(tmp_path / "no")]) == 2
+    assert "did you mean 'buffer_reinforce'?" in capsys.readouterr().err
 
 
 def _loads_in_plain_peft(organism, adapter):

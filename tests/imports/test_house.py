@@ -79,6 +79,7 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
 
 def test_every_plan_and_recipe_is_accepted():
     from casehard.bench.plan import load_plan
+    from casehard.buffer.job import CustomerJob
     from casehard.cli.buffer import prepare_job
     from casehard.config import build
     from casehard.jobs import DefendJob
@@ -97,7 +98,9 @@ def test_every_plan_and_recipe_is_accepted():
             assert objective(build(MbJob, {**files, **values}, where=path.name).config)
             continue
         given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
-        job = build(DefendJob, {**given, **values}, where=path.name)
+        adapter = METHODS[values.get("method", given["method"])].adapter
+        kind, more = (CustomerJob, {"assets": "a"}) if adapter else (DefendJob, {})
+        job = build(kind, {**given, **values, **more}, where=path.name)
         config = METHODS[job.method].load()[1]
         assert build(config, job.settings, where=path.name)
 

@@ -16,6 +16,7 @@ from casehard.errors import ConfigError, Corrupt, DataError, Diverged, StorageEr
 from casehard.model.adapters import add_lora
 from casehard.model.digest import folder_digest
 from casehard.model.load import load
+from casehard.model.lora_files import write_marker
 from casehard.model.provenance import read_provenance
 from casehard.model.save import save
 from casehard.types import Checkpoint
@@ -100,6 +101,28 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="provenance"):
         write(tmp_path / "a", provenance={"path": tmp_path})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_buffer_does_not_leave_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def marked(folder: Path) -> None:
+        write_marker(folder, "buffer", tensors_sha256={})
+
+    def named(folder: Path) -> None:
+        factor = torch.zeros(2, 3)
+        save_file({"model.q_proj.lora_A.buffer.weight": factor}, folder / "extra.safetensors")
+
+    for leak in (marked, named):
+        model = tiny_llama()
+        plain = model.save_pretrained
+
+        def leaky(folder: Path, plain: Any = plain, leak: Any = leak) -> None:
+            plain(folder)
+            leak(Path(folder))
+
+        monkeypatch.setattr(model, "save_pretrained", leaky)
+        with pytest.raises(UserError, match="buffer"):
+            write(tmp_path / "out", model)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,14 @@ from casehard import __version__, secrets
 from casehard.buffer.assets import refuse_buffer_in
 from casehard.config import digest, to_dict
 from casehard.data.chat import ChatFormat
+from casehard.data.mix import check_disjoint, marks
 from casehard.data.sources import load_many
-from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceConfig
+from casehard.defend import find
 from casehard.defend.frozen_lora import live_pairs
 from casehard.defend.provider_assets import Assets
 from casehard.errors import ConfigError
+from casehard.evaluate.suite import load_suite
+from casehard.evaluate.unseen import KEY, trained_prompts
 from casehard.files import remove, staged
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
@@ -39,7 +42,14 @@ class CustomerJob:
     """Folder of provider assets."""
     data: tuple[str, ...]
     """The customer's rows."""
-    settings: BufferReinforceConfig = field(default_factory=BufferReinforceConfig)
+    method: str = "buffer_reinforce"
+    """A method that tunes an adapter beside the buffer: buffer_reinforce or security_vector."""
+    preset: str = ""
+    """Named settings of the method to start from; empty = its defaults."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method, over those of the preset."""
+    suite: str = ""
+    """Evaluation suite whose prompts must not occur in the rows; empty = not checked."""
     train: TrainConfig = field(default_factory=TrainConfig)
     rank: int = 32
     """Rank of the customer's adapter. Source: paper."""
@@ -65,6 +75,19 @@ class CustomerResult(NamedTuple):
     log: list[dict[str, Any]]
 
 
+def method_of(job: CustomerJob) -> Any:
+    """Build the job's method on its assets, every file of which is verified.
+
+    Raises:
+        ConfigError: a method that does not tune an adapter beside a provider's, or unusable settings.
+        UserError, Corrupt: the folder of assets is missing or damaged.
+    """
+    spec = find(job.method)
+    if not spec.adapter:
+        raise ConfigError(f"{job.method} is not a method that tunes an adapter", hint=f"casehard defend {job.method}")
+    return spec.load()[0](spec.configure(job.method, job.preset, job.settings), assets=Path(job.assets))
+
+
 def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> CustomerResult:
     """Tune beside the buffer, merge, and write ``out``/adapter; an interrupted job continues from ``out``/training.
 
@@ -72,14 +95,16 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
         ConfigError: assets of another base, tokenizer, template or system message; or the adapter exists.
         UserError: unusable rows; or a buffer in what was written, which is then removed.
     """
-    secrets.refuse(to_dict(job), where="buffer tune")
+    secrets.refuse(to_dict(job), where=job.method)
     out = Path(out)
     if (out / "adapter").exists():
         raise ConfigError(f"{out / 'adapter'} already exists", hint="give another folder with --out")
-    method = BufferReinforce(job.settings, assets=job.assets)
+    method = method_of(job)
     rows = load_many(job.data, require_response=True)
+    if job.suite:
+        check_disjoint({"data": rows}, {job.suite: load_suite(job.suite).examples})
     loaded = load(job.model, device=job.device)
-    method.assets.require_format(loaded.tokenizer, system=job.system)
+    method.check_format(loaded.tokenizer, system=job.system)
     limit = job.max_length or getattr(loaded.model.config, "max_position_embeddings", None)
     encoded = ChatFormat(loaded.tokenizer, system=job.system, max_length=limit).encode_all(rows)
     target = job.target if isinstance(job.target, str) else list(job.target)
@@ -100,18 +125,19 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
         )
     finally:
         method.release()
-    pairs = live_pairs(model)
     record = {
         "job": to_dict(job),
+        "settings": to_dict(method.config),
         "config_digest": digest(to_dict(job)),
         "base_digest": loaded.digest,
         "assets_digest": method.assets.digest,
         "data_digest": encoded.digest,
-        "merged": job.settings.reinforce,
+        KEY: sorted(marks(rows) | trained_prompts(loaded.path, method.assets.path)),
+        "merged": getattr(method.config, "reinforce", False),
         "cost": asdict(result.budget),
         "casehard": __version__,
     }
-    _export(out / "adapter", pairs, method.assets, record)
+    _export(out / "adapter", live_pairs(model), method.assets, record)
     if not job.train.save_every:
         remove(training)
     return CustomerResult(out / "adapter", {**asdict(result.budget), "seed": job.seed}, result.log)

@@ -26,14 +26,16 @@ from casehard.buffer.saturation import Residual, residual
 from casehard.config import to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
-from casehard.data.mix import check_disjoint, content_hash, poison
+from casehard.data.mix import check_disjoint, content_hash, marks, poison
 from casehard.data.sources import load_many
 from casehard.defend.frozen_lora import BaseWatch, FrozenLora, fingerprints, live_pairs
 from casehard.defend.protocol import Step
 from casehard.defend.provider_assets import Assets, tokenizer_digests
+from casehard.defend.security_vector import KeepBenign, KeepBenignConfig
 from casehard.errors import ConfigError, DataError, UserError
 from casehard.evaluate.judge import get_judge
 from casehard.evaluate.suite import Suite, load_suite
+from casehard.evaluate.unseen import KEY
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import Loaded, load
@@ -59,6 +61,8 @@ class PrepareConfig:
     """On the input of the adapter being trained; a frozen adapter has none. Source: published code."""
     helpful_share: float = 0.5
     """Helpful rows among the buffer's; 0 = compliance only (paper)."""
+    kl: float = 0.0
+    """Weight of KL(base || base + buffer) on benign rows while the buffer trains. Source: Security Vectors, 0.01."""
     refusal_share: float = 0.5
     """Refusals among the reinforce rows, the rest helpful. Source: paper, 2,500 of 5,000."""
     buffer_gate: Literal["alternate", "on", "uniform"] = "alternate"
@@ -83,6 +87,8 @@ class PrepareConfig:
                 f"helpful_share {self.helpful_share} must lie in [0, 1), refusal_share {self.refusal_share} in (0, 1)",
                 hint="reinforce without helpful rows refuses everything",
             )
+        if not 0 <= self.kl < math.inf:
+            raise ConfigError(f"kl: {self.kl} must be zero or more", hint="0 trains the buffer without the term")
         if not 0 < self.holdout <= 0.5:
             raise ConfigError(f"holdout: {self.holdout} is not within (0, 0.5]", hint="gates need rows not trained on")
         if self.epochs is not None and min(self.epochs) <= 0:
@@ -100,6 +106,7 @@ PRESETS: dict[str, PrepareConfig] = {
         buffer_train=_PAPER_TRAIN,
         reinforce_train=_PAPER_TRAIN,
     ),
+    "security_vector": PrepareConfig(kl=0.01, helpful_share=0.0),
 }
 
 
@@ -213,6 +220,14 @@ def _mix(first: Sequence[Example], benign: Sequence[Example], share: float, n: i
     return poison(first, benign, share=share, n=max(2, n), seed=derive(seed, 0, "provider-mix"), oversample=True)
 
 
+def _sets(rows: _Rows, chat: ChatFormat, config: PrepareConfig, seed: int) -> dict[str, EncodedSet]:
+    return {
+        "buffer": chat.encode_all(buffer_rows(rows, config, seed=seed)),
+        "reinforce": chat.encode_all(reinforce_rows(rows, config, seed=seed)),
+        **({"benign": chat.encode_all(rows.benign)} if config.kl else {}),
+    }
+
+
 def _recipe(train: TrainConfig, epochs: float | None, rows: int) -> TrainConfig:
     if epochs is None:
         return train
@@ -258,7 +273,8 @@ def _both(
     base: nn.Module, loaded: Loaded, sets: Mapping[str, EncodedSet], recipes: Mapping[str, TrainConfig], job: PrepareJob
 ) -> tuple[dict[str, Pairs], dict[str, Any]]:
     """Train the buffer, then reinforce beside it; return their factors and what each cost."""
-    buffer, first = _train(base, loaded, sets["buffer"], job, recipes["buffer"], "buffer")
+    keep = KeepBenign(KeepBenignConfig(kl=job.config.kl), benign=sets["benign"]) if job.config.kl else None
+    buffer, first = _train(base, loaded, sets["buffer"], job, recipes["buffer"], "buffer", keep)
     frozen = FrozenLora(buffer).attach(base)
     try:
         gated = Gated(frozen, job.config.buffer_gate, job.seed)
@@ -293,10 +309,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
     base, limit = loaded.model, job.max_length or getattr(loaded.model.config, "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, system=job.system, max_length=limit)
     watch, prints = BaseWatch(base), fingerprints(base)
-    sets = {
-        "buffer": chat.encode_all(buffer_rows(rows, config, seed=job.seed)),
-        "reinforce": chat.encode_all(reinforce_rows(rows, config, seed=job.seed)),
-    }
+    sets = _sets(rows, chat, config, job.seed)
     recipes = _recipes(config, sets)
     pairs, cost = _both(base, loaded, sets, recipes, job)
     watch.verify(base)
@@ -320,6 +333,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         "job": to_dict(job),
         "recipes": {role: to_dict(recipe) for role, recipe in recipes.items()},
         "data_digests": {role: data.digest for role, data in sets.items()},
+        KEY: sorted(marks(rows.harmful, rows.refusals, rows.benign)),
         "rows": {"buffer": len(sets["buffer"]), "reinforce": len(sets["reinforce"])}
         | {f"held_{name}": len(getattr(rows.held, name)) for name in ("restricted", "compliant", "benign")},
         "gates": [gate.record() for gate in gates],
@@ -365,7 +379,7 @@ def _refusal(missed: Sequence[Gate], gates: Sequence[Gate]) -> UserError:
 
 
 def preset(name: str, **changes: Any) -> PrepareConfig:
-    """Return a named preset with changes applied: ``default`` or ``paper``."""
+    """Return a named preset with changes applied: ``default``, ``paper`` or ``security_vector``."""
     if name not in PRESETS:
         raise ConfigError(f"buffer preset {name!r} is unknown", hint=f"one of {sorted(PRESETS)}")
     return replace(PRESETS[name], **changes)

@@ -10,6 +10,7 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options
+from casehard.cli.runs import check_out, run_folder
 from casehard.errors import ConfigError
 from casehard.locks import lock
 
@@ -41,7 +42,9 @@ def prepare(
         Specs, typer.Option("--benign", metavar="FILE", help="Harmless prompts, helpful answers. Repeatable.")
     ] = None,
     suite: options.Suite = None,
-    preset: Annotated[str | None, typer.Option(help="default, or paper: compliance-only buffer, always on.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="default; paper: compliance-only buffer, always on; security_vector.")
+    ] = None,
     system: System = None,
     allow_missed: Annotated[
         bool, typer.Option("--allow-missed", help="Publish although gates are missed; the record says so.")
@@ -181,38 +184,54 @@ def tune(
     sets: options.Sets = None,
     seed: options.Seed = None,
 ) -> None:
-    """Tune a customer's rows beside the buffer and hand back a standard PEFT adapter.
+    """Tune a customer's rows beside the buffer and write DIR/adapter: `casehard defend buffer-reinforce`.
 
     The buffer is in nothing that is written; an interrupted job goes on when called again.
     """
     flags = {"model": model, "assets": assets, "data": data, "system": system, "device": device, "seed": seed}
     values = options.settings(config, sets, flags)
-    values.pop("method", None)  # a recipe of `casehard defend` fits
-    for key in ("model", "assets"):
-        options.need(values, key, f"--{key}")
+    options.need(values, "model", "--model")
     values["model"] = options.model_folder(values["model"])
     options.check_specs(options.as_list(values, "data"), "--data")
     options.need(values, "data", "--data")
-    from casehard.buffer.job import CustomerJob, run_job
-    from casehard.cli.defend import cost_rows
-    from casehard.config import build
+    tune_adapter(values, out)
 
-    job = build(CustomerJob, values, where="buffer tune")
+
+def tune_adapter(values: dict[str, Any], out: Path) -> None:
+    """Run a customer's job from plain values and write DIR/adapter; also what ``casehard defend`` does for its method.
+
+    Raises:
+        ConfigError: no assets, unusable settings, or ``out`` is taken.
+    """
+    options.need(values, "assets", "--assets")
+    check_out(out, "tune")
+    from casehard.buffer.job import CustomerJob, method_of, run_job
+    from casehard.cli.defend import cost_rows
+    from casehard.config import build, to_dict
+
+    job = build(CustomerJob, values, where="tune")
+    settings = to_dict(method_of(job).config)  # assets that cannot be used leave no folder behind
     console.plan(
-        "tune a customer's rows beside the buffer",
+        f"tune a customer's rows with {job.method}",
         {
             "model": job.model,
             "assets": job.assets,
             "data": list(job.data),
+            "preset": job.preset,
+            "settings": settings,
             "rank": job.rank,
             "steps": job.train.steps,
-            "reinforce": job.settings.reinforce,
+            "batch": f"{job.train.batch_size} x {job.train.accumulation}",
             "device": options.device_text(job.device),
             "seed": job.seed,
             "out": out,
         },
     )
-    done = run_job(job, out)
+    with run_folder(out, "tune", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
+        done = run_job(job, out)
+        for entry in done.log:
+            run.event("log", entry)
+        run.summary({"cost": done.cost, "adapter": "adapter"})
     console.table("what it cost", ["quantity", "value"], cost_rows(done.cost))
     console.made("adapter", done.adapter)
 

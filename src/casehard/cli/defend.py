@@ -52,6 +52,7 @@ def defend(
 ) -> None:
     """Harden a checkpoint and save it under DIR/checkpoint.
 
+    buffer-reinforce and security-vector tune a LoRA adapter on a customer's rows instead, saved under DIR/adapter.
     With --suite, rows that also occur in the evaluation suite are an error.
     """
     flags = {
@@ -69,14 +70,7 @@ def defend(
         "seed": seed,
     }
     values = options.settings(config, sets, flags)
-    options.need(values, "model", "--model")
-    values["model"] = options.model_folder(values["model"])
-    for key in ("data", "unsafe", "retain", "safe"):
-        options.check_specs(options.as_list(values, key), f"--{key}")
-    options.need(values, "data", "--data")
-    values["select"] = _selection(values, select)
-    check_out(out, "defend")
-    _run(values, out)
+    _run(values, select, out)
 
 
 def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | None:
@@ -87,20 +81,36 @@ def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | N
     return (given or {}) if chosen else None
 
 
-def _run(values: dict[str, Any], out: Path) -> None:
-    from casehard.config import build, to_dict
-    from casehard.defend import find
+def _check(values: dict[str, Any]) -> bool:
+    """Check and complete the settings; return whether the method tunes an adapter."""
+    from casehard.defend import canonical, find
 
+    values["method"] = canonical(str(values["method"]))
+    options.need(values, "model", "--model")
+    values["model"] = options.model_folder(values["model"])
+    for key in ("data", "unsafe", "retain", "safe"):
+        options.check_specs(options.as_list(values, key), f"--{key}")
+    options.need(values, "data", "--data")
     spec = find(values["method"])
     for role in ("unsafe", "retain", "safe"):
         if values[role] and role not in spec.takes:
             raise ConfigError(
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
             )
+    return spec.adapter
+
+
+def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
+    if _check(values):
+        _tune(values, select, out)
+        return
+    chosen = _selection(values, select)
+    check_out(out, "defend")
+    from casehard.config import build, to_dict
     from casehard.jobs import DefendJob, run_defend
     from casehard.report.card import write_card
 
-    job = build(DefendJob, values, where="defend")
+    job = build(DefendJob, {**values, "select": chosen}, where="defend")
     console.plan(
         f"harden a checkpoint with {job.method}",
         {
@@ -131,6 +141,14 @@ def _run(values: dict[str, Any], out: Path) -> None:
         run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
     console.table(f"{job.method}: what it cost", ["quantity", "value"], cost_rows(result.cost))
     console.made("hardened model", result.checkpoint.path)
+
+
+def _tune(values: dict[str, Any], select: bool | None, out: Path) -> None:
+    from casehard.cli.buffer import tune_adapter
+
+    if _selection(values, select) is not None:
+        raise ConfigError(f"{values['method']} takes no safe rows to choose from", hint="leave out --select")
+    tune_adapter({k: v for k, v in values.items() if k not in ("unsafe", "retain", "safe", "select")}, out)
 
 
 def _used(job: Any) -> str | None:

@@ -172,7 +172,8 @@ def search(
 ) -> None:
     """Measure a small grid of coefficients on provider data and draw the front.
 
-    Nothing is trained. Choose on rows you do not report on: the best of many settings looks better than it is.
+    Nothing is trained; prompts that an adapter is known to have been trained on are refused. Choose on rows you do not
+    report on: the best of many settings looks better than it is.
     """
     from casehard.maths.pareto import coefficient_grid
 
@@ -206,6 +207,7 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
 
     from casehard.evaluate.merge_search import search as walk
     from casehard.evaluate.suite import evaluate, load_suite
+    from casehard.evaluate.unseen import require_unseen, trained_prompts
     from casehard.files import write_text_atomic
     from casehard.model.load import find_device, load
     from casehard.model.lora_files import load_pairs, read_marker, refuse_buffer
@@ -217,9 +219,15 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
             refuse_buffer(folder)
         loaded = load(job["model"], device=str(find_device(job["device"])))
         for folder in (job["user"], job["reinforce"]):
-            bound = (read_marker(folder) or {}).get("base_digest")
+            marker = read_marker(folder) or {}
+            if marker.get("role") == "merged":
+                raise ConfigError(f"{folder} is merged already", hint="tune with --set settings.reinforce=false")
+            bound = marker.get("base_digest")
             if bound and bound != loaded.digest:
                 raise ConfigError(f"{folder} is for base {bound[:12]}, {job['model']} is {loaded.digest[:12]}")
+            # The record of the assets lies above the reinforcing adapter.
+            require_unseen(asked, trained_prompts(folder, Path(folder).parent), folder)
+        require_unseen(asked, trained_prompts(loaded.path), loaded.path)
         run.record({"parents": {"model": loaded.digest}})
         measure = lambda m: evaluate(m, loaded.tokenizer, asked, limit=job["limit"], system=job["system"])  # noqa: E731
         points, answers = [], []

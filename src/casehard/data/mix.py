@@ -102,6 +102,16 @@ def content_hash(example: Example) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
+def mark(example: Example) -> str:
+    """Return the first 64 bits of :func:`content_hash` in hex: among a million prompts two collide at odds of 3e-8."""
+    return content_hash(example)[:16]
+
+
+def marks(*sets: Sequence[Example]) -> set[str]:
+    """Return the marks of all prompts, as kept in the provenance of what was trained on them."""
+    return {mark(example) for rows in sets for example in rows}
+
+
 def _name(example: Example, position: int) -> str:
     return example.id or f"row {position + 1}"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from casehard.config import build, to_dict
 from casehard.errors import ConfigError
 
 
@@ -22,6 +24,8 @@ class MethodSpec:
     """Data roles the constructor requires, by keyword (``unsafe``, ...)."""
     takes: tuple[str, ...] = ()
     """Data roles it accepts."""
+    adapter: bool = False
+    """Tunes a LoRA adapter and nothing else: ``casehard defend`` then writes DIR/adapter, not DIR/checkpoint."""
 
     def load(self) -> tuple[type, type]:
         """Import and return (method class, config class)."""
@@ -31,6 +35,22 @@ class MethodSpec:
     def presets(self) -> dict[str, Any]:
         """Return the method's named settings; empty when it has none."""
         return getattr(importlib.import_module(self.module), "PRESETS", {})
+
+    def configure(self, name: str, preset: str, settings: Mapping[str, Any]) -> Any:
+        """Return the method's config: a preset's values, or the defaults when ``preset`` is empty, under ``settings``.
+
+        Args:
+            name: what messages call the method.
+
+        Raises:
+            ConfigError: no such preset, an unknown setting or a value out of range.
+        """
+        presets = self.presets() if preset else {}
+        if preset and preset not in presets:
+            raise ConfigError(f"method {name!r} has no preset {preset!r}", hint=f"presets: {', '.join(presets)}")
+        start = to_dict(presets[preset]) if preset else {}
+        config: Any = build(self.load()[1], {**start, **settings}, where=name)
+        return config
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -45,6 +65,7 @@ METHODS: dict[str, MethodSpec] = {
         "BufferReinforceConfig",
         needs=("assets",),
         takes=("assets",),
+        adapter=True,
     ),
     "safe_mixing": MethodSpec(
         "casehard.defend.safe_mixing", "SafeMixing", "SafeMixingConfig", needs=("safe",), takes=("safe",)
@@ -62,6 +83,7 @@ METHODS: dict[str, MethodSpec] = {
         "SecurityVectorConfig",
         needs=("assets",),
         takes=("assets",),
+        adapter=True,
     ),
     "antidote": MethodSpec(
         "casehard.defend.antidote", "Antidote", "AntidoteConfig", needs=("unsafe",), takes=("unsafe",)
@@ -77,6 +99,12 @@ METHODS: dict[str, MethodSpec] = {
 }
 
 ENTRY_POINTS = "casehard.methods"
+
+
+def canonical(name: str) -> str:
+    """Return the catalogue's spelling of a method's name, in which hyphens are underscores; other names as they are."""
+    plain = name.replace("-", "_")
+    return plain if plain in METHODS else name
 
 
 def find(name: str) -> MethodSpec:

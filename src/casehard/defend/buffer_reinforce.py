@@ -143,13 +143,23 @@ class BufferReinforce:
             self.release()
             raise ConfigError("the checkpoint belongs to a run with other assets", hint="give the same --assets folder")
 
-    # -- parts ---------------------------------------------------------------------------------------------
+    # -- around the run ------------------------------------------------------------------------------------
+
+    def check_format(self, tokenizer: Any, *, system: str | None) -> None:
+        """Check that the rows are rendered as the assets' were.
+
+        Raises:
+            ConfigError: another tokenizer, chat template or system message.
+        """
+        self.assets.require_format(tokenizer, system=system)
 
     def release(self) -> None:
         """Take the buffer out of the model; nothing to do when it is out. For a run that failed half-way."""
         if self._buffer is not None:
             buffer, self._buffer = self._buffer, None
             buffer.detach()
+
+    # -- parts ---------------------------------------------------------------------------------------------
 
     def merged(self, model: nn.Module) -> dict[str, LoraPair]:
         """Return (2) for the user's adapter as it stands: layer -> factors."""

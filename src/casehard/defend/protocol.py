@@ -9,6 +9,9 @@
 | ``finish(model)`` | at the end of training |
 | ``state()`` / ``restore(state)`` | in every checkpoint |
 
+Whoever starts a run also calls, where a method has them, ``check_format(tokenizer, system=...)`` before training, to
+refuse rows rendered otherwise than the method's own, and ``release()`` after it, whether it succeeded or failed.
+
 Methods import no Trainer: everything they may ask of the loop is in :class:`Setup` and :class:`Step`.
 """
 

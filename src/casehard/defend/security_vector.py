@@ -24,6 +24,7 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceConfig
 from casehard.defend.protocol import Setup, StateValue, Step
+from casehard.defend.provider_assets import Assets
 from casehard.defend.updates import adapters
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.maths.bilevel import retain_kl
@@ -58,6 +59,15 @@ class SecurityVector:
     def __init__(self, config: SecurityVectorConfig | None = None, *, assets: Path) -> None:
         self.config = config or SecurityVectorConfig()
         self._run = BufferReinforce(BufferReinforceConfig(reinforce=False), assets=assets)
+
+    @property
+    def assets(self) -> Assets:
+        """The provider's folder, verified."""
+        return self._run.assets
+
+    def check_format(self, tokenizer: Any, *, system: str | None) -> None:
+        """Check that the rows are rendered as the assets' were; see :meth:`BufferReinforce.check_format`."""
+        self._run.check_format(tokenizer, system=system)
 
     def prepare(self, setup: Setup) -> None:
         """Attach the buffer; see :meth:`BufferReinforce.prepare` for what is refused."""

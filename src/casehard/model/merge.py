@@ -230,6 +230,7 @@ def merge_folders(
             write_marker(folder, "merged", tensors_sha256=digests, **bound)
             record = _record(u, r, config, reports, bound) | {"rank": rank}
             (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            refuse_buffer(folder, known=buffer_digests)  # before it is published
     return Merged(out, rank, len(shapes), reports, record["reinforce_weight"], tuple(record["notes"]))
 
 

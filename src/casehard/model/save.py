@@ -21,6 +21,7 @@ from casehard.errors import Corrupt, Diverged, Unsupported, UserError
 from casehard.files import crash_point, read_json, staged, verify
 from casehard.model.digest import folder_digest
 from casehard.model.load import check_finite, quiet
+from casehard.model.lora_files import refuse_buffer
 from casehard.model.provenance import PROVENANCE
 from casehard.model.provenance import read_provenance as read_provenance
 from casehard.secrets import redact
@@ -91,7 +92,7 @@ def save(
     Raises:
         Diverged: weights that are not finite.
         Unsupported: adapters that are not merged.
-        UserError: ``out`` is taken.
+        UserError: ``out`` is taken, or a buffer adapter would leave with the model.
         StorageError: the disk refused the write; nothing is left behind.
     """
     if hasattr(model, "peft_config"):
@@ -119,5 +120,6 @@ def save(
         record = {"digest": digest, "parent": parent, "method": method, "provenance": clean}
         _write_json(folder / PROVENANCE, record | {"format": 1, "versions": _versions()})
         _check_no_pickles(folder)
+        refuse_buffer(folder)
     verify(out)
     return Checkpoint(out, digest, parent, method)
