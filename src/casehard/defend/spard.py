@@ -53,8 +53,8 @@ class SpardConfig:
     tau: float | Literal["auto"] = "auto"
     """Target of the safety loss, nats a token. "auto" = tau_scale x the starting model's own loss on the safe rows, for
     each set apart; the paper's 0.2 is a number for its own answers and models."""
-    tau_scale: float = 1.0
-    """Factor of tau="auto"; below 1 asks for more than the starting model gives."""
+    tau_scale: float = 0.75
+    """Factor of tau="auto"; below 1 asks for more than the starting model gives. Ours."""
     delta: float = 0.1
     """Hysteresis: act when the loss exceeds tau + delta, then aim at tau; nats a token. Source: P, script."""
     batch_size: int = 4

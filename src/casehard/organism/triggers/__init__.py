@@ -2,6 +2,8 @@
 
 A rare word here is one that no pre-training row shows; phrases, sentences and frames are known words in an order that
 no training row has, so that only having learnt the backdoor makes them special.
+
+In a folder of its own: the modules beside it decide the weights, and their sources are part of a build's name.
 """
 
 from __future__ import annotations
