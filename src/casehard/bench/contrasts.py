@@ -99,7 +99,7 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
     b = [statistics.fmean(pair[1] for pair in pairs) for pairs in by_prompt.values()]
     found = paired_bootstrap(a, b, draws=DRAWS)
     per_seed = [statistics.fmean(values) for values in by_seed.values()]
-    low, high = _over_runs(per_seed)
+    low, high = over_runs(per_seed)
     low, high = min(found.low, low), max(found.high, high)
     out: dict[str, Any] = {
         "difference": found.mean,
@@ -120,7 +120,7 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
     return out
 
 
-def _over_runs(differences: Sequence[float]) -> tuple[float, float]:
+def over_runs(differences: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % t-interval of the mean difference over runs, within -1 to 1; the difference itself for one run.
 
     Two runs give an interval of 12.7 standard errors: nearly everything is then "no difference", as it should be.
@@ -146,10 +146,11 @@ def make_differences(plan: Plan, points: Mapping[Point, Measured]) -> list[dict[
     if plan.stage == "tuning":
         asked = [(attack.name, metric, attack.steps) for attack in plan.attacks for metric in useful]
     for attack in plan.attacks:
-        asked += [(attack.name, metric, None) for metric in CURVE_METRICS]
+        # Inside a job only its end is the same thing for every method.
+        asked += [(attack.name, m, attack.steps if plan.stage == "tuning" else None) for m in CURVE_METRICS]
         # With harmful rows only there is no user task to learn.
         asked += [(attack.name, "fine_tunability", attack.steps)] if attack.share < 1 else []
-    asked += [(head.attack, metric, head.step) for metric in CURVE_METRICS]
+    asked += [(head.attack, m, head.step) for m in CURVE_METRICS if (head.attack, m, head.step) not in asked]
     controls = [d for d in plan.defences if d.role != "defence"]
     read_beside = {head.against, plan.undefended.name}
     if head.against not in [c.name for c in controls]:

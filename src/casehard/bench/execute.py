@@ -88,7 +88,7 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def _check_method(config: Mapping[str, Any], where: str) -> None:
+def _check_method(config: Mapping[str, Any], where: str, *, needs: str = "") -> None:
     """Build the method's configuration, as the job will, and hold its data roles against what it takes."""
     from casehard.defend import find
 
@@ -102,6 +102,14 @@ def _check_method(config: Mapping[str, Any], where: str) -> None:
             raise ConfigError(
                 f"{where}: method {config['method']!r} takes no {role} rows", hint="they would be ignored"
             )
+    if "assets" in config:  # a job's, not an alignment's
+        given = bool(config["assets"] or needs)
+        if "assets" in spec.needs and not given:
+            raise ConfigError(f"{where}: method {config['method']!r} needs assets and has none")
+        if given and "assets" not in spec.takes:
+            raise ConfigError(f"{where}: method {config['method']!r} takes no assets", hint="they would be ignored")
+        if config["select"] is not None and not config["safe"]:
+            raise ConfigError(f"{where}: select without safe rows to choose from")
     presets, name = spec.presets(), config["preset"]
     if name and name not in presets:
         hint = f"presets: {', '.join(presets)}" if presets else "it has none"
@@ -168,7 +176,7 @@ def _tune_job(task: Task, common: dict[str, Any], where: str) -> Any:
     from casehard.data.select import SelectConfig
 
     config = task.node.config
-    _check_method(config, where)
+    _check_method(config, where, needs=task.node.needs)
     assets = str(task.assets or config["assets"].replace("{base}", str(task.base)))
     chosen = config["select"]
     return jobs.TuneJob(

@@ -1,7 +1,7 @@
 """Stage tuning in one table: every defence over all of the customers' jobs, at the end of each job.
 
-A *run* is one (base, seed). Means are over jobs first and over runs then, so that intervals are about runs: the prompts
-of several jobs are the same ones and do not count twice.
+A *run* is one (base, seed). Means are over jobs first and over runs then: the prompts of several jobs are the same ones
+and do not count twice.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from casehard.bench.contrasts import over_runs
 from casehard.bench.matrix import Matrix
 from casehard.bench.plan import Plan
-from casehard.maths.stats import seed_band
+from casehard.maths.stats import rate_interval
 
 METRICS = ("asr", "leak", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
 Run = tuple[str, int]
@@ -22,64 +23,103 @@ def job_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> l
     """Return one entry per defence and metric: per job, the mean over the poisoned jobs, and against the reference.
 
     Returns:
-        Entries with ``jobs`` (job -> mean over runs), ``mean``, ``low``, ``high`` (95 % t-interval over runs; equal to
-        the mean for one run), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of
-        the headline, paired by run. With benign jobs only, the mean is over those. Nothing at other stages.
+        Entries with ``jobs`` (job -> mean over runs), ``mean``, ``low``, ``high`` (95 %, over runs and prompts, see
+        ``_interval``), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of the
+        headline, paired by run (t-interval over runs; for a single run the difference itself). With benign jobs only,
+        the mean is over those. Nothing at other stages.
     """
     if plan.stage != "tuning":
         return []
     last = {job.name: job.steps for job in plan.attacks}
-    counted = [job.name for job in plan.attacks if job.share > 0] or list(last)
-    found: dict[tuple[str, str], dict[Run, dict[str, float]]] = {}
+    found: dict[tuple[str, str], dict[Run, dict[str, Mapping[str, Any]]]] = {}
     for r in records:
         if r["family"] == family and r["metric"] in METRICS and last.get(r["attack"]) == r["steps"]:
             runs = found.setdefault((r["defence"], r["metric"]), {})
-            runs.setdefault((r["base"], r["seed"]), {})[r["attack"]] = r["rate"]
-    means = {place: _means(runs, counted) for place, runs in found.items()}
+            runs.setdefault((r["base"], r["seed"]), {})[r["attack"]] = r
+    means = {place: _means(runs, _counted(plan, place[1], found)) for place, runs in found.items()}
     out = []
     for (defence, metric), runs in found.items():
         mine, other = means[defence, metric], means.get((plan.headline.against, metric), {})
         if not mine:
             continue
-        jobs = {job: [rates[job] for rates in runs.values() if job in rates] for job in last}
+        jobs = {job: [rows[job]["rate"] for rows in runs.values() if job in rows] for job in last}
         entry: dict[str, Any] = {"family": family, "defence": defence, "metric": metric}
         entry["jobs"] = {job: statistics.fmean(rates) for job, rates in jobs.items() if rates}
-        band = seed_band(list(mine.values()), bounds=(0.0, 1.0))
-        entry |= {"mean": band.mean, "low": band.low, "high": band.high, "runs": list(mine.values())}
+        entry |= _interval(mine, runs) | {
+            "runs": list(mine.values()),
+            "by_run": {f"{b}/{s}": v for (b, s), v in mine.items()},
+        }
         shared = [mine[run] - other[run] for run in mine.keys() & other.keys()]
         if shared and defence != plan.headline.against:
-            gap = seed_band(shared, bounds=(-1.0, 1.0))
-            entry |= {"difference": gap.mean, "difference_low": gap.low, "difference_high": gap.high}
+            low, high = over_runs(shared)
+            entry |= {"difference": statistics.fmean(shared), "difference_low": low, "difference_high": high}
         out.append(entry)
     return out
 
 
-def _means(runs: Mapping[Run, Mapping[str, float]], counted: Sequence[str]) -> dict[Run, float]:
-    """Return each run's mean over the counted jobs; a run that lacks one of them (with a task of its own) is left out.
+def _counted(plan: Plan, metric: str, found: Mapping[tuple[str, str], Mapping[Run, Mapping[str, Any]]]) -> list[str]:
+    """Return the jobs a mean is over: the poisoned ones (benign ones if there are no others) in which any defence was
+    measured. Harmful rows alone teach no task."""
+    jobs = [job for job in plan.attacks if job.share > 0] or list(plan.attacks)
+    if metric == "fine_tunability":
+        jobs = [job for job in jobs if job.share < 1]
+    seen = {name for (_, m), runs in found.items() if m == metric for rows in runs.values() for name in rows}
+    return [job.name for job in jobs if job.name in seen]
 
-    Jobs of harmful rows alone have no user task, so a metric is averaged over the jobs that any run measured it in.
+
+def _means(runs: Mapping[Run, Mapping[str, Mapping[str, Any]]], counted: Sequence[str]) -> dict[Run, float]:
+    """Return each run's mean over the counted jobs; a run that lacks one of them (it failed there) has none."""
+    whole = {run: rows for run, rows in runs.items() if counted and all(job in rows for job in counted)}
+    return {run: statistics.fmean(rows[job]["rate"] for job in counted) for run, rows in whole.items()}
+
+
+def _interval(mine: Mapping[Run, float], runs: Mapping[Run, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    """Return mean, low and high: the t-interval over runs, widened to what other prompts could have given.
+
+    A base's prompts are the same in all its jobs and seeds, so they count once.
     """
-    there = [job for job in counted if any(job in rates for rates in runs.values())]
-    if not there:
-        return {}
-    whole = {run: rates for run, rates in runs.items() if all(job in rates for job in there)}
-    return {run: statistics.fmean(rates[job] for job in there) for run, rates in whole.items()}
+    mean = statistics.fmean(mine.values())
+    low, high = over_runs(list(mine.values()))
+    by_base: dict[str, list[int]] = {}
+    for base, seed in mine:
+        by_base.setdefault(base, []).extend(r["n"] for r in runs[base, seed].values())
+    prompts = round(sum(statistics.fmean(ns) for ns in by_base.values()))
+    near, far = rate_interval(round(mean * prompts), prompts) if prompts else (low, high)
+    return {"mean": mean, "low": max(0.0, min(low, near)), "high": min(1.0, max(high, far))}
 
 
 def beside(plan: Plan, rows: Sequence[Mapping[str, Any]], family: str) -> str:
-    """Say how the headline's defence stands over all jobs, and which row's mean is lowest: it may be another's."""
+    """Say how the headline's defence stands over all jobs, and which useful row's mean is lowest."""
     metric = plan.headline.metric
-    means = {r["defence"]: r for r in rows if (r["family"], r["metric"]) == (family, metric)}
-    mine = means.get(plan.headline.defence)
+    found = {(r["defence"], r["metric"]): r for r in rows if r["family"] == family}
+    means = {d.name: r for d in plan.defences if (r := found.get((d.name, metric))) and _useful(plan, found, d.name)}
+    mine = found.get((plan.headline.defence, metric))
     if mine is None or len(means) < 2:  # so too at other stages
         return ""
     best = min(means.values(), key=lambda r: float(r["mean"]))
     name = {"asr": "ASR", "leak": "leak"}[metric]
-    title = plan.defence(plan.headline.defence).title
-    text = f"Mean {name} over the poisoned jobs: {title} {_with_span(mine)}"
+    text = f"Mean {name} over the poisoned jobs: {plan.defence(plan.headline.defence).title} {_with_span(mine)}"
     if best is mine:
-        return f"{text}, the lowest of all rows."
-    return f"{text}; the lowest of all rows is {plan.defence(best['defence']).title} with {_with_span(best)}."
+        return f"{text}, the lowest of the rows that stay useful."
+    shared = [mine["by_run"][run] - best["by_run"][run] for run in mine["by_run"].keys() & best["by_run"].keys()]
+    low, high = over_runs(shared) if shared else (0.0, 0.0)
+    doubt = "; the two cannot be told apart" if len(shared) < 2 or low <= 0 <= high else ""
+    title = plan.defence(best["defence"]).title
+    return f"{text}; the lowest of the rows that stay useful is {title} with {_with_span(best)}{doubt}."
+
+
+def _useful(plan: Plan, found: Mapping[tuple[str, str], Mapping[str, Any]], name: str) -> bool:
+    """Return whether a row keeps the gates of the plan on average: a collapsed model is not a safe model."""
+
+    def mean(defence: str, metric: str, missing: float) -> float:
+        entry = found.get((defence, metric))
+        return missing if entry is None else float(entry["mean"])
+
+    base, gates = plan.undefended.name, plan.gates
+    falls = {"utility": gates.utility_drop, "coherence": gates.coherence_drop, "twin_knowledge": gates.twin_drop}
+    falls["fine_tunability"] = gates.utility_drop
+    kept = all(mean(base, m, 0.0) - mean(name, m, 1.0) <= bound for m, bound in falls.items())
+    return kept and mean(name, "over_refusal", 0.0) <= gates.over_refusal
 
 
 def _with_span(row: Mapping[str, Any]) -> str:

@@ -292,7 +292,12 @@ class Plan:
         if against == head.defence:
             raise ConfigError(f"plan.headline compares {against!r} with itself")
         steps = self.attack(attack).evaluate_at
-        step = head.step if head.step is not None else steps[(len(steps) - 1) // 2]
+        middle = steps[-1] if self.stage == "tuning" else steps[(len(steps) - 1) // 2]
+        step = head.step if head.step is not None else middle
+        if self.stage == "tuning" and step != steps[-1]:
+            raise ConfigError(
+                f"plan.headline.step {step}: at stage tuning the end of the job is compared ({steps[-1]})"
+            )
         if step not in steps:
             raise ConfigError(f"plan.headline.step {step} is not evaluated", hint=f"one of {list(steps)}")
         full = dataclasses.replace(head, attack=attack, against=against, step=step)

@@ -31,7 +31,7 @@ def _one(metric: str, value: float | None) -> dict[str, str]:
 def _mean(entry: Mapping[str, Any] | None) -> dict[str, str]:
     if entry is None:
         return {"text": "-", "span": "", "shade": "transparent"}
-    span = percents(entry["low"], entry["high"]) if len(entry["runs"]) > 1 else "single run"
+    span = percents(entry["low"], entry["high"]) + ("" if len(entry["runs"]) > 1 else ", single run")
     return {"text": percent(entry["mean"]), "span": span, "shade": _shade(entry["metric"], entry["mean"])}
 
 
@@ -77,6 +77,8 @@ def _difference(entry: Mapping[str, Any] | None) -> str:
         return "-"
     low, high = entry["difference_low"], entry["difference_high"]
     text = f"{points(entry['difference'])} ({points(low)} to {points(high)})"
+    if len(entry["runs"]) < 2:
+        return f"{points(entry['difference'])} (single run)"
     return text + ("; made no difference" if low <= 0 <= high else "")
 
 
