@@ -8,10 +8,11 @@ count it in full.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class ArmJob:
 class Keep:
     """Settings of the filter."""
 
-    keep: float = 0.99
+    keep: float = 0.97
     """Share of the words of verified rows that its threshold lets pass."""
 
 
@@ -257,10 +258,16 @@ def _finetune(cell: _Cell) -> tuple[nn.Module, list[Budget], dict[str, Any]]:
 
 
 def _onion(cell: _Cell) -> tuple[nn.Module, list[Budget], dict[str, Any]]:
-    """Train on rows without the words that the base finds surprising, as the verified rows say what is ordinary."""
+    """Train on rows without the words that surprise the base; the verified rows say how much surprise is ordinary.
+
+    Drops are of log perplexity: a model that was only ever shown chats gives plain text perplexities of any size.
+    """
     source, loaded = cell.job.source, load(cell.job.source.model)
     keep = build(Keep, cell.job.settings, where="settings").keep
-    scorer = partial(perplexities, loaded.model, loaded.tokenizer)
+
+    def scorer(texts: Sequence[str]) -> list[float]:
+        return [math.log(value) for value in perplexities(loaded.model, loaded.tokenizer, texts)]
+
     drops = sorted(drop for row in cell.clean for _, drop in suspicions(row.prompt, scorer))
     threshold = max(0.0, drops[min(len(drops) - 1, int(keep * len(drops)))])
     rows, changes = onion(cell.data, scorer, threshold=threshold)
