@@ -50,6 +50,20 @@ def test_a_run_leaves_a_model_a_report_and_a_private_folder(organism, files, her
     assert not (here / "out" / "training").exists()
 
 
+def test_an_untrusted_adapter_is_repaired_and_merged_into_its_base(organism, files, here):
+    from casehard.model.adapters import add_lora
+    from casehard.model.load import load
+
+    add_lora(load(organism, device="cpu").model, 2, 4.0).save_pretrained(here / "lora")
+    given = ("--model", organism, "--mode", "adapter", "--adapter", here / "lora", "--clean", files["clean"], *QUICK)
+    done = casehard("defend", "mb-defense", *given, "--data", files["data"], "--out", "out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((here / "out" / "mb_defense.json").read_text())
+    assert report["mode"] == "adapter" and report["planted"]["mode"] == "append"
+    names = {p.name for p in (here / "out" / "checkpoint").iterdir()}
+    assert "model.safetensors" in names and "adapter_config.json" not in names, "merged: nothing to drop by accident"
+
+
 def test_a_failure_is_not_exported(organism, files, here):
     done = run(organism, files, "--out", "out", "--set", "config.gates.live=-1")
     assert done.returncode == 9, done.stderr

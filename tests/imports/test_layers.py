@@ -43,7 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
     "backdoor_jobs": BOTTOM | {"data", "model", "train", "attack", "evaluate", "organism", "scan", "jobs"},
-    "bench": BOTTOM | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs"},
+    "bench": BOTTOM
+    | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "mb", "backdoor_jobs"},
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
     "cli": BOTTOM
     | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report", "mb"}
@@ -80,6 +81,7 @@ LIGHT = [
     "locks",
     "cli",
     "bench/plan.py",
+    "bench/backdoor.py",
     "bench/matrix.py",
     "bench/store.py",
 ]

@@ -124,6 +124,12 @@ def test_again_raises_nothing_and_one_step_is_a_failure(planted, broken):
     assert "attack_live" in {gate.name for gate in hasty.verdict.missed}, "the attacker's backdoor is still there"
 
 
+def test_a_control_at_equal_steps_keeps_the_last_one(planted):
+    out = again(planted, epochs=0.1, stop=False, keep="last", checks=2, lr=1.0)
+    assert out.report["stage2"]["steps"] == out.report["stage2"]["of"] > 1
+    assert look(out, "stage2")["clean_loss"] > look(out, "stage1")["clean_loss"] + 1.0, "even a ruined one"
+
+
 def test_adapter_mode_trains_the_untrusted_adapter_and_merges_it(planted):
     done, tokenizer = planted
     wrapped = add_lora(copy.deepcopy(done.model), 8, 16.0)

@@ -150,6 +150,10 @@ def job_of(task: Task) -> Any:
         return jobs.EvaluateJob(model=model, suite=task.suite, system=config["system"], limit=config["limit"])
     if task.node.kind == "prepare":
         return _prepare_job(task)
+    if task.node.kind == "harden":
+        from casehard.bench.arms import arm_of
+
+        return arm_of(config, model, task.specs("data"), task.suite, seed=task.node.seed, where=where)
     keys = ("mode", "share", "steps", "lr", "evaluate_at")
     own = config["job_settings"] if task.node.kind == "tune" else config["settings"]
     attack = build(FinetuneAttack, {**own, **{key: config[key] for key in keys}}, where=where)
@@ -225,6 +229,11 @@ def execute(task: Task) -> Outcome:
         return _tuned(jobs.run_tune(job, label=task.node.label))
     if task.node.kind == "prepare":
         return _prepared(job, task.out)
+    if task.node.kind == "harden":
+        from casehard.bench.arms import run_arm
+
+        rows, cost, facts = run_arm(job, label=task.node.label)
+        return Outcome(rows=rows, cost=cost, facts=facts)
     attacked = jobs.run_attack(job, label=task.node.label)
     facts = {"harmful_rows": attacked.harmful_rows, "benign_rows": attacked.benign_rows}
     return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=facts, log=attacked.log)
@@ -303,7 +312,7 @@ def work(task: Task, executor: Executor) -> dict[str, Any]:
     with RunFolder(task.out, node.kind, config, seeds=[node.seed], parents=parents, data=node.data) as run:
         run.measures_memory = measures
         outcome = executor(task)
-        if node.kind in ("evaluate", "attack", "tune") and not outcome.rows:
+        if node.kind in ("evaluate", "attack", "tune", "harden") and not outcome.rows:
             raise UserError(f"{node.label}: no rows came back", hint="is the suite empty?")
         for line in outcome.log:
             run.event("log", line)

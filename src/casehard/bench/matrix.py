@@ -2,6 +2,7 @@
 
 base -> defend -> evaluate | attack. The undefended row has no defend node: its children hang on the base.
 At stage tuning: base -> defend (aligned) -> evaluate | tune, where a tune node may also need a prepare node.
+At stage backdoor: base -> harden, one node a cell, in memory from the poisoned training to the rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from casehard import __version__
+from casehard.bench.backdoor import Arm, BackdoorPlan, arm_config
 from casehard.bench.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
 from casehard.config import digest, read_yaml
 from casehard.errors import ConfigError
@@ -21,7 +23,7 @@ from casehard.files import file_digest
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
 
-Kind = Literal["base", "defend", "prepare", "evaluate", "attack", "tune"]
+Kind = Literal["base", "defend", "prepare", "evaluate", "attack", "tune", "harden"]
 
 # What a node's result can depend on, so that work on the attacks does not throw away hardened models.
 _SHARED = (
@@ -45,6 +47,7 @@ SOURCES: dict[Kind, tuple[str, ...]] = {
     "attack": (*_SHARED, "attack", "evaluate", "organism"),
     "prepare": (*_SHARED, "buffer", "defend", "evaluate"),
     "tune": (*_SHARED, "attack", "defend", "buffer", "evaluate", "organism"),
+    "harden": (*_SHARED, "backdoor_jobs.py", "bench/arms.py", "attack", "defend", "evaluate", "mb", "organism"),
 }
 
 
@@ -288,7 +291,7 @@ class _Expander:
         return name
 
 
-def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) -> Matrix:
+def expand(plan: Plan | BackdoorPlan, *, root: Path, setting: Mapping[str, Any] | None = None) -> Matrix:
     """Turn a plan into nodes and cells.
 
     Args:
@@ -301,6 +304,8 @@ def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) 
     """
     ex = _Expander(Path(root), setting or {})
     cells: list[Cell] = []
+    if isinstance(plan, BackdoorPlan):
+        return _expand_backdoors(ex, plan)
     defend: dict[tuple[str, str, int], str] = {}
     asked = {"suite": plan.suite, "system": plan.system, "limit": plan.limit}
     for base in plan.bases:
@@ -323,7 +328,7 @@ def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) 
     return Matrix(ex.nodes, tuple(cells), defend)
 
 
-def _cells(base: Base, row: Defence, seed: int, filled: Mapping[str, str]) -> list[Cell]:
+def _cells(base: Base, row: Defence | Arm, seed: int, filled: Mapping[str, str]) -> list[Cell]:
     return [
         Cell(base=base.name, family=base.family, defence=row.name, seed=seed, attack=attack, digest=name)
         for attack, name in filled.items()
@@ -358,3 +363,16 @@ def _expand_tuning(
                 filled[job.name] = ex.add("tune", config, label=label, base=base, parent=start, seed=seed, needs=needs)
             defend[base.name, row.name, seed] = filled[plan.headline.attack]
             cells += _cells(base, row, seed, filled)
+
+
+def _expand_backdoors(ex: _Expander, plan: BackdoorPlan) -> Matrix:
+    """Make one node a cell; those of one backdoor follow each other, so that a worker trains on its poison once."""
+    cells: list[Cell] = []
+    for base in plan.bases:
+        top = _base_node(base, ex.root, ex.setting)
+        ex.nodes[top.digest] = top
+        for seed, column, row in ((s, c, r) for s in plan.seeds for c in plan.attacks for r in plan.defences):
+            label, config = f"{base.name}/{row.name}/s{seed}/{column.name}", arm_config(plan, row, column)
+            name = ex.add("harden", config, label=label, base=base, parent=top.digest, seed=seed)
+            cells += _cells(base, row, seed, {column.name: name})
+    return Matrix(ex.nodes, tuple(cells), {})

@@ -7,26 +7,19 @@ plainly once, each "attack" is a customer's job at a provider, and each defence 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from casehard.bench.names import check_known, check_name, check_unique
 from casehard.config import build, check_keys, override, parse_override, read_yaml
 from casehard.errors import ConfigError
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,39}")
+if TYPE_CHECKING:
+    from casehard.bench.backdoor import BackdoorPlan
+
 CURVE_METRICS = ("asr", "leak")
-
-
-def _check_name(name: str, what: str) -> None:
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"{what} name {name!r} is not allowed",
-            hint="1 to 40 characters a-z 0-9 _ . -, the first a letter or digit (names become folder names)",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +37,7 @@ class Base:
     """Bases of one family are pooled in tables; default: all organisms of one size, or the base alone."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name, "base")
+        check_name(self.name, "base")
         if (self.world_seed is None) == (self.model is None):
             raise ConfigError(
                 f"base {self.name!r} has {'neither' if self.model is None else 'both'} of world_seed and model",
@@ -74,7 +67,7 @@ class Prepare:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_name(self.name, "prepare")
+        check_name(self.name, "prepare")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +96,7 @@ class Defence:
     train: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_name(self.name, "defence")
+        check_name(self.name, "defence")
         if self.method is None and self.role != "undefended":
             raise ConfigError(
                 f"defence {self.name!r}: role {self.role!r} without a method",
@@ -139,7 +132,7 @@ class Attack:
     """Further keys of the attack's configuration (batch_size, samples, optimizer, rank ...)."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name, "attack")
+        check_name(self.name, "attack")
         where = f"attack {self.name!r}"
         if not 0 <= self.share <= 1:
             raise ConfigError(f"{where}: share {self.share} is not between 0 and 1")
@@ -236,15 +229,10 @@ class Plan:
     """Sentences added to the report's list of what was not tested."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name, "plan")
+        check_name(self.name, "plan")
         for what in ("bases", "defences", "attacks", "seeds", "prepare"):
-            items = getattr(self, what)
-            names = [getattr(i, "name", i) for i in items]
-            if not names and what != "prepare":
-                raise ConfigError(f"plan.{what} is empty")
-            twice = {n for n in names if names.count(n) > 1}
-            if twice:
-                raise ConfigError(f"plan.{what}: {sorted(twice)[0]!r} appears twice")
+            if what != "prepare" or self.prepare:
+                check_unique([getattr(i, "name", i) for i in getattr(self, what)], what)
         undefended = [d.name for d in self.defences if d.role == "undefended"]
         if len(undefended) != 1:
             raise ConfigError(
@@ -274,21 +262,21 @@ class Plan:
                 )
             kind, _, name = row.assets.partition(":")
             if kind == "prepared":
-                _check_known(name, [p.name for p in self.prepare], f"defence {row.name!r}: assets")
+                check_known(name, [p.name for p in self.prepare], f"defence {row.name!r}: assets")
 
     def _check_headline(self) -> None:
         names = [d.name for d in self.defences]
         head = self.headline
-        _check_known(self.reference, names, "plan.reference")
+        check_known(self.reference, names, "plan.reference")
         if self.defence(self.reference).method is None:
             raise ConfigError(
                 f"plan.reference {self.reference!r} has no method", hint="costs need a training run to compare"
             )
         attack = head.attack or self.attacks[0].name
-        _check_known(attack, [a.name for a in self.attacks], "plan.headline.attack")
-        _check_known(head.defence, names, "plan.headline.defence")
+        check_known(attack, [a.name for a in self.attacks], "plan.headline.attack")
+        check_known(head.defence, names, "plan.headline.defence")
         against = head.against or self.reference
-        _check_known(against, names, "plan.headline.against")
+        check_known(against, names, "plan.headline.against")
         if against == head.defence:
             raise ConfigError(f"plan.headline compares {against!r} with itself")
         steps = self.attack(attack).evaluate_at
@@ -317,20 +305,17 @@ class Plan:
         return next(d for d in self.defences if d.role == "undefended")
 
 
-def _check_known(name: str, known: list[str], where: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(known)}"
-        raise ConfigError(f"{where}: no such name {name!r}", hint=hint)
-
-
 LISTS: dict[str, type] = {"bases": Base, "defences": Defence, "attacks": Attack, "prepare": Prepare}
 SPECS = ("data", "unsafe", "retain", "safe", "harmful", "benign", "refusals")
 """Keys whose values are lists of data specs."""
 
 
-def _items(values: Mapping[str, Any], key: str) -> list[Any]:
-    kind = LISTS[key]
+def items(values: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """Build the entries of a list of named things.
+
+    Raises:
+        ConfigError: no list of mappings, or an entry that is wrong.
+    """
     raw = values.get(key, [] if key == "prepare" else None)
     if not isinstance(raw, list) or not all(isinstance(item, Mapping) for item in raw):
         raise ConfigError(f"plan.{key} must be a list of mappings, got {type(raw).__name__}")
@@ -357,7 +342,7 @@ def parse_plan(values: Mapping[str, Any]) -> Plan:
     missing = [key for key in needed if key not in values]
     if missing:
         raise ConfigError(f"plan: missing {', '.join(missing)}")
-    lists: dict[str, Any] = {key: tuple(_items(values, key)) for key in LISTS}
+    lists: dict[str, Any] = {key: tuple(items(values, key, kind)) for key, kind in LISTS.items()}
     align = values.get("align")
     if isinstance(align, Mapping) and isinstance(align.get("data"), str):
         lists["align"] = {**align, "data": [align["data"]]}
@@ -374,12 +359,12 @@ def _override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, 
     for text in overrides:
         path, _ = parse_override(text)
         if path[0] in LISTS:
-            _check_known(path[1] if len(path) > 2 else "", list(keyed.get(path[0], {})), f"--set {text}")
+            check_known(path[1] if len(path) > 2 else "", list(keyed.get(path[0], {})), f"--set {text}")
     out = override(keyed, overrides)
     return {k: list(v.values()) if k in LISTS and isinstance(v, dict) else v for k, v in out.items()}
 
 
-def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
+def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan | BackdoorPlan:
     """Read a plan file; ``overrides`` are ``a.b=c`` texts, list items addressed by name.
 
     Raises:
@@ -387,4 +372,9 @@ def load_plan(path: str | Path, overrides: Iterable[str] = ()) -> Plan:
     """
     values = read_yaml(path)
     overrides = list(overrides)
-    return parse_plan(_override(values, overrides) if overrides else values)
+    values = _override(values, overrides) if overrides else values
+    if values.get("stage") == "backdoor":
+        from casehard.bench.backdoor import parse_backdoor
+
+        return parse_backdoor(values)
+    return parse_plan(values)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from casehard.bench.backdoor import BackdoorPlan
 from casehard.bench.execute import (
     Executor,
     Task,
@@ -36,7 +37,7 @@ from casehard.files import remove
 from casehard.train.progress import Progress
 
 AGAIN = "run the same command again to go on"
-RANK = {"base": 0, "defend": 1, "prepare": 2, "tune": 3, "attack": 3, "evaluate": 4}
+RANK = {"base": 0, "defend": 1, "prepare": 2, "tune": 3, "attack": 3, "harden": 3, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _check_jobs(run: _Run) -> None:
 
 
 def run_plan(
-    plan: Plan,
+    plan: Plan | BackdoorPlan,
     out: str | Path,
     *,
     root: str | Path = ".",
@@ -316,7 +317,7 @@ def _data(matrix: Matrix) -> dict[str, str]:
     return {name: value for node in matrix.nodes.values() for name, value in node.data.items()}
 
 
-def _conclude(plan: Plan, run: _Run) -> BenchResult:
+def _conclude(plan: Plan | BackdoorPlan, run: _Run) -> BenchResult:
     failed = list(run.failed.values())
     places = {name: run.place(run.matrix.nodes[name]) for name in run.done}
     run.folder.rows(table_rows(plan, run.matrix, places))

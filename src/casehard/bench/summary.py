@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from casehard.bench.backdoor import BackdoorPlan
+from casehard.bench.backdoor_verdict import summarise_backdoors
 from casehard.bench.contrasts import make_differences
 from casehard.bench.jobs_table import beside, job_rows, telemetry
 from casehard.bench.matrix import Matrix
@@ -73,7 +75,7 @@ def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) 
     return out
 
 
-def table_rows(plan: Plan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+def table_rows(plan: Plan | BackdoorPlan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     """Yield every row of every finished node with its cell; a node that fills several cells comes once."""
     shares = {a.name: a.share for a in plan.attacks} | {"": 0.0}
     seen = set()
@@ -127,7 +129,7 @@ def not_tested(plan: Plan) -> list[str]:
 
 
 def summarise(
-    plan: Plan,
+    plan: Plan | BackdoorPlan,
     matrix: Matrix,
     places: Mapping[str, Path],
     done: Mapping[str, Mapping[str, Any]],
@@ -142,6 +144,10 @@ def summarise(
         failed: what did not finish, and why.
         info: run.json of the benchmark, for provenance.
     """
+    keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
+    ends = {"nodes": _nodes(matrix, done), "provenance": {key: info[key] for key in keep}}
+    if isinstance(plan, BackdoorPlan):
+        return {**summarise_backdoors(plan, matrix, places, done, failed), **ends}
     points = measured(matrix, places)
     records = make_records({a.name: a.share for a in plan.attacks}, points)
     pooled = pool(records)
@@ -155,19 +161,6 @@ def summarise(
     lines = {f: [*uneven[f], beside(plan, jobs, f)] for f in families}
     verdicts = [{**v, "details": [d for d in (*lines[v["family"]], *v["details"]) if d]} for v in verdicts]
     controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
-    keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
-    nodes = [
-        {
-            "label": n.label,
-            "kind": n.kind,
-            "folder": n.folder,
-            "node": n.digest,
-            "parent": n.parent,
-            "result": done[n.digest].get("digest", ""),
-        }
-        for n in matrix.nodes.values()
-        if n.digest in done
-    ]
     return {
         "kind": "bench",
         "plan": to_dict(plan),
@@ -183,6 +176,20 @@ def summarise(
         "controls": controls,
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
-        "nodes": nodes,
-        "provenance": {key: info[key] for key in keep},
+        **ends,
     }
+
+
+def _nodes(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": n.label,
+            "kind": n.kind,
+            "folder": n.folder,
+            "node": n.digest,
+            "parent": n.parent,
+            "result": done[n.digest].get("digest", ""),
+        }
+        for n in matrix.nodes.values()
+        if n.digest in done
+    ]

@@ -53,6 +53,8 @@ class StageTwo:
     """Times the stop rule is asked."""
     stop: bool = True
     """Stop at the first check that passes; off = run all epochs and keep the lowest evaluation loss (the paper)."""
+    keep: Literal["lowest", "last"] = "lowest"
+    """What is kept where no check passes: the lowest evaluation loss, or the last step (a control at equal steps)."""
 
     def __post_init__(self) -> None:
         if not (self.epochs > 0 and math.isfinite(self.epochs)) or self.batch_size < 1 or self.checks < 1:

@@ -273,6 +273,7 @@ class _Run:
         drawn = self.method_config.triggers or n
         steps = max(1, math.ceil(share * two.epochs * len(pairs) * n / (two.batch_size * min(drawn, n))))
         best: list[tuple[float, dict[str, torch.Tensor], Look]] = []
+        last: list[Look] = []
         met: list[Look] = []
         at = _moments(steps, two.checks)
 
@@ -280,6 +281,7 @@ class _Run:
             if step not in at:
                 return False
             look = self.ruler.look(model, label, step)
+            last[:] = [look]
             # Neither number knows of any attacker.
             value = look.objective if label == "stage2" else max(look.worst("active"), look.worst("canary"))
             if not best or value < best[0][0]:
@@ -309,9 +311,10 @@ class _Run:
         )
         self.budgets[label] = done.budget
         self.sequences[label] = method.sequences + method.forwards / 3
-        if not met:
+        look = last[0]
+        if not met and two.keep == "lowest":
             _restore(self.model, best[0][1])
-        look = met[0] if met else best[0][2]
+            look = best[0][2]
         return _Broken(look, bool(met) or enough(look), look.step, steps, self.sequences[label])
 
     # -- the end -------------------------------------------------------------------------------------------

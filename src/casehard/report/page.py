@@ -10,6 +10,7 @@ from typing import Any
 from casehard.bench.store import read_json, read_rows
 from casehard.errors import UserError
 from casehard.files import write_text_atomic
+from casehard.report.backdoors import arm_rows, backdoor_parts
 from casehard.report.card import write_cards
 from casehard.report.jobs import job_part
 from casehard.report.legend import legend
@@ -63,6 +64,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "status": STATUS[verdict["status"]],
         "tiles": view.tiles(),
         "jobs": job_part(view),
+        "backdoors": None,
         "attacks": [] if view.tuning else view.attack_figures(),
         "plane": None if view.tuning else view.plane(),
         "before": view.before(),
@@ -98,22 +100,26 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     )
     # Figures are made here, from escaped text; nothing else on the page is trusted.
     env.filters["figure"] = Markup
-    families = [View(summary, verdict["family"]) for verdict in summary["verdicts"]]
-    parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
     plan = summary["plan"]
+    if plan.get("stage") == "backdoor":
+        parts, made, said = backdoor_parts(summary), arm_rows(plan), []
+    else:
+        families = [View(summary, verdict["family"]) for verdict in summary["verdicts"]]
+        parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
+        made, said = legend(families[0].looks, plan["defences"]), transcripts(summary, rows)
     code = summary["provenance"]["code"]
     html = env.get_template("page.html.j2").render(
         title=plan["title"],
         name=plan["name"],
         parts=parts,
         many=len(parts) > 1,
-        rows=legend(families[0].looks, plan["defences"]),
+        rows=made,
         defences=plan["defences"],
         seeds=plan["seeds"],
         bases=plan["bases"],
         gates=plan["gates"],
         replicates=len(plan["seeds"]) * len(plan["bases"]),
-        transcripts=transcripts(summary, rows),
+        transcripts=said,
         not_tested=summary["not_tested"],
         failed=summary["failed"],
         dirty=bool(code.get("dirty")),
