@@ -103,11 +103,10 @@ def _check_method(config: Mapping[str, Any], where: str, *, needs: str = "") -> 
                 f"{where}: method {config['method']!r} takes no {role} rows", hint="they would be ignored"
             )
     if "assets" in config:  # a job's, not an alignment's
-        given = bool(config["assets"] or needs)
-        if "assets" in spec.needs and not given:
-            raise ConfigError(f"{where}: method {config['method']!r} needs assets and has none")
-        if given and "assets" not in spec.takes:
-            raise ConfigError(f"{where}: method {config['method']!r} takes no assets", hint="they would be ignored")
+        given, wants = bool(config["assets"] or needs), "assets" in spec.takes
+        if given != wants and (given or "assets" in spec.needs):
+            lacks = "takes no assets" if given else "needs assets and has none"
+            raise ConfigError(f"{where}: method {config['method']!r} {lacks}")
         if config["select"] is not None and not config["safe"]:
             raise ConfigError(f"{where}: select without safe rows to choose from")
     presets, name = spec.presets(), config["preset"]
@@ -239,14 +238,11 @@ def execute(task: Task) -> Outcome:
     return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=facts, log=attacked.log)
 
 
-TOLD = ("trigger_rate", "violation", "alpha_share", "step_ratio", "step_cosine", "safe_loss")
-"""Telemetry of a method whose mean over the run stands in the report."""
-
-
 def _tuned(done: Any) -> Outcome:
     run, picked = done.run, done.selection.get("picks", {})
     facts: dict[str, Any] = {"harmful_rows": run.harmful_rows, "benign_rows": run.benign_rows}
-    told = {key: [row[key] for row in run.log if key in row] for key in TOLD}
+    kept = ("trigger_rate", "violation", "alpha_share", "step_ratio", "step_cosine", "safe_loss")
+    told = {key: [row[key] for row in run.log if key in row] for key in kept}
     facts["telemetry"] = {key: sum(values) / len(values) for key, values in told.items() if values}
     if done.selection:
         facts["selection"] = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
