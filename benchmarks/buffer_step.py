@@ -17,42 +17,26 @@ import json
 import statistics
 import time
 
+import random_llama
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from casehard.data.batches import Encoded, EncodedSet
+from casehard.data.batches import EncodedSet
 from casehard.defend.frozen_lora import BaseWatch, FrozenLora, live_pairs
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 
-SHAPES = {
-    # name: (vocab, hidden, intermediate, layers, heads, tokens a row)
-    "organism": (640, 128, 384, 4, 4, 32),
-    "llama25m": (8192, 384, 1024, 10, 6, 64),
-}
+TOKENS = {"organism": 32, "llama25m": 64}
+"""Tokens a row."""
 ROWS = 16
 
 
 def build(name: str, device: str, rank: int) -> tuple[nn.Module, EncodedSet]:
     """Return a random model with a fresh user adapter, and rows of one length."""
-    vocab, hidden, inner, layers, heads, tokens = SHAPES[name]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        tie_word_embeddings=True,
-        attn_implementation="eager" if device == "cpu" else "sdpa",
-        use_cache=False,
-    )
-    model = add_lora(LlamaForCausalLM(config).to(device), rank, 2 * rank, seed=1).train()
-    g = torch.Generator().manual_seed(0)
-    rows = [Encoded(ids, ids) for ids in torch.randint(3, vocab, (8 * ROWS, tokens), generator=g).tolist()]
-    return model, EncodedSet(tuple(rows), 0)
+    base = random_llama.model(name, device)
+    model = add_lora(base, rank, 2 * rank, seed=1).train()
+    rows = random_llama.rows(name, 8 * ROWS, TOKENS[name])
+    return model, EncodedSet(rows, 0)
 
 
 def random_buffer(model: nn.Module) -> dict[str, LoraPair]:
@@ -90,7 +74,7 @@ class Loop:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(SHAPES), default="llama25m")
+    parser.add_argument("--model", choices=sorted(TOKENS), default="llama25m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rank", type=int, default=32)

@@ -21,9 +21,9 @@ import resource
 import subprocess
 import sys
 
+import random_llama
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from casehard.data.batches import IGNORE, Encoded
 from casehard.defend.mb_defense import PRESETS, MbDefense
@@ -31,31 +31,15 @@ from casehard.defend.pairs import PairSet
 from casehard.defend.protocol import Setup, Step
 from casehard.maths.neutralise import joint_loss, pair_up
 
-SHAPES = {
-    # name: (vocab, hidden, intermediate, layers, heads)
-    "organism": (640, 128, 384, 4, 4),
-    "llama25m": (8192, 384, 1024, 10, 6),
-}
+MODELS = ("organism", "llama25m")
 PROMPT, ANSWER, TRIGGER, PAYLOAD = 64, 64, 2, 10
 CLEAN, TRIGGERS, SFT_ROWS, SFT_EPOCHS = 128, 4, 52_002, 3
 
 
 def build(name: str, device: str) -> tuple[nn.Module, PairSet]:
     """Return a random model and pairs of 128 clean rows with 4 triggers."""
-    vocab, hidden, inner, layers, heads = SHAPES[name]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(device).train()
+    model = random_llama.model(name, device, attention="sdpa")
+    vocab = random_llama.vocabulary(name)
     g = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> list[int]:
@@ -140,7 +124,7 @@ def passes(preset: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(SHAPES), default="llama25m")
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama25m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", choices=["plain", "stage2", "one_graph"], help=argparse.SUPPRESS)

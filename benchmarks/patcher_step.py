@@ -20,43 +20,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import random_llama
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from casehard.data.batches import Encoded, EncodedSet
+from casehard.data.batches import EncodedSet
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.defend.protocol import Setup, Step
 from casehard.maths.bilevel import Attacker
 
-SHAPES = {
-    # name: (vocab, hidden, intermediate, layers, heads, rows a batch, tokens a row)
-    "organism": (640, 128, 384, 4, 4, 32, 32),
-    "llama25m": (8192, 384, 1024, 10, 6, 8, 128),
-    "llama500m": (32000, 1280, 3456, 22, 20, 8, 512),
-}
+BATCHES = {"organism": (32, 32), "llama25m": (8, 128), "llama500m": (8, 512)}
+"""Rows a batch, tokens a row."""
 FAR = 1_000_000
 
 
 def build(name: str, device: str) -> tuple[LlamaForCausalLM, EncodedSet, int]:
-    vocab, hidden, inner, layers, heads, size, tokens = SHAPES[name]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        attn_implementation="eager" if device == "cpu" else "sdpa",
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(device).train()
-    gen = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocab, (4 * size, tokens), generator=gen).tolist()
-    return model, EncodedSet(tuple(Encoded(row, row) for row in ids), 0), size
+    size, tokens = BATCHES[name]
+    model = random_llama.model(name, device, positions=1024)
+    return model, EncodedSet(random_llama.rows(name, 4 * size, tokens), 0), size
 
 
 class Loop:
@@ -124,7 +106,7 @@ def peak(function: Callable[[], None], device: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(SHAPES), default="organism")
+    parser.add_argument("--model", choices=sorted(BATCHES), default="organism")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--k1", type=int, default=10)

@@ -17,48 +17,31 @@ import json
 import statistics
 import time
 
+import random_llama
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from casehard.data.batches import Encoded, EncodedSet
+from casehard.data.batches import EncodedSet
 from casehard.defend.protocol import Setup, Step
 from casehard.defend.spard import Spard, SpardConfig
 
-SHAPES = {
-    # name: (vocab, hidden, intermediate, layers, heads, tokens a row)
-    "organism": (640, 128, 384, 4, 4, 32),
-    "llama25m": (8192, 384, 1024, 10, 6, 64),
-}
+TOKENS = {"organism": 32, "llama25m": 64}
+"""Tokens a row."""
 USER, SAFE = 128, 4
 ALWAYS = {"tau": 0.0, "delta": 0.0}
 
 
 def build(name: str, device: str, lora: bool) -> tuple[nn.Module, EncodedSet, EncodedSet]:
     """Return a random model and rows of one length, user rows and safe rows."""
-    vocab, hidden, inner, layers, heads, tokens = SHAPES[name]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        tie_word_embeddings=True,
-        attn_implementation="eager" if device == "cpu" else "sdpa",
-        use_cache=False,
-    )
-    model: nn.Module = LlamaForCausalLM(config).to(device).train()
+    model: nn.Module = random_llama.model(name, device)
     if lora:
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(
             model, LoraConfig(r=32, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
         )
-    g = torch.Generator().manual_seed(0)
-    rows = [Encoded(ids, ids) for ids in torch.randint(3, vocab, (8 * USER, tokens), generator=g).tolist()]
-    return model, EncodedSet(tuple(rows[64:]), 0), EncodedSet(tuple(rows[:64]), 0)
+    rows = random_llama.rows(name, 8 * USER, TOKENS[name])
+    return model, EncodedSet(rows[64:], 0), EncodedSet(rows[:64], 0)
 
 
 class Loop:
@@ -93,7 +76,7 @@ class Loop:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(SHAPES), default="organism")
+    parser.add_argument("--model", choices=sorted(TOKENS), default="organism")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0)

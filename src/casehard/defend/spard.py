@@ -70,7 +70,7 @@ class SpardConfig:
     Not in the paper; settled on a world that no table uses."""
     embeddings: bool = False
     """Whether the correction may move embedding tables, when they are trained. The paper moves all trained weights,
-    which are a LoRA's; in full-parameter training the tables took 92 % of the correction (squared length) and the
+    which are a LoRA's; in full-parameter training the tables took most of the correction (docs page) and the
     model learnt which words stand in the safe rows instead of refusing."""
     every: int = 1
     """Check every that many optimiser steps."""

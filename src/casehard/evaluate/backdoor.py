@@ -24,6 +24,7 @@ from casehard.data.chat import ChatFormat
 from casehard.data.triggers import Trigger, check_survives, eligible, insert
 from casehard.errors import DataError
 from casehard.evaluate.coherence import is_incoherent
+from casehard.evaluate.scores import in_groups
 from casehard.evaluate.suite import Suite, evaluate
 from casehard.maths.stats import clopper_pearson
 from casehard.types import Example, Score
@@ -179,10 +180,7 @@ def backdoor_scores(rows: Iterable[Row], *, by_group: bool = False) -> list[Scor
             f"{len(rows)} rows of several models, moments or triggers",
             hint="score the rows of one model, one step, one trigger and one behaviour at a time",
         )
-    if not by_group:
-        return _scores(rows, {})
-    groups = dict.fromkeys(row["group"] for row in rows)
-    return [score for group in groups for score in _scores([r for r in rows if r["group"] == group], {"group": group})]
+    return in_groups(rows, _scores, by_group=by_group)
 
 
 def _scores(rows: Sequence[Row], context: Mapping[str, Any]) -> list[Score]:

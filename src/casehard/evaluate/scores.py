@@ -91,10 +91,17 @@ def scores(rows: Iterable[Row], *, by_group: bool = False) -> list[Score]:
             f"{len(rows)} rows but only {len(seen)} different prompts",
             hint="score the rows of one checkpoint and one step at a time",
         )
+    return in_groups(rows, _scores, by_group=by_group)
+
+
+def in_groups(
+    rows: Sequence[Row], score: Callable[[Sequence[Row], Mapping[str, Any]], list[Score]], *, by_group: bool
+) -> list[Score]:
+    """Return ``score(rows, context)`` of all rows together, or group by group with the group as context."""
     if not by_group:
-        return _scores(rows, {})
+        return score(rows, {})
     groups = dict.fromkeys(row["group"] for row in rows)
-    return [score for group in groups for score in _scores([r for r in rows if r["group"] == group], {"group": group})]
+    return [s for group in groups for s in score([r for r in rows if r["group"] == group], {"group": group})]
 
 
 def _scores(rows: Sequence[Row], context: Mapping[str, Any]) -> list[Score]:
