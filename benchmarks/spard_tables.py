@@ -2,8 +2,9 @@
 
     python benchmarks/spard_tables.py --model ALIGNED --harmful h.jsonl --benign b.jsonl --safe pool.jsonl [--steps 80]
 
-ALIGNED is an aligned checkpoint (of the organism: `casehard organism build --world-seed N`, then `casehard defend plain` on
-data/align.jsonl). Tunes a copy on 380 rows, 10 % of them harmful, once for each floor, with the tables free to move.
+ALIGNED is an aligned checkpoint (of the organism: `casehard organism build --world-seed N`, then `casehard defend
+plain` on data/align.jsonl). Tunes a copy on 380 rows, 10 % of them harmful, once for each floor, with the tables free
+to move.
 Prints, as its last line, one JSON object: floor -> share, 0..1, over all corrections of the run.
 """
 
