@@ -96,7 +96,13 @@ class LocalSide:
     """Attack in this process, at once; the defender stands still meanwhile."""
 
     def __init__(
-        self, model: nn.Module, rows: Sequence[EncodedSet], attackers: Sequence[Attacker], *, seed: int, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        rows: Sequence[EncodedSet],
+        attackers: Sequence[Attacker],
+        *,
+        seed: int,
+        dtype: torch.dtype,
     ) -> None:
         self.model, self.rows, self.attackers = model, rows, attackers
         self.seed, self.dtype = seed, dtype

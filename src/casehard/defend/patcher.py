@@ -11,8 +11,8 @@ and the attack vector  delta = A_k1(theta_source) - theta_reference             
         clip, optimiser step on g
 
 Symbols: theta weights, L_s cross-entropy on (restricted prompt, refusal) rows, A_k1 the attack, k1 attack steps, k2
-outer steps a round, alpha share of the attacked loss. Source: Wen et al., arXiv 2606.07970; sequential: attack, k1 steps on
-unsafe data, then k2 outer steps, in turn; parallel: attackers in processes of their own (``side``).
+outer steps a round, alpha share of the attacked loss. Source: Wen et al., arXiv 2606.07970; sequential: an attack, then
+k2 outer steps, in turn; parallel: attackers in processes of their own (``side``).
 Differs from the published code: one process; the master weights are never written (a view is composed, see
 maths/bilevel); seeded streams; optimiser state kept between rounds unless ``reset_optimizer``; no attack after the last
 round; alpha = 0 runs no attacked pass; attack vectors and attacked weights never reach the disk (a resumed run repeats
@@ -34,7 +34,7 @@ from casehard.defend.attackers import AttackSide, LocalSide
 from casehard.defend.copies import CleanCopies, Kept
 from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.defend.timetable import BESIDE, Adopt, Schedule, Timetable
-from casehard.defend.vectors import RESTART, Vectors
+from casehard.defend.vectors import Vectors
 from casehard.errors import ConfigError, DataError, Lost, Unsupported
 from casehard.maths.bilevel import Attacker, AttackVector, linear_only, parameters, perturbed_view, retain_kl, with_view
 
@@ -63,6 +63,8 @@ class PatcherConfig:
     """Forget the outer optimiser's moments at every round, as separate processes per phase do (paper_sequential)."""
     delta_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of the attack vector: 2 or 4 bytes a parameter; theta + delta is composed in fp32 either way."""
+    weights_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Weights on their way to an attacker beside; float32 attacks what the defender's own process would attack."""
     retain: Literal["none", "ce", "kl"] = "none"
     """Extra term on harmless rows: cross-entropy, or KL(start model || model). Not in the paper."""
     retain_weight: float = 0.5
@@ -257,7 +259,10 @@ class Patcher:
         self._report()
         assert self.vectors is not None
         if self.config.alpha > 0 and not self.vectors.ever:
-            raise Lost("no attack finished before the run ended: this was plain fine-tuning", hint=RESTART)
+            raise Lost(
+                "no attack finished before the run ended: this was plain fine-tuning",
+                hint="more train.steps, fewer attackers[].steps, or settings.max_age, which makes the defender wait",
+            )
         self.vectors.clear()
 
     def state(self) -> dict[str, StateValue]:

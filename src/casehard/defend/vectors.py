@@ -1,8 +1,8 @@
 """The attack vectors of one run: ordered, awaited, adopted, drawn from, and made again after a resume.
 
 A unit is a set of attackers whose vectors are adopted together: all of them where rounds are counted, each by itself
-under the ``async`` schedule. Attack vectors live in memory only; what a checkpoint holds are the clean weights that each
-attack in use started from (``copies``).
+under the ``async`` schedule. Attack vectors live in memory only; what a checkpoint holds are the clean weights that
+each attack in use started from (``copies``).
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Vectors:
         return not self.table.repeatable and (self._again or self.table.waits(step, step, in_use))
 
     def _waits(self, unit: Unit, step: int) -> bool:
-        if not unit.running or unit.finished and not self.table.repeatable:
+        if not unit.running or (unit.finished and not self.table.repeatable):
             return False
         return self._overdue(unit, step) or self.table.waits(step, unit.running[0].source_step, unit.in_use)
 
