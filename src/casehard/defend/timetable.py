@@ -59,8 +59,8 @@ class Timetable:
         if self.schedule == "reference_parallel":
             return step + k2 - 1 < self.last
         if self.schedule == "async":
-            soonest = step + 1 if self.adopt == "immediate" else (step // k2 + 1) * k2
-            return soonest < self.last
+            anywhere = self.adopt == "immediate" or self.max_age is not None
+            return (step + 1 if anywhere else (step // k2 + 1) * k2) < self.last
         return step + self.delay < self.last
 
     def adopts(self, step: int, source_step: int) -> bool:
@@ -78,6 +78,8 @@ class Timetable:
             in_use: step at which the attack behind the vector in use started; None before the first.
         """
         if self.schedule == "async":
-            since = self.round_steps if in_use is None else in_use
-            return self.max_age is not None and step - since > self.max_age
+            if self.max_age is None:
+                return False
+            # Before the first vector the attack on the weights of step k2 is the one waited for; it ages too.
+            return step - self.round_steps >= self.max_age if in_use is None else step - in_use > self.max_age
         return self.schedule != "reference_parallel" and step >= source_step + self.delay

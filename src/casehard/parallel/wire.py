@@ -124,7 +124,8 @@ class Channel:
 
     def close(self) -> None:
         """Break the connection; the other end's next call raises."""
-        self._group.abort()
+        # gloo's abort and shutdown leave connections open; the group's end closes them.
+        self._group = None
 
     def _send_json(self, value: Any) -> None:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
@@ -152,7 +153,7 @@ class _lost_when_broken:  # noqa: N801
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError | AttributeError):  # the latter: this end was closed
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Lost(f"the other end of a channel {self.what}: {reason[:200]}") from None
 
