@@ -136,21 +136,19 @@ def _settle(model: nn.Module) -> None:
     gradients that the next one would add to.
     """
     for module in _fsdp_modules(model):
-        if callable(getattr(module, "reset_iter_state", None)):
-            # Only a root may be reset, and which modules are roots shows in the refusal alone.
-            with contextlib.suppress(RuntimeError):
-                module.reset_iter_state()
+        # A module is a root or not from the first forward pass on, and only roots may be reset.
+        if module._get_fsdp_state()._is_root and callable(getattr(module, "reset_iter_state", None)):
+            module.reset_iter_state()
     for holder, name in _waiting(model):
         setattr(holder, name, None)
 
 
 @contextlib.contextmanager
-def _kept(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the sharded parameters, free to be overwritten; afterwards they hold the same bits as before."""
-    shards = _shards(model)
+def _kept(model: nn.Module, shards: Mapping[str, Any]) -> Iterator[None]:
+    """Run a block that may overwrite the shards; afterwards they hold the same bits as before."""
     copies = {name: _local(p).clone() for name, p in shards.items()}
     try:
-        yield shards
+        yield
     except BaseException:
         _settle(model)
         raise
@@ -161,39 +159,35 @@ def _kept(model: nn.Module) -> Iterator[dict[str, Any]]:
                 _local(p).copy_(copies.pop(name))
 
 
-def _require_alike(given: Mapping[str, torch.Tensor], shards: Mapping[str, Any], what: str) -> None:
-    odd = same_keys(given, shards)
+@contextlib.contextmanager
+def _written(model: nn.Module, values: Mapping[str, torch.Tensor], what: str, *, add: bool) -> Iterator[None]:
+    shards = _shards(model)
+    odd = same_keys(values, shards)
     if odd:
         raise Unsupported(f"{what} and model disagree on {len(odd)} parameters, first {odd[0]!r}")
     for name, p in shards.items():
-        if given[name].shape != (shape := _local(p).shape):
+        if values[name].shape != (shape := _local(p).shape):
             raise Unsupported(
-                f"{what} of {name!r} has shape {tuple(given[name].shape)}, this rank's shard {tuple(shape)}",
+                f"{what} of {name!r} has shape {tuple(values[name].shape)}, this rank's shard {tuple(shape)}",
                 hint="pass this rank's rows, as local_parts names them",
             )
-
-
-@contextlib.contextmanager
-def installed(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Run a block with ``values`` in place of the weights, for instance the starting weights of a KL term.
-
-    Args:
-        model: a sharded model, no forward pass of it waiting for its backward pass.
-        values: this rank's shard of every parameter, by name (:func:`local_parts`).
-
-    Raises:
-        Unsupported: names or shapes differ from the model's, or :func:`local_parts` refuses it.
-    """
-    with _kept(model) as shards:
-        _require_alike(values, shards, "the set of weights")
+    with _kept(model, shards):
         with torch.no_grad():
             for name, p in shards.items():
-                _local(p).copy_(values[name])
+                value = values[name].to(p.device)
+                _ = _local(p).add_(value) if add else _local(p).copy_(value)
         yield
 
 
-@contextlib.contextmanager
-def shifted(model: nn.Module, delta: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def installed(model: nn.Module, values: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Run a block with ``values`` in place of the weights, for instance the starting weights of a KL term.
+
+    As :func:`shifted` in all else; ``values`` are this rank's shard of every parameter by name (:func:`local_parts`).
+    """
+    return _written(model, values, "the set of weights", add=False)
+
+
+def shifted(model: nn.Module, delta: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
     """Run a block with theta + delta in place of theta (eq. 2 of docs/methods/patcher.md).
 
     The sum is composed in the master's precision. Forward and backward must both run inside; gradients accumulate into
@@ -207,12 +201,7 @@ def shifted(model: nn.Module, delta: Mapping[str, torch.Tensor]) -> Iterator[Non
     Raises:
         Unsupported: names or shapes differ from the model's, or :func:`local_parts` refuses it.
     """
-    with _kept(model) as shards:
-        _require_alike(delta, shards, "the attack vector")
-        with torch.no_grad():
-            for name, p in shards.items():
-                _local(p).add_(delta[name].to(p.device))
-        yield
+    return _written(model, delta, "the attack vector", add=True)
 
 
 class _Seat(NamedTuple):
@@ -366,14 +355,13 @@ def simulate_attack_sharded(
         raise Unsupported(
             f"a LoRA attacker (lora_rank {attacker.lora_rank}) on a sharded model", hint="lora_rank: 0, or one process"
         )
-    with _kept(model) as shards:
-        first = next(iter(shards.values()))
-        number = _Seat.at(shards).number
-        own = seed if number == 0 else derive(seed, number, "attack-rank")
-        with _own_gradients(model, shards), forked_rng(own, first.device):
-            losses, tokens = _attack(
-                model, shards, attacker, attacker.steps if steps is None else steps, batch_at, progress
-            )
+    shards = _shards(model)
+    number = _Seat.at(shards).number
+    own = seed if number == 0 else derive(seed, number, "attack-rank")
+    k1 = attacker.steps if steps is None else steps
+    with _own_gradients(model, shards), _kept(model, shards):
+        with forked_rng(own, next(iter(shards.values())).device):
+            losses, tokens = _attack(model, shards, attacker, k1, batch_at, progress)
         weights = {name: _local(p).clone() for name, p in shards.items()}
     return AttackRun(weights, losses, tokens)
 
