@@ -3,10 +3,9 @@
 Symbols as in :mod:`casehard.maths.bilevel`: theta the weights, delta the attack vector, alpha the share of the attacked
 loss; N the number of ranks a parameter is split over, *shard* a rank's own rows of it (without padding, maybe none).
 
-FSDP2 ignores parameters substituted by ``torch.func.functional_call``, so a view cannot be composed in the graph as it
-is for a whole model. Here the shards themselves are written and put back from a copy. Nothing is ever added and then
-subtracted, so they come back bit for bit. What FSDP2 gathered before such a switch is stale after it: every FSDP
-module, the root included, is resharded on both sides of each.
+FSDP2 ignores parameters substituted by ``torch.func.functional_call``, so no view can be composed in the graph. Here
+the shards themselves are written and put back from a copy, never by subtraction, so they come back bit for bit. What
+FSDP2 gathered before a switch is stale after it: all FSDP modules, the root too, are resharded on both sides of each.
 
 A switch must not happen between a forward pass and its backward pass: the backward gathers the weights anew and would
 see the other ones. Finish the passes over theta, switch, run forward *and* backward, switch back.
@@ -25,9 +24,7 @@ Memory in bytes a parameter and rank, fp32 master weights, N shards; activations
 with delta in bfloat16 (fp32: 4/N). The attack's second 8/N are its own moments; when they are gone, 4/N of attacked
 weights take their place. Gradients the caller holds during the attack are stashed, not shared: another 4/N. To this
 comes one gathered layer at a time; the root, or everything with ``reshard_after_forward=False``, for a whole pass.
-
-Source: sections 2 and 5 of docs/methods/patcher.md. Differs from the published code, which edits FSDP1's gathered
-parameters in place.
+Differs from the published code, which edits FSDP1's gathered parameters in place.
 """
 
 from __future__ import annotations
@@ -40,15 +37,7 @@ import torch
 from torch import nn
 
 from casehard.errors import Diverged, Unsupported
-from casehard.maths.bilevel import (
-    _OPTIMISERS,
-    Attacker,
-    AttackRun,
-    Batch,
-    Params,
-    forked_rng,
-    parameters,
-)
+from casehard.maths.bilevel import _OPTIMISERS, Attacker, AttackRun, Batch, Params, forked_rng, parameters
 from casehard.maths.collective import sharded, sum_gradients
 from casehard.maths.tensors import same_keys
 from casehard.seeds import derive
@@ -81,8 +70,7 @@ def _shards(model: nn.Module) -> dict[str, Any]:
     for name, p in found.items():
         if not sharded(p):
             raise Unsupported(
-                f"parameter {name!r} is not sharded, others may be",
-                hint="call fully_shard on the whole model too, without ignored_params, and not within a forward pass",
+                f"parameter {name!r} is not sharded", hint="fully_shard the whole model, ignoring nothing"
             )
         meshes.add(p.device_mesh)  # type: ignore[attr-defined]
         kinds = [x.is_shard() for x in p.placements]  # type: ignore[attr-defined]
@@ -107,16 +95,14 @@ def local_parts(model: nn.Module) -> Params:
     The tensors are the weights themselves, not copies, without padding and empty where a rank holds no row.
 
     Raises:
-        Unsupported: a parameter is not sharded, is frozen, stored in half precision or laid out in another way.
+        Unsupported: a parameter is not sharded by FSDP2 alone, or is frozen or stored in half precision.
     """
     return {name: _local(p) for name, p in _shards(model).items()}
 
 
 def _groups(model: nn.Module) -> list[Any]:
     """Return FSDP2's groups of parameters; their state has no public door."""
-    states = [m._get_fsdp_state() for m in _fsdp_modules(model)]
-    several = [getattr(s, "_fsdp_param_groups", [getattr(s, "_fsdp_param_group", None)]) for s in states]
-    return [group for groups in several for group in groups if group is not None]
+    return [group for m in _fsdp_modules(model) for group in m._get_fsdp_state()._fsdp_param_groups]
 
 
 def _waiting(model: nn.Module) -> list[tuple[Any, str]]:
@@ -132,8 +118,8 @@ def _waiting(model: nn.Module) -> list[tuple[Any, str]]:
 def _settle(model: nn.Module) -> None:
     """Bring FSDP2 back to rest after an exception.
 
-    A gather it had begun would hand out the weights of before to the next forward pass, and half a backward pass leaves
-    gradients that the next one would add to.
+    A gather it had begun would hand out old weights to the next forward pass, and half a backward pass leaves gradients
+    that the next one would add to.
     """
     for module in _fsdp_modules(model):
         # A module is a root or not from the first forward pass on, and only roots may be reset.
@@ -162,14 +148,13 @@ def _kept(model: nn.Module, shards: Mapping[str, Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def _written(model: nn.Module, values: Mapping[str, torch.Tensor], what: str, *, add: bool) -> Iterator[None]:
     shards = _shards(model)
-    odd = same_keys(values, shards)
-    if odd:
+    if odd := same_keys(values, shards):
         raise Unsupported(f"{what} and model disagree on {len(odd)} parameters, first {odd[0]!r}")
     for name, p in shards.items():
         if values[name].shape != (shape := _local(p).shape):
             raise Unsupported(
                 f"{what} of {name!r} has shape {tuple(values[name].shape)}, this rank's shard {tuple(shape)}",
-                hint="pass this rank's rows, as local_parts names them",
+                hint="pass this rank's rows, as local_parts has them",
             )
     with _kept(model, shards):
         with torch.no_grad():
@@ -226,21 +211,14 @@ class _Seat(NamedTuple):
         return tensor
 
 
-class _Share(NamedTuple):
-    rows: dict[str, torch.Tensor]
-    weight: float
-    """Trained tokens of these rows over those of the whole batch."""
-
-
-def _share(batch: Batch, seat: _Seat) -> _Share:
-    """Return this rank's rows of a shared batch: number, number + of, ..."""
+def _share(batch: Batch, seat: _Seat) -> tuple[dict[str, torch.Tensor], float]:
+    """Return this rank's rows of a shared batch (number, number + of, ...) and their share of its trained tokens."""
     trained = (batch["labels"][:, 1:] != -100).sum(-1)
     mine = torch.arange(seat.number, len(trained), seat.of)
     own = int(trained[mine].sum())
     if own == 0:  # every rank must take part in every pass; a row that counts nothing keeps its loss finite
         mine = trained.argmax()[None]
-    rows = {key: value[mine] for key, value in batch.items()}
-    return _Share(rows, own / max(int(trained.sum()), 1))
+    return {key: value[mine] for key, value in batch.items()}, own / max(int(trained.sum()), 1)
 
 
 @contextlib.contextmanager
@@ -341,8 +319,7 @@ def simulate_attack_sharded(
         batch_at: attack batch number i, the same on every rank, tokens and labels, shapes (B, T).
         attacker: how to attack; full-parameter only.
         seed: seeds dropout, another stream on every rank; the global random stream is untouched.
-        steps: overrides ``attacker.steps``.
-        progress: called with the number of each finished step.
+        steps: overrides ``attacker.steps``; ``progress`` is called with the number of each finished step.
 
     Returns:
         This rank's shards of the attacked weights; losses and tokens of the whole batches, alike on every rank.
@@ -352,9 +329,7 @@ def simulate_attack_sharded(
         Diverged: a loss or gradient norm of the attack is not finite.
     """
     if attacker.lora_rank > 0:
-        raise Unsupported(
-            f"a LoRA attacker (lora_rank {attacker.lora_rank}) on a sharded model", hint="lora_rank: 0, or one process"
-        )
+        raise Unsupported(f"lora_rank {attacker.lora_rank} on a sharded model", hint="lora_rank: 0, or one process")
     shards = _shards(model)
     number = _Seat.at(shards).number
     own = seed if number == 0 else derive(seed, number, "attack-rank")
@@ -375,15 +350,12 @@ def sum_branches(model: nn.Module, group: Any, *, bucket: int = 1 << 24) -> None
 
     A sum, not a mean, with a result of the same bits on every branch, so that the replicas stay alike. The model is
     whole, one process a branch, or sharded over the ranks of its branch alone (``fully_shard(mesh=mesh["shard"])``).
-    Sharded over (branch, shard) instead, FSDP2 adds across branches itself but takes the mean: double both losses and
-    leave this out.
+    Sharded over (branch, shard) instead, FSDP2 takes the mean over branches itself: double both losses, leave this out.
 
     Args:
         model: at rest, its backward passes done; a parameter without gradient on one branch counts as zero there.
         group: the process group across branches, or a mesh of that one dimension (``mesh["branch"]``).
         bucket: numbers a message; bounds the copy.
-
-    Source: section 5.2 of docs/methods/patcher.md (branch parallelism).
     """
     reshard(model)
     group = group.get_group() if hasattr(group, "get_group") else group
