@@ -245,8 +245,11 @@ def case_attack(world: int, rank: int, mesh, tie: bool, optimizer: str, rows: in
     model.embed.weight.grad = None
     held = {n: (p.grad, None if p.grad is None else p.grad.to_local().clone()) for n, p in model.named_parameters()}
     random = torch.get_rng_state()
+    model.set_requires_gradient_sync(False)  # as in all but the last micro-batch of accelerate
     run = simulate_attack_sharded(model, lambda i: batch_at(i, rows), attacker(optimizer), seed=3, steps=4)
     kept = all(p.grad is held[n][0] for n, p in model.named_parameters())
+    states = [m._get_fsdp_state() for m in (model, *model.blocks)]
+    kept &= not any(g.reduce_grads or g.all_reduce_grads for s in states for g in s._fsdp_param_groups)
     kept &= all(g is None or torch.equal(g.to_local(), c) for g, c in held.values())
     seen: list[int] = []
 
@@ -319,15 +322,13 @@ def case_dropout(world: int, rank: int, mesh) -> list[float]:
     return [r.losses[-1] for r in runs]
 
 
-def case_branches(world: int, rank: int) -> dict:
+def case_branches(world: int, rank: int, mesh) -> dict:
     """Branch 0 takes theta, branch 1 theta + delta; with four ranks each branch is sharded over two."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     out = {}
     for alpha in (0.25, 1.0):
         if world == 2:
             model = Toy(dtype=torch.float64)
-            branch, group = rank, torch.distributed.group.WORLD
+            branch, group = rank, mesh.get_group("shard")
             share = alpha if branch else 1 - alpha
             if branch == 0:
                 if share:  # else no gradient at all, as in a branch that skips its weightless pass
@@ -338,7 +339,6 @@ def case_branches(world: int, rank: int) -> dict:
             sum_branches(model, group, bucket=20)
             out[alpha] = {n: p.grad.clone() for n, p in model.named_parameters()}
             continue
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("branch", "shard"))
         model = shard(Toy(dtype=torch.float64), mesh["shard"])
         branch = mesh.get_local_rank("branch")
         delta = own_rows(whole_delta(Toy(), torch.float64), 2, mesh.get_local_rank("shard"))
@@ -354,21 +354,14 @@ def case_branches(world: int, rank: int) -> dict:
         run = simulate_attack_sharded(hybrid, batch_at, attacker("adamw"), seed=3)
         out["hybrid attack"] = (run.losses, run.weights)
     unused = Toy() if world == 2 else shard(Toy(), mesh["shard"])
-    sum_branches(unused, torch.distributed.group.WORLD)
+    sum_branches(unused, mesh["branch"])
     out["none stays none"] = all(p.grad is None for p in unused.parameters())
     return out
 
 
-def _rank(rank: int, world: int, out: Path) -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    torch.set_num_threads(1)
-    # A file, not a port: ports may be taken.
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+def run_cases(world: int, rank: int, mesh, pairs) -> dict:
     layouts = LAYOUTS if world == 2 else [(False, None), (True, False), (True, 2)]
-    seen = {
+    return {
         "switch": {layout: case_switch(world, rank, mesh, *layout) for layout in layouts},
         "no sync": case_no_sync(world, rank, mesh),
         "errors": {keep: case_errors(world, rank, mesh, keep) for keep in (None, True, False)},
@@ -379,20 +372,39 @@ def _rank(rank: int, world: int, out: Path) -> None:
         "refusals": case_refusals(world, rank, mesh),
         "mixed": case_mixed_precision(world, rank, mesh),
         "dropout": case_dropout(world, rank, mesh),
-        "branches": case_branches(world, rank),
+        "branches": case_branches(world, rank, pairs),
+    }
+
+
+def _rank(rank: int, out: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    # A file, not a port: ports may be taken.
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=4)
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("branch", "shard"))
+    seen = {
+        2: run_cases(2, rank % 2, pairs["shard"], pairs),
+        4: run_cases(4, rank, init_device_mesh("cpu", (4,)), pairs),
     }
     torch.save(seen, out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory) -> list[dict]:
-    """Run every case in one set of processes: starting them takes longer than the work."""
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory) -> list[dict]:
+    """Run every case, by twos and by four, in one set of processes: starting them takes longer than the work."""
     import torch.multiprocessing as mp
 
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (request.param, out), nprocs=request.param)
-    return [torch.load(out / f"{r}.pt", weights_only=False) for r in range(request.param)]
+    mp.spawn(_rank, (out,), nprocs=4)
+    return [torch.load(out / f"{r}.pt", weights_only=False) for r in range(4)]
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request, four_ranks) -> list[dict]:
+    return [four_ranks[r][request.param] for r in range(request.param)]
 
 
 # -- against one process -----------------------------------------------------------------------------------------
