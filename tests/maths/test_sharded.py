@@ -360,7 +360,7 @@ def case_branches(world: int, rank: int, mesh) -> dict:
 
 
 def run_cases(world: int, rank: int, mesh, pairs) -> dict:
-    layouts = LAYOUTS if world == 2 else [(False, None), (True, False), (True, 2)]
+    layouts = {1: [(False, None), (True, False)], 2: LAYOUTS, 4: [(False, None), (True, False), (True, 2)]}[world]
     return {
         "switch": {layout: case_switch(world, rank, mesh, *layout) for layout in layouts},
         "no sync": case_no_sync(world, rank, mesh),
@@ -372,7 +372,7 @@ def run_cases(world: int, rank: int, mesh, pairs) -> dict:
         "refusals": case_refusals(world, rank, mesh),
         "mixed": case_mixed_precision(world, rank, mesh),
         "dropout": case_dropout(world, rank, mesh),
-        "branches": case_branches(world, rank, pairs),
+        "branches": case_branches(world, rank, pairs) if world > 1 else {},
     }
 
 
@@ -384,7 +384,9 @@ def _rank(rank: int, out: Path) -> None:
     # A file, not a port: ports may be taken.
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=4)
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("branch", "shard"))
+    alone = init_device_mesh("cpu", (4, 1), mesh_dim_names=("each", "one"))["one"]
     seen = {
+        1: run_cases(1, 0, alone, pairs),
         2: run_cases(2, rank % 2, pairs["shard"], pairs),
         4: run_cases(4, rank, init_device_mesh("cpu", (4,)), pairs),
     }
@@ -394,7 +396,7 @@ def _rank(rank: int, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> list[dict]:
-    """Run every case, by twos and by four, in one set of processes: starting them takes longer than the work."""
+    """Run every case, by ones, twos and four, in one set of processes: starting them takes longer than the work."""
     import torch.multiprocessing as mp
 
     out = tmp_path_factory.mktemp("ranks")
@@ -402,7 +404,7 @@ def four_ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(out / f"{r}.pt", weights_only=False) for r in range(4)]
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[1, 2, 4])
 def ranks(request, four_ranks) -> list[dict]:
     return [four_ranks[r][request.param] for r in range(request.param)]
 
@@ -441,7 +443,7 @@ def test_switches_are_seen_by_forward_and_backward_and_leave_no_trace(ranks):
         losses = [clean, inside, clean, anchor, clean, clean]
         assert min(abs(clean - inside), abs(clean - anchor)) > 0.01
         assert bits_equal(joined([r["start"] for r in all_ranks]), master)
-        assert any(t.numel() == 0 for t in all_ranks[-1]["start"].values())
+        assert any(t.numel() == 0 for t in all_ranks[-1]["start"].values()) == (len(ranks) > 1)
         for r in all_ranks:
             assert r["losses"] == pytest.approx(losses, abs=1e-5), (tie, keep)
             assert r["parts while gathered"] and r["bits"] and r["same objects"]
@@ -526,6 +528,8 @@ def test_the_seed_alone_decides_dropout(ranks):
 
 @pytest.mark.slow
 def test_two_branches_give_the_gradient_of_two_passes(ranks):
+    if len(ranks) == 1:
+        pytest.skip("a branch needs a rank")
     for alpha in (0.25, 1.0):
         expected = expected_gradients(alpha, micros=1, dtype=torch.float64)
         kinds = [alpha] if len(ranks) == 2 else [alpha, f"hybrid {alpha}"]
@@ -539,7 +543,7 @@ def test_two_branches_give_the_gradient_of_two_passes(ranks):
 
 @pytest.mark.slow
 def test_attack_on_a_replicated_and_sharded_model(ranks):
-    if len(ranks) == 2:
+    if len(ranks) < 4:
         pytest.skip("needs four ranks")
     model = Toy(dtype=torch.float64)
     source = {n: p.detach() for n, p in model.named_parameters()}
