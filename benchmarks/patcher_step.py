@@ -132,7 +132,7 @@ def main() -> None:
 
     def one_attack() -> None:
         assert patched.method is not None and patched.method.vectors is not None
-        patched.method.vectors.local.submit(Order(0, 1, 1000), parameters_of(model))
+        patched.method.vectors.local.submit(Order(0, 1, 1000), parameters_of(model), stable=False)
         patched.method.vectors.local.collect()
 
     for _ in range(args.rounds + 1):

@@ -1,4 +1,4 @@
-"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers, the end of a run."""
+"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Clocked:
         self.dead_from = [float("inf")] * len(durations)
         self.waited = 0.0
 
-    def submit(self, order: Order, source: Mapping[str, torch.Tensor]) -> None:
+    def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         i = order.attacker
         self.free[i] = max(self.now, self.free[i]) + self.durations[i]
         if self.free[i] < self.dead_from[i]:
@@ -115,7 +115,7 @@ def test_async_adopts_at_once_and_starts_again_from_the_newest_weights() -> None
 
 
 def test_async_boundary_adopts_the_newest_finished_at_a_round() -> None:
-    vectors, used = run(Clocked([300]), 5000, adopt="boundary")
+    vectors, _ = run(Clocked([300]), 5000, adopt="boundary")
     assert vectors.adoptions == [(2000, 1600), (3000, 2500), (4000, 3700)]
     assert all(step % 1000 == 0 for step, _ in vectors.adoptions)
 
@@ -126,7 +126,7 @@ def test_max_age_is_honoured(adopt: str, duration: float) -> None:
     side = Clocked([duration])
     _, used = run(side, 6000, max_age=600, adopt=adopt)
     assert max(ages(used)) <= 600
-    assert (side.waited > 0) == (duration > 300 or adopt == "boundary" and duration > 600)
+    assert (side.waited > 0) == (duration > 300 or (adopt == "boundary" and duration > 600))
     assert used[: 1000 + 600].count(None) == len([u for u in used if u is None])  # plain for no longer than the bound
 
 

@@ -48,8 +48,8 @@ class Arrival:
 class AttackSide(Protocol):
     """Where orders go. Arrivals of one attacker come in the order of its orders."""
 
-    def submit(self, order: Order, source: Mapping[str, torch.Tensor]) -> None:
-        """Queue an attack on ``source``, which is read before this returns."""
+    def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
+        """Queue an attack on ``source``; unless that is ``stable``, it is read before this returns."""
 
     def collect(self) -> list[Arrival]:
         """Return what finished since the last call, without waiting; raise what an attack raised."""
@@ -108,7 +108,7 @@ class LocalSide:
         self.seed, self.dtype = seed, dtype
         self._done: list[Arrival] = []
 
-    def submit(self, order: Order, source: Mapping[str, torch.Tensor]) -> None:
+    def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         """Carry the order out; the arrival can be collected afterwards."""
         rows, attacker = self.rows[order.attacker], self.attackers[order.attacker]
         self._done.append(carry_out(self.model, source, rows, attacker, order, seed=self.seed, dtype=self.dtype))

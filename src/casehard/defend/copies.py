@@ -50,7 +50,8 @@ class CleanCopies:
         if self.scratch is not None and lasting:
             return save_tensors(self.scratch / f"{self.prefix}-{label}.safetensors", parameters(model))
         if in_memory:
-            return {name: p.detach().clone() for name, p in parameters(model).items()}
+            # On the host, where it costs no memory of an accelerator.
+            return {name: p.detach().to("cpu", copy=True) for name, p in parameters(model).items()}
         return {}
 
     def tensors(self, kept: Kept, model: nn.Module) -> Mapping[str, torch.Tensor]:
@@ -60,11 +61,6 @@ class CleanCopies:
             stored = load_tensors(kept, device=next(model.parameters()).device)
             return {name: stored[name] for name in live}
         return {name: t.to(live[name].device) for name, t in kept.items()} if kept else live
-
-    @staticmethod
-    def moved(kept: Kept) -> Kept:
-        """Return a copy in memory as one on the host, where it costs no memory of an accelerator."""
-        return kept if isinstance(kept, Path) else {name: t.cpu() for name, t in kept.items()}
 
     def adopt(self, path: Path) -> Path:
         """Link a file of a checkpoint into the scratch folder, so that retention may remove the checkpoint."""

@@ -153,19 +153,20 @@ class Vectors:
         # Read again when it was held back, when the drift since is subtracted, or to stand in for a lost attacker.
         again = held_back or self.table.first > self.table.round_steps or (self.current and not repeatable)
         kept = self.copies.keep(f"source-{step}", model, in_memory=again, lasting=repeatable)
-        entry = Round(step // self.table.round_steps if repeatable else step, step, self.copies.moved(kept))
+        entry = Round(step // self.table.round_steps if repeatable else step, step, kept)
         unit.newest = step
         if held_back:
             if unit.held is not None:
                 self.copies.discard(unit.held.source)
             unit.held = entry
         else:
-            self._submit(unit, entry, parameters(model))
+            stable = kept if isinstance(kept, dict) else {}
+            self._submit(unit, entry, stable or parameters(model), stable=bool(stable))
 
-    def _submit(self, unit: Unit, entry: Round, source: Mapping[str, torch.Tensor]) -> None:
+    def _submit(self, unit: Unit, entry: Round, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         unit.running.append(entry)
         for order in unit.orders(entry):
-            self.side.submit(order, source)
+            self.side.submit(order, source, stable=stable)
 
     def _collect(self, model: nn.Module) -> None:
         """Take what arrived; move complete rounds on, and let attackers that became free begin what was held back."""
@@ -176,7 +177,7 @@ class Vectors:
                 unit.finished.append(unit.running.pop(0))
             if not unit.running and unit.held is not None:
                 entry, unit.held = unit.held, None
-                self._submit(unit, entry, self.copies.tensors(entry.source, model))
+                self._submit(unit, entry, self.copies.tensors(entry.source, model), stable=True)
 
     def _complete(self, model: nn.Module, unit: Unit, entry: Round) -> bool:
         """Return whether nothing more will come for the round; do here what a lost attacker of lockstep left undone."""
@@ -185,7 +186,7 @@ class Vectors:
         if self.table.schedule == "lockstep" and absent and all(order.attacker in lost for order in absent):
             source = self.copies.tensors(entry.source, model)
             for order in absent:
-                self.local.submit(order, source)
+                self.local.submit(order, source, stable=True)
             self.arrived |= {arrival.order: arrival for arrival in self.local.collect()}
         return all(order in self.arrived or order.attacker in lost for order in absent)
 
@@ -323,7 +324,7 @@ class Vectors:
         finished = rounds_from_state("finished", state, self.copies)
         running = rounds_from_state("running", state, self.copies)
         for entry in [*([active] if active else []), *finished, *running]:
-            self._submit(unit, entry, self.copies.tensors(entry.source, model))
+            self._submit(unit, entry, self.copies.tensors(entry.source, model), stable=True)
         while len(unit.finished) < len(finished) + (active is not None):
             self._collect(model)
             if len(unit.finished) < len(finished) + (active is not None):

@@ -85,10 +85,14 @@ class RemoteSide:
                 self._changed.wait(POLL)
                 self._look()
 
-    def submit(self, order: Order, source: Mapping[str, torch.Tensor]) -> None:
-        """Copy the weights to the host and queue the attack; attackers ordered at the same step share the copy."""
+    def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
+        """Queue the attack on a copy of the weights on the host, shared by attackers ordered at the same step.
+
+        Args:
+            stable: nobody writes to ``source`` any more, so it need not be copied.
+        """
         if self._snapshot[0] != order.source_step:
-            copy = {name: t.detach().to("cpu", self.dtype, copy=True) for name, t in source.items()}
+            copy = {name: t.detach().to("cpu", self.dtype, copy=not stable) for name, t in source.items()}
             self._snapshot = (order.source_step, copy)
         self._couriers[order.attacker].orders.put((order, self._snapshot[1]))
 
