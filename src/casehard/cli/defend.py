@@ -156,8 +156,18 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
             run.event("log", entry)
         run.rows([])
         run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
-    console.table(f"{job.method}: what it cost", ["quantity", "value"], cost_rows(result.cost))
+    rows = cost_rows(result.cost) + _age_rows(result.log)
+    console.table(f"{job.method}: what it cost", ["quantity", "value"], rows)
     console.made("hardened model", result.checkpoint.path)
+
+
+def _age_rows(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return how old the attack vectors of the patched steps were, where a schedule lets them age."""
+    ages = [row["attack_age"] for row in log if "attack_age" in row]
+    if not ages:
+        return []
+    oldest = max(row["attack_age_max"] for row in log if "attack_age_max" in row)
+    return [("age of the attack vectors", f"{sum(ages) / len(ages):.0f} steps on average, {oldest:.0f} at most")]
 
 
 def _multiply_attackers(values: dict[str, Any]) -> int:

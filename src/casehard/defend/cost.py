@@ -90,7 +90,7 @@ def advice(k1: int, k2: int, *, devices: int, device_bytes: float, parameters: f
     gain = f"about {beside.speedup:.2f} times as fast as sequential"
     if branches.speedup > beside.speedup:
         return (
-            f"schedule=async with --attackers 1, {gain}; branches would give {branches.speedup:.2f} times, "
-            f"with younger vectors (age {branches.age:.0f} instead of {beside.age:.0f} on average), from Python"
+            f"schedule=async with --attackers 1, {gain}, mean age {beside.age:.0f}; two branches, from Python, "
+            f"would be {branches.speedup:.2f} times as fast, mean age {branches.age:.0f}"
         )
     return f"schedule=async with --attackers {max(1, devices - 1)}, {gain}"
