@@ -18,7 +18,7 @@ from torch import nn
 
 from casehard.buffer.saturation import Residual, Scores, residual, safety_scores
 from casehard.data.chat import ChatFormat
-from casehard.defend.frozen_lora import FrozenLora
+from casehard.defend.frozen_lora import FrozenLora, base_layers
 from casehard.defend.provider_assets import Assets
 from casehard.errors import DataError
 from casehard.evaluate.generate import generate
@@ -106,7 +106,9 @@ def saturation(model: nn.Module, chat: ChatFormat, assets: Assets, examples: Seq
     """
     assets.require_base(model)
     assets.require_format(chat.tokenizer, system=chat.system)
-    rows, encoded, safety = both(model, chat, assets, examples), chat.encode_all(examples), assets.reinforce()
+    rows, encoded, pairs = both(model, chat, assets, examples), chat.encode_all(examples), assets.reinforce()
+    # In the model's order; a file lists layers by name, 10 before 2. What the model lacks is refused below.
+    safety = {name: pairs[name] for name in base_layers(model) if name in pairs} | dict(pairs)
     base = safety_scores(model, encoded, safety)
     frozen = FrozenLora(assets.buffer()).attach(model)
     try:

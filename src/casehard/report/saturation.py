@@ -42,18 +42,9 @@ def layers(name: str, series: Series, *, described: str) -> str:
         axes.margins(x=0.02, y=0.08)
         axes.set_xlabel(f"layer, {series.layers[0]} to {series.layers[-1]}", fontsize=8)
         axes.set_ylabel("safety gradient score", fontsize=8)
-        axes.annotate(
-            "below 0: a step works against refusals",
-            (1, 0),
-            xytext=(0, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            color=MUTED,
-            fontsize=7.5,
-            style="italic",
-        )
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+        note = "below 0: a step works against refusals"
+        axes.text(1, 1.04, note, transform=axes.transAxes, ha="right", color=MUTED, fontsize=7.5, style="italic")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=2, frameon=False, fontsize=8, labelcolor=INK)
         return _svg(figure, described)
 
 
@@ -77,8 +68,8 @@ def curves(name: str, rocs: Sequence[Curve], *, described: str) -> str:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    with _canvas(name, 4.0, 3.8) as figure:
-        axes = figure.add_axes((0.15, 0.13, 0.82, 0.84))
+    with _canvas(name, 4.2, 3.8) as figure:
+        axes = figure.add_axes((0.2, 0.13, 0.73, 0.83))
         _bare(axes, grid="both")
         axes.plot([0, 1], [0, 1], color=GRID, linewidth=1.2, linestyle=(0, (4, 3)))
         for roc, colour, dash in zip(rocs, (_BESIDE, _OPEN), ("solid", (0, (5, 1.6))), strict=False):
