@@ -263,6 +263,7 @@ def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]]
     """Return the settings on the front, and the picture of all."""
     from casehard.maths.pareto import pareto_front
     from casehard.report.pareto import Setting, front
+    from casehard.report.views import SHORT
 
     both = [_pick(found, low, high) for _, found in points]
     best = pareto_front([(x["rate"], y["rate"]) for x, y in both], maximise=(False, True))
@@ -282,4 +283,5 @@ def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]]
         }
         for i in best
     ]
-    return table, front("merge-search", settings, x_label=low, y_label=high, described=described)
+    labels = [f"{SHORT.get(m, m)} (better is {way})" for m, way in ((low, "left"), (high, "up"))]
+    return table, front("merge-search", settings, x_label=labels[0], y_label=labels[1], described=described)
