@@ -224,7 +224,10 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
                 raise ConfigError(f"{folder} is merged already", hint="tune with --set settings.reinforce=false")
             bound = marker.get("base_digest")
             if bound and bound != loaded.digest:
-                raise ConfigError(f"{folder} is for base {bound[:12]}, {job['model']} is {loaded.digest[:12]}")
+                raise ConfigError(
+                    f"{folder} is for base {bound[:12]}, {job['model']} is {loaded.digest[:12]}",
+                    hint="--model is the base that both adapters were made for",
+                )
             # The record of the assets lies above the reinforcing adapter.
             require_unseen(asked, trained_prompts(folder, Path(folder).parent), folder)
         require_unseen(asked, trained_prompts(loaded.path), loaded.path)
