@@ -62,6 +62,12 @@ class Refused(UserError):
     exit_code = 9
 
 
+class Lost(UserError):
+    """A process that the run cannot do without is gone; earlier checkpoints are intact."""
+
+    exit_code = 10
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed."""
 

@@ -29,8 +29,9 @@ from casehard.files import file_digest, remove
 from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load
 from casehard.model.save import save
+from casehard.parallel.launch import equipped
 from casehard.train.fit import fit
-from casehard.train.recipe import TrainConfig
+from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.types import Checkpoint, Example
 
 Rows = list[dict[str, Any]]
@@ -64,6 +65,8 @@ class DefendJob:
     """Named settings of the method to start from; empty = its defaults."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The outer training loop."""
+    attackers: int = 0
+    """Patcher: attackers in processes of their own; 0 = as many as the settings list, where the schedule needs them."""
     suite: str = ""
     """Evaluation suite whose prompts must not occur in any training row; empty = not checked."""
     system: str | None = None
@@ -220,7 +223,9 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     method = _method(spec, job, encoded)
     assets = {"assets": assets_digest(job.assets)} if job.assets else {}
     training = out / "training"
-    with _guarded(method, loaded, job.system):
+    bf16 = uses_bf16(job.train.precision, next(loaded.model.parameters()).device)
+    beside = equipped(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
+    with _guarded(method, loaded, job.system), beside:
         result = fit(
             loaded.model,
             loaded.tokenizer,

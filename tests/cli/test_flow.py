@@ -234,6 +234,15 @@ def test_doctor_knows_this_machine(capsys):
         assert word in out
 
 
+def test_doctor_says_which_schedule_fits(capsys, organism):
+    assert main(["doctor", "--model", str(organism), "--k1", "2000"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "k1 = 2000, k2 = 1000, 1 attacker" in out and "speed-up" in out and "2.00" in out
+    assert "schedule=async" in out or "schedule=sequential" in out
+    assert main(["doctor", "--model", "nowhere"]) == 2
+    assert "holds no *.safetensors" in capsys.readouterr().err
+
+
 def test_secrets_stay_secret(organism, here):
     secret = "hf_" + "q9Z" * 9
     env = {"HF_TOKEN": secret, "OPENAI_API_KEY": secret[::-1]}

@@ -39,7 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "defend": BOTTOM | {"data", "model"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
-    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer"},
+    "parallel": BOTTOM | {"data", "defend"},
+    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer", "parallel"},
     "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
     "backdoor_jobs": BOTTOM | {"data", "model", "train", "attack", "evaluate", "organism", "scan", "jobs"},
@@ -48,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
     "cli": BOTTOM
     | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report", "mb"}
-    | {"scan", "backdoor_jobs"},
+    | {"scan", "backdoor_jobs", "parallel"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {

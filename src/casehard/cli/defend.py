@@ -45,6 +45,14 @@ def defend(
     suite: options.Suite = None,
     preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; same as --set train.steps=N.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="When Patcher attacks: sequential, lockstep, async or reference_parallel."),
+    ] = None,
+    attackers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Attackers in processes of their own (patcher); alone it means --schedule async."),
+    ] = None,
     device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -66,6 +74,8 @@ def defend(
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
+        "settings.schedule": schedule or ("async" if attackers else None),
+        "attackers": attackers,
         "device": device,
         "seed": seed,
     }
@@ -102,9 +112,15 @@ def _check(values: dict[str, Any]) -> bool:
 
 def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
     if _check(values):
+        _multiply_attackers(values)
         _tune(values, select, out)
         return
     chosen = _selection(values, select)
+    count = _multiply_attackers(values)
+    from casehard.parallel.launch import join
+
+    if join(count):
+        return  # this rank was an attacker
     check_out(out, "defend")
     from casehard.config import build, to_dict
     from casehard.jobs import DefendJob, run_defend
@@ -123,6 +139,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
             "assets": job.assets or None,
             "preset": job.preset,
             "settings": dict(job.settings) or None,
+            "attackers beside": job.attackers or None,
             "steps": job.train.steps,
             "batch": f"{job.train.batch_size} x {job.train.accumulation}",
             "device": options.device_text(job.device),
@@ -139,8 +156,36 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
             run.event("log", entry)
         run.rows([])
         run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
-    console.table(f"{job.method}: what it cost", ["quantity", "value"], cost_rows(result.cost))
+    rows = cost_rows(result.cost) + _age_rows(result.log)
+    console.table(f"{job.method}: what it cost", ["quantity", "value"], rows)
     console.made("hardened model", result.checkpoint.path)
+
+
+def _age_rows(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return how old the attack vectors of the patched steps were, where a schedule lets them age."""
+    ages = [row["attack_age"] for row in log if "attack_age" in row]
+    if not ages:
+        return []
+    oldest = max(row["attack_age_max"] for row in log if "attack_age_max" in row)
+    return [("age of the attack vectors", f"{sum(ages) / len(ages):.0f} steps on average, {oldest:.0f} at most")]
+
+
+def _multiply_attackers(values: dict[str, Any]) -> int:
+    """Make the list of attackers in the settings as long as ``--attackers`` says; return its length, 0 without any."""
+    count, settings = values.get("attackers") or 0, values.get("settings") or {}
+    if values["method"] != "patcher":
+        if count or "schedule" in settings:
+            raise ConfigError(f"{values['method']} simulates no attacks", hint="leave out --attackers and --schedule")
+        return 0
+    from casehard.config import to_dict
+    from casehard.defend import find
+
+    listed = find("patcher").configure("patcher", values.get("preset") or "", settings).attackers
+    if count and len(listed) not in (1, count):
+        raise ConfigError(f"--attackers {count}, and the settings list {len(listed)}", hint="leave one of them out")
+    if count and len(listed) == 1:
+        values["settings"] = {**settings, "attackers": [to_dict(listed[0])] * count}
+    return count or len(listed)
 
 
 def _tune(values: dict[str, Any], select: bool | None, out: Path) -> None:

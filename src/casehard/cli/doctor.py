@@ -8,10 +8,13 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from casehard import __version__
 from casehard.cli import console
-from casehard.errors import Unsupported
+from casehard.errors import ConfigError, Unsupported
 
 Row = tuple[str, str, str]
 
@@ -78,15 +81,100 @@ def machine_rows() -> list[Row]:
     return rows
 
 
-def doctor() -> None:
+def count_parameters(folder: Path) -> int:
+    """Return the number of parameters in a model folder, from the headers of its safetensors files.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from math import prod
+
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if not total:
+        raise ConfigError(f"{folder} holds no *.safetensors file", hint="give the folder of a model")
+    return total
+
+
+def hardware_for_training() -> tuple[int, float, bool]:
+    """Return devices, bytes of one device, and whether training computes in bf16: GPUs, else halves of the cores."""
+    import torch
+
+    from casehard.bench.store import hardware
+    from casehard.train.recipe import uses_bf16
+
+    gpus = torch.cuda.device_count()
+    if gpus:
+        smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
+        return gpus, float(smallest), uses_bf16("auto", torch.device("cuda"))
+    found = hardware()
+    cores = int(found["cores"] or 1)
+    # Processes on one machine share its memory: each may take its part.
+    return cores, float(found.get("memory_bytes", 0)) / min(cores, 2), False
+
+
+def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bool) -> list[tuple[str, ...]]:
+    """Return a table row for each of Patcher's schedules; bytes in all, or a parameter when their number is unknown."""
+    from casehard.defend.cost import costs
+
+    def size(bytes_each: float) -> str:
+        if not bytes_each:
+            return "-"
+        if not parameters:
+            return f"{bytes_each:.0f} B"
+        total = bytes_each * parameters
+        return f"{total / 1e9:.3g} GB" if total >= 1e9 else f"{total / 1e6:.3g} MB"
+
+    return [
+        (
+            c.schedule,
+            str(c.devices),
+            f"{c.round_passes:,.0f}",
+            f"{c.speedup:.2f}",
+            f"{c.age:,.0f}",
+            size(c.defender),
+            size(c.attacker),
+            size(c.host),
+        )
+        for c in costs(k1, k2, attackers=attackers, bf16=bf16)
+    ]
+
+
+def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
+    from casehard.defend.cost import advice
+
+    parameters = count_parameters(model) if model else 0
+    devices, memory, bf16 = hardware_for_training()
+    unit = f"{parameters:,} parameters" if parameters else "bytes a parameter"
+    title = f"Patcher, k1 = {k1}, k2 = {k2}, {attackers} attacker{'s' if attackers > 1 else ''}: {unit}, predicted"
+    columns = ["schedule", "devices", "passes a round", "speed-up", "mean age", "defender", "attacker", "host"]
+    console.table(title, columns, schedule_rows(k1, k2, parameters, attackers=attackers, bf16=bf16))
+    console.say(f"here: {advice(k1, k2, devices=devices, device_bytes=memory, parameters=parameters, bf16=bf16)}")
+
+
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Model whose memory needs are shown for Patcher's schedules.")
+    ] = None,
+    k1: Annotated[int, typer.Option("--k1", min=0, help="Attack steps of a simulated attack.")] = 300,
+    k2: Annotated[int, typer.Option("--k2", min=1, help="Outer steps of a round.")] = 1000,
+    attackers: Annotated[int, typer.Option(min=1, help="Attackers beside the defender.")] = 1,
+) -> None:
     """Show what is installed, missing and possible here.
 
     Every extra that is not complete comes with the line that installs it.
+    The last table says what each schedule of Patcher would cost on this
+    hardware, activations apart.
     """
     console.plan(f"check this installation of casehard {__version__}", {})
     packages, broken, missing = package_rows()
     console.table("packages", ["package", "version", "state"], packages)
     console.table("machine", ["what", "value", "note"], machine_rows())
+    _schedules(model, k1, k2, attackers)
     for extra in missing:
         console.say(f"optional {extra!r} is not complete; to install: pip install 'casehard[{extra}]'")
     if broken:

@@ -40,12 +40,18 @@ class CleanCopies:
         self.scratch = scratch
         self.prefix = prefix
 
-    def keep(self, label: str, model: nn.Module, *, in_memory: bool) -> Kept:
-        """Copy the current weights: to a file when the run checkpoints, else to memory if they are needed later."""
-        if self.scratch is not None:
+    def keep(self, label: str, model: nn.Module, *, in_memory: bool, lasting: bool = True) -> Kept:
+        """Copy the current weights: to a file when the run checkpoints, else to memory if they are needed later.
+
+        Args:
+            in_memory: whether this process will read them again.
+            lasting: whether a resumed run needs them; if not, no file is written.
+        """
+        if self.scratch is not None and lasting:
             return save_tensors(self.scratch / f"{self.prefix}-{label}.safetensors", parameters(model))
         if in_memory:
-            return {name: p.detach().clone() for name, p in parameters(model).items()}
+            # On the host, where it costs no memory of an accelerator.
+            return {name: p.detach().to("cpu", copy=True) for name, p in parameters(model).items()}
         return {}
 
     def tensors(self, kept: Kept, model: nn.Module) -> Mapping[str, torch.Tensor]:
@@ -54,7 +60,7 @@ class CleanCopies:
         if isinstance(kept, Path):
             stored = load_tensors(kept, device=next(model.parameters()).device)
             return {name: stored[name] for name in live}
-        return kept or live
+        return {name: t.to(live[name].device) for name, t in kept.items()} if kept else live
 
     def adopt(self, path: Path) -> Path:
         """Link a file of a checkpoint into the scratch folder, so that retention may remove the checkpoint."""
@@ -97,3 +103,11 @@ def round_from_state(role: str, state: Mapping[str, object], copies: CleanCopies
         if isinstance(value := state.get(f"{role}_{part}"), Path)
     }
     return Round(numbers[0], numbers[1], files["source"], numbers[2], files.get("reference"))
+
+
+def rounds_from_state(role: str, state: Mapping[str, object], copies: CleanCopies) -> list[Round]:
+    """Return the rounds saved as ``role`` 0, 1, 2 ..., in order."""
+    out: list[Round] = []
+    while (entry := round_from_state(f"{role}{len(out)}", state, copies)) is not None:
+        out.append(entry)
+    return out

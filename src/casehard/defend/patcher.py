@@ -1,17 +1,18 @@
-"""Patcher: adversarial bi-level alignment against simulated full-parameter fine-tuning attacks, sequential.
+"""Patcher: adversarial bi-level alignment against simulated full-parameter fine-tuning attacks.
 
 Minimise over theta    F(theta) = alpha L_s(A_k1(theta)) + (1 - alpha) L_s(theta)                                 (1)
 with the gradient      g = alpha grad L_s(theta + delta) + (1 - alpha) grad L_s(theta),  delta held constant      (2)
 and the attack vector  delta = A_k1(theta_source) - theta_reference                                              (3)
 
     for step t = 0, 1, 2, ...                    rounds of k2 steps; round 0 is plain SFT
-        if t starts a round >= 1:  delta <- k1 optimiser steps on unsafe data from theta, minus theta
+        vectors.advance                          start attacks, adopt finished ones: as the schedule says (timetable.py)
         g <- (1 - alpha) grad L_s(theta)         every micro-batch of the step
         g <- g + alpha grad L_s(theta + delta)   the same micro-batches, one switch of weights a step
         clip, optimiser step on g
 
 Symbols: theta weights, L_s cross-entropy on (restricted prompt, refusal) rows, A_k1 the attack, k1 attack steps, k2
-outer steps a round, alpha share of the attacked loss. Source: Wen et al., arXiv 2606.07970, the sequential algorithm.
+outer steps a round, alpha share of the attacked loss. Source: Wen et al., arXiv 2606.07970; sequential: an attack, then
+k2 outer steps, in turn; parallel: attackers in processes of their own (``side``).
 Differs from the published code: one process; the master weights are never written (a view is composed, see
 maths/bilevel); seeded streams; optimiser state kept between rounds unless ``reset_optimizer``; no attack after the last
 round; alpha = 0 runs no attacked pass; attack vectors and attacked weights never reach the disk (a resumed run repeats
@@ -29,23 +30,13 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet
-from casehard.defend.copies import CleanCopies, Kept, Round, round_from_state, round_to_state
+from casehard.defend.attackers import AttackSide, LocalSide
+from casehard.defend.copies import CleanCopies, Kept
 from casehard.defend.protocol import Setup, StateValue, Step
-from casehard.errors import ConfigError, DataError, Unsupported
-from casehard.maths.bilevel import (
-    Attacker,
-    AttackRun,
-    AttackVector,
-    difference,
-    linear_only,
-    parameters,
-    perturbed_view,
-    retain_kl,
-    simulate_attack,
-    with_view,
-)
-from casehard.maths.tensors import cosine
-from casehard.seeds import derive, generator
+from casehard.defend.timetable import BESIDE, Adopt, Schedule, Timetable
+from casehard.defend.vectors import Vectors
+from casehard.errors import ConfigError, DataError, Lost, Unsupported
+from casehard.maths.bilevel import Attacker, AttackVector, linear_only, parameters, perturbed_view, retain_kl, with_view
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +49,12 @@ class PatcherConfig:
     """k2, outer steps that share one attack vector. Source: Patcher scripts."""
     attackers: tuple[Attacker, ...] = (Attacker(),)
     """Simulated attackers; with several, each round builds a pool and each step draws one vector from it."""
+    schedule: Schedule = "sequential"
+    """sequential | lockstep | async | reference_parallel, see ``timetable.py``. Source: both published algorithms."""
+    adopt: Adopt = "immediate"
+    """async: take a vector when it is there, or at the next round (boundary)."""
+    max_age: int | None = None
+    """async: wait rather than use a vector more than this many steps old; None never waits. Not in the paper."""
     reference: Literal["current", "source"] = "current"
     """theta_reference in eq. 3: the weights at adoption (as the published code does) or when the attack began."""
     delay: int = 0
@@ -66,6 +63,8 @@ class PatcherConfig:
     """Forget the outer optimiser's moments at every round, as separate processes per phase do (paper_sequential)."""
     delta_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of the attack vector: 2 or 4 bytes a parameter; theta + delta is composed in fp32 either way."""
+    weights_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Weights on their way to an attacker beside; float32 attacks what the defender's own process would attack."""
     retain: Literal["none", "ce", "kl"] = "none"
     """Extra term on harmless rows: cross-entropy, or KL(start model || model). Not in the paper."""
     retain_weight: float = 0.5
@@ -76,10 +75,9 @@ class PatcherConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ConfigError(f"alpha: {self.alpha} is not within 0..1")
-        if self.round_steps < 1 or not 0 <= self.delay < self.round_steps:
-            raise ConfigError(
-                f"round_steps {self.round_steps} must be at least 1 and delay {self.delay} within 0..round_steps-1"
-            )
+        if self.round_steps < 1 or self.delay < 0:
+            raise ConfigError(f"round_steps {self.round_steps} must be at least 1 and delay {self.delay} at least 0")
+        self._check_schedule()
         if self.retain_weight < 0 or self.retain_batch_size < 1:
             raise ConfigError(
                 f"retain_weight {self.retain_weight} must not be negative and retain_batch_size "
@@ -87,6 +85,21 @@ class PatcherConfig:
             )
         if not self.attackers:
             raise ConfigError("attackers: at least one is needed", hint="attackers: [{steps: 300, lr: 1e-5}]")
+
+    def _check_schedule(self) -> None:
+        if self.delay and self.schedule not in ("sequential", "lockstep"):
+            raise ConfigError(f"delay {self.delay} with schedule {self.schedule!r}", hint="its attacks take their time")
+        if self.schedule != "async" and (self.adopt != "immediate" or self.max_age is not None):
+            raise ConfigError(
+                f"adopt {self.adopt!r} and max_age {self.max_age} with schedule {self.schedule!r} would be ignored",
+                hint="they belong to schedule=async",
+            )
+        if self.max_age is not None and self.max_age < 1:
+            raise ConfigError(f"max_age {self.max_age} must be at least 1", hint="leave it out to never wait")
+
+    def timetable(self, last: int) -> Timetable:
+        """Return the rules of a run of ``last`` steps."""
+        return Timetable(self.schedule, self.round_steps, last, self.delay, self.adopt, self.max_age)
 
 
 PRESETS: dict[str, PatcherConfig] = {
@@ -96,12 +109,13 @@ PRESETS: dict[str, PatcherConfig] = {
 
 
 class Patcher:
-    """Sequential Patcher as a method: pass it to ``HardenedTrainer(method=...)`` or ``fit(method=...)``.
+    """Patcher as a method: pass it to ``HardenedTrainer(method=...)`` or ``fit(method=...)``.
 
     Args:
         config: settings, see :class:`PatcherConfig`.
         unsafe: rows of the simulated attack (restricted prompt, compliant answer).
         retain: harmless rows of the retain term; required when ``config.retain`` is not "none".
+        side: attackers in other processes (``parallel.launch``); None attacks in this one, in turn.
 
     Raises:
         DataError: ``unsafe`` (or a needed ``retain``) is empty, or ``retain`` is given and not used.
@@ -115,6 +129,7 @@ class Patcher:
         *,
         unsafe: EncodedSet | tuple[EncodedSet, ...],
         retain: EncodedSet | None = None,
+        side: AttackSide | None = None,
     ) -> None:
         self.config = config or PatcherConfig()
         sets = unsafe if isinstance(unsafe, tuple) else (unsafe,)
@@ -134,8 +149,19 @@ class Patcher:
             raise DataError(f"patcher: retain={self.config.retain!r} needs harmless rows", hint="--retain rows.jsonl")
         self.unsafe = sets
         self.retain_rows = retain
-        self.passes = 0
-        self._restored: dict[str, Any] = {}
+        self.side = side
+        self._own_passes = 0
+        self.vectors: Vectors | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forward-backward passes beyond one a micro-batch: attacked and retain passes, and the steps of attacks."""
+        return self._own_passes + (self.vectors.passes if self.vectors is not None else 0)
+
+    @property
+    def workers(self) -> int:
+        """Attackers that this schedule wants beside the defender."""
+        return len(self.config.attackers) if self.config.schedule in BESIDE else 0
 
     # -- seams ---------------------------------------------------------------------------------------------
 
@@ -146,27 +172,41 @@ class Patcher:
             ConfigError: the run is too short for a single attack, so it would be plain fine-tuning under another name.
             Unsupported: several processes, half-precision or frozen weights.
         """
-        first = self.config.round_steps + self.config.delay
-        if self.config.alpha > 0 and first >= setup.max_steps:
+        table = self.config.timetable(setup.max_steps)
+        if self.config.alpha > 0 and table.first >= setup.max_steps:
             raise ConfigError(
-                f"the first simulated attack would come at step {first} and the run ends after {setup.max_steps}",
+                f"the first simulated attack would come at step {table.first} and the run ends after {setup.max_steps}",
                 hint=f"settings.round_steps (now {self.config.round_steps}) must be well below train.steps, "
                 "e.g. --set settings.round_steps=10; the published setting is 1000 of 15000",
             )
+        if self.side is None and self.workers and self.config.alpha > 0:
+            raise ConfigError(
+                f"schedule {self.config.schedule!r} needs attackers beside the defender and there are none",
+                hint="casehard defend patcher --attackers 1, or parallel.launch.attackers(...) in Python",
+            )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise Unsupported("patcher runs in one process", hint="start it without torchrun or accelerate launch")
+            raise Unsupported("patcher's defender runs in one process", hint="give the other ranks to attackers")
         parameters(setup.model)
         self._castable = linear_only(setup.model)
-        self._seed, self._max_steps, self._log = setup.seed, setup.max_steps, setup.log
+        self._seed, self._log = setup.seed, setup.log
         self._copies = CleanCopies(setup.scratch, "patcher")
-        self._active: Round | None = None
-        self._pending: Round | None = None
-        self._pool: list[AttackVector] = []
+        dtype = getattr(torch, self.config.delta_dtype)
+        local = LocalSide(setup.model, self.unsafe, self.config.attackers, seed=setup.seed, dtype=dtype)
+        self.vectors = Vectors(
+            table,
+            self.side or local,
+            local,
+            self._copies,
+            current=self.config.reference == "current",
+            count=len(self.config.attackers),
+            seed=setup.seed,
+            log=setup.log,
+        )
         self._held: list[Batch] = []
         self._meters: dict[str, list[torch.Tensor]] = {"safe": [], "attacked": []}
         self._start: Kept | None = None
-        self.passes = 0
-        self._restored = {}
+        self._own_passes = 0
+        self._start_file: Path | None = None
         if self.config.retain == "kl":
             self._start = self._copies.keep("start", setup.model, in_memory=True)
             self._anchor = self._copies.tensors(self._start, setup.model)
@@ -179,10 +219,9 @@ class Patcher:
         if step.micro == 0:
             self._held.clear()
             self._safe_sum = None
-            self._catch_up(model)
-            if self.config.alpha > 0:
-                self._schedule(model, step.index)
-        vector = self._draw(step.index)
+            self._link_start(model)
+            self._vector = self._next_vector(model, step.index)
+        vector = self._vector
         share = self.config.alpha if vector is not None else 0.0
         loss = None
         if share < 1.0:
@@ -191,7 +230,7 @@ class Patcher:
             loss = loss.detach()
             self._safe_sum = loss if self._safe_sum is None else self._safe_sum + loss
         else:
-            self.passes -= 1  # the loop counts one pass a micro-batch
+            self._own_passes -= 1  # the loop counts one pass a micro-batch
         if vector is not None:
             self._held.append(batch)
             if step.last:
@@ -212,16 +251,24 @@ class Patcher:
                 optimizer.state.clear()
 
     def finish(self, model: nn.Module) -> None:
-        """Report the last, unfinished round and drop the attack vectors."""
+        """Report the last, unfinished round and drop the attack vectors.
+
+        Raises:
+            Lost: no vector was ever in use.
+        """
         self._report()
-        self._pool.clear()
-        self._active = self._pending = None
+        assert self.vectors is not None
+        if self.config.alpha > 0 and not self.vectors.ever:
+            raise Lost(
+                "no attack finished before the run ended: this was plain fine-tuning",
+                hint="more train.steps, fewer attackers[].steps, or settings.max_age, which makes the defender wait",
+            )
+        self.vectors.clear()
 
     def state(self) -> dict[str, StateValue]:
         """Return numbers and files of clean weights; never an attack vector."""
-        out: dict[str, StateValue] = {"passes": self.passes}
-        out |= round_to_state("active", self._active)
-        out |= round_to_state("pending", self._pending)
+        assert self.vectors is not None
+        out: dict[str, StateValue] = {"own_passes": self._own_passes, **self.vectors.state()}
         if isinstance(self._start, Path):
             out["start"] = self._start
         for kind, values in self._meters.items():
@@ -230,86 +277,29 @@ class Patcher:
         return out
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take a saved state; the round's attack is repeated at the next step, with the running model."""
-        self._restored = dict(state)
-        self.passes = int(state["passes"])
+        """Take a saved state; attacks are repeated at the next step, with the running model."""
+        assert self.vectors is not None
+        self._own_passes = int(state["own_passes"])
+        self._start_file = state.get("start")
+        self.vectors.restore(state)
         for kind in self._meters:
             values = state.get(f"meter_{kind}")
             self._meters[kind] = [] if values is None else list(values.unbind())
 
-    # -- rounds --------------------------------------------------------------------------------------------
+    # -- passes --------------------------------------------------------------------------------------------
 
-    def _catch_up(self, model: nn.Module) -> None:
-        """Finish a restore: link the clean copies back and rebuild the vectors by repeating their attack."""
-        if not self._restored:
-            return
-        state, self._restored = self._restored, {}
-        if isinstance(start := state.get("start"), Path):
-            self._start = self._copies.adopt(start)
+    def _link_start(self, model: nn.Module) -> None:
+        """Finish a restore: read the weights that the KL term keeps to from the checkpoint's file."""
+        if self._start_file is not None:
+            self._start, self._start_file = self._copies.adopt(self._start_file), None
             self._anchor = self._copies.tensors(self._start, model)
-        self._active = round_from_state("active", state, self._copies)
-        self._pending = round_from_state("pending", state, self._copies)
-        if self._active is not None:
-            self._build_pool(model, self._active)
-        self.passes = int(state["passes"])  # the repeated attack was counted when it first ran
 
-    def _schedule(self, model: nn.Module, index: int) -> None:
-        """Start an attack where a round begins and adopt it ``delay`` steps later."""
-        k2, delay = self.config.round_steps, self.config.delay
-        if index >= k2 and index % k2 == 0 and index + delay < self._max_steps:
-            source = self._copies.keep(f"source-{index}", model, in_memory=delay > 0)
-            self._pending = Round(index // k2, index, source)
-        if self._pending is None or index < self._pending.source_step + delay:
-            return
-        reference: Kept | None = None
-        if self.config.reference == "current" and delay > 0:
-            reference = self._copies.keep(f"reference-{index}", model, in_memory=False)
-        before, previous = self._active, self._pool
-        self._active = self._pending._replace(adopted_step=index, reference=reference)
-        self._pending = None
-        self._announce(previous, self._build_pool(model, self._active))
-        if before is not None:
-            self._copies.discard(before.source, before.reference)
-        if self._copies.scratch is None:
-            # Nothing will resume this run, so the copy in memory has served.
-            self._active = self._active._replace(source={}, reference=None)
-
-    def _build_pool(self, model: nn.Module, entry: Round) -> list[AttackRun]:
-        """Run the round's attacks and keep their vectors (eq. 3); return how each attack went, weights consumed."""
-        source = self._copies.tensors(entry.source, model)
-        reference = source if entry.reference is None else self._copies.tensors(entry.reference, model)
-        self._pool, runs = [], []
-        for i, (attacker, rows) in enumerate(zip(self.config.attackers, self.unsafe, strict=True)):
-            seed = derive(self._seed, entry.number, f"patcher-attack-{i}")
-            steps = attacker.steps
-            if attacker.steps_min is not None:
-                low = attacker.steps_min
-                steps = low + int(torch.randint(steps - low + 1, (), generator=generator(seed, 0, "length")))
-            batch_at = rows.stream(attacker.batch_size, seed=seed, purpose="attack-batch")
-            run = simulate_attack(model, source, batch_at, attacker, seed=seed, steps=steps)
-            delta = difference(run.weights, reference, dtype=getattr(torch, self.config.delta_dtype))
-            self._pool.append(AttackVector.of(delta, source_step=entry.source_step, attack_steps=steps))
-            self.passes += steps
-            runs.append(run)
-        return runs
-
-    def _announce(self, previous: list[AttackVector], runs: list[AttackRun]) -> None:
-        self._log({"tokens": sum(run.tokens for run in runs)})
-        for i, vector in enumerate(self._pool):
-            tag = "" if len(self._pool) == 1 else f"_{i}"
-            values = {f"attack_norm{tag}": vector.norm, f"attack_steps{tag}": float(vector.attack_steps)}
-            if losses := runs[i].losses:
-                values |= {f"attack_loss_first{tag}": losses[0], f"attack_loss_last{tag}": losses[-1]}
-            if previous:
-                old = previous[i].delta
-                values[f"attack_cosine{tag}"] = cosine(list(old.values()), [vector.delta[k] for k in old])
-            self._log(values)
-
-    def _draw(self, index: int) -> AttackVector | None:
-        if len(self._pool) <= 1:
-            return self._pool[0] if self._pool else None
-        pick = torch.randint(len(self._pool), (), generator=generator(self._seed, index, "patcher-pool"))
-        return self._pool[int(pick)]
+    def _next_vector(self, model: nn.Module, index: int) -> AttackVector | None:
+        if self.config.alpha == 0:
+            return None
+        assert self.vectors is not None
+        self.vectors.advance(model, index)
+        return self.vectors.draw(index)
 
     def _attacked_passes(self, model: nn.Module, vector: AttackVector, share: float, step: Step) -> torch.Tensor:
         """Add share * grad L_s(theta + delta) over the held micro-batches, each backward inside the view."""
@@ -325,7 +315,7 @@ class Patcher:
                 return loss.detach()
 
             total = total + with_view(model, view, run)
-            self.passes += 1
+            self._own_passes += 1
         self._meters["attacked"].append(total)
         self._held.clear()
         return total
@@ -338,7 +328,7 @@ class Patcher:
         batch = {key: value.to(device) for key, value in batch.items()}
         loss = model(**batch).loss if self.config.retain == "ce" else retain_kl(model, self._anchor, batch)
         step.backward(loss * self.config.retain_weight)
-        self.passes += 1
+        self._own_passes += 1
 
     def _report(self) -> None:
         means = {kind: float(torch.stack([x.cpu() for x in v]).mean()) for kind, v in self._meters.items() if v}
@@ -346,5 +336,7 @@ class Patcher:
         values = {f"{kind}_loss": value for kind, value in means.items()}
         if len(means) == 2:
             values["gap"] = means["attacked"] - means["safe"]
+        if self.vectors is not None:
+            values |= self.vectors.drain_ages()
         if values:
             self._log(values)

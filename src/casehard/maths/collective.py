@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -35,8 +36,10 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_gradients(gradients: Sequence[torch.Tensor], *, bucket: int = 1 << 24) -> None:
+def sum_gradients(gradients: Sequence[torch.Tensor], *, bucket: int = 1 << 24, group: Any = None) -> None:
     """Add replicated gradients over all ranks, in place, in buckets of at most ``bucket`` numbers; DTensors are left.
+
+    ``group`` limits the sum to the ranks of a process group.
 
     The bucket bounds the copy; a tensor larger than it travels alone.
     """
@@ -47,7 +50,7 @@ def sum_gradients(gradients: Sequence[torch.Tensor], *, bucket: int = 1 << 24) -
         full = sum(g.numel() for g in held)
         if held and (gradient is None or gradient.dtype != held[0].dtype or full + gradient.numel() > bucket):
             flat = torch.cat([g.flatten() for g in held])
-            torch.distributed.all_reduce(flat)
+            torch.distributed.all_reduce(flat, group=group)
             for g, part in zip(held, flat.split([g.numel() for g in held]), strict=True):
                 g.copy_(part.view_as(g))
             held = []

@@ -1,0 +1,106 @@
+"""Patcher with an attacker beside it against the sequential algorithm, at equal outer steps, one thread a side.
+
+    OMP_NUM_THREADS=1 python benchmarks/patcher_parallel.py [--model organism|llama25m] [--k2 8] [--rounds 3]
+
+Only steps that use an attack vector are timed, in alternating blocks of --rounds rounds: the sequential side runs its
+k1 attack steps between rounds, the async side never waits. Prints a table and, as its last line, one JSON object with,
+for each r = k1 / k2 of --ratio (keys end in _k1_<r>k2):
+    speedup_vs_sequential  median over blocks of sequential time / async time (bar: 90 % of the ideal)
+    ideal                  (2 k2 + k1) / max(2 k2, k1)
+    mean_age               outer steps, of the vectors the async side used
+    bytes_sent_per_round   weights to the attacker and vectors back, per k2 outer steps
+    extra_bytes_per_param  peak of the async defender minus peak of plain training, fp32 on a CPU. The formula says 12:
+                           a vector in use (2) and one arriving (2), the composed view (4), the copy on its way out (4);
+                           only with llama25m is the model large enough for resident memory to tell
+Needs two idle cores: on one, both sides share what the sequential side has alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from patcher_step import BATCHES, Loop, build, peak
+
+from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.maths.bilevel import Attacker
+from casehard.parallel.brief import brief_for
+from casehard.parallel.launch import beside
+
+
+def block(loop: Loop, steps: int) -> float:
+    """Return the seconds that ``steps`` outer steps take."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        loop.step()
+    return time.perf_counter() - start
+
+
+def compare(name: str, k1: int, k2: int, rounds: int, blocks: int) -> dict[str, float]:
+    """Run both sides in turn and return the figures of one ratio."""
+    model, rows, size = build(name, "cpu")
+    twin, _, _ = build(name, "cpu")
+    attacker = Attacker(steps=k1, lr=1e-5, batch_size=size)
+    sequential = Patcher(PatcherConfig(round_steps=k2, attackers=(attacker,)), unsafe=rows)
+    method = Patcher(PatcherConfig(schedule="async", round_steps=k2, attackers=(attacker,)), unsafe=rows)
+    brief = brief_for(twin, [rows], [attacker], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
+    plain = Loop(model, rows, size, None)
+    plain.step()
+    base = min(peak(plain.step, "cpu") for _ in range(3))
+    del plain
+    with beside(brief, device=torch.device("cpu")) as side:
+        method.side = side
+        one, two = Loop(model, rows, size, sequential), Loop(twin, rows, size, method)
+        one.index = two.index = k2
+        while not method.vectors.adoptions:
+            two.step()
+        one.step()
+        one.index = 2 * k2  # a block begins with its round's attack
+        method.vectors.drain_ages()
+        took: dict[str, list[float]] = {"sequential": [], "async": []}
+        sent = side.bytes_out + side.bytes_in
+        for _ in range(blocks):
+            took["sequential"].append(block(one, rounds * k2))
+            took["async"].append(block(two, rounds * k2))
+        sent = side.bytes_out + side.bytes_in - sent
+        age = method.vectors.drain_ages()["attack_age"]
+        top = peak(lambda: [two.step() for _ in range(2 * k2)] and None, "cpu")
+    parameters = sum(p.numel() for p in model.parameters())
+    resident = 20 * parameters  # the sequential side's weights, gradients, moments and vector are there all along
+    return {
+        "speedup_vs_sequential": statistics.median(
+            a / b for a, b in zip(took["sequential"], took["async"], strict=True)
+        ),
+        "ideal": (2 * k2 + k1) / max(2 * k2, k1),
+        "mean_age": age,
+        "bytes_sent_per_round": sent / (blocks * rounds),
+        "extra_bytes_per_param": (top - base - resident) / parameters,
+        "sequential_s": statistics.median(took["sequential"]),
+        "async_s": statistics.median(took["async"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(BATCHES), default="organism")
+    parser.add_argument("--k2", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--ratio", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, float | str] = {"model": args.model, "k2": args.k2}
+    for ratio in args.ratio:
+        found = compare(args.model, ratio * args.k2, args.k2, args.rounds, args.blocks)
+        for key, value in found.items():
+            result[f"{key}_k1_{ratio}k2"] = round(value, 3)
+    for key, value in result.items():
+        print(f"{key:36s} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What Patcher's schedules cost: time in passes, age in steps, memory in bytes a parameter. Arithmetic, no torch.
+
+U is one forward-backward pass over one batch; k1 attack steps, k2 outer steps a round, n attackers.
+
+| schedule | time of a round | age of the vector, from - to |
+|---|---|---|
+| sequential | (2 k2 + n k1) U | 0 - (k2 - 1) |
+| lockstep | (2 k2 + k1) U | 0 - (k2 - 1) |
+| async | 2 k2 U; an attack of k1 steps takes k1 / 2 outer steps | k1 / 2 - k1 |
+| reference_parallel | 2 k2 U | (k2 - 1) - (2 k2 - 2) |
+| branches (two groups) | (k2 + k1) U | 0 - (k2 - 1) |
+
+The ideal speed-up of one attacker beside the defender is 1 + k1 / (2 k2) up to k1 = 2 k2, where it is 2. An async
+attacker takes the freshest weights again as soon as it is done, so its vectors are younger than the published timing's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One schedule's cost for one choice of k1 and k2."""
+
+    schedule: str
+    devices: int
+    """Devices it wants: one for the defender (or each branch), one for each attacker beside it."""
+    round_passes: float
+    """Time of a round, in passes of one device."""
+    speedup: float
+    """Time of a sequential round over this one's."""
+    age: float
+    """Mean age of the vector in use, outer steps."""
+    defender: float
+    """Peak bytes a parameter on the defender's device, activations apart."""
+    attacker: float
+    """The same on an attacker's device; 0 without."""
+    host: float
+    """Bytes a parameter in the defender's host memory (on a CPU they add to ``defender``)."""
+
+
+WEIGHTS, GRADIENT, MOMENTS, VECTOR = 4.0, 4.0, 8.0, 2.0
+"""fp32 master weights and gradients, two AdamW moments, a bf16 attack vector."""
+
+
+def costs(k1: int, k2: int, *, attackers: int = 1, bf16: bool = True) -> list[Cost]:
+    """Return the cost of every schedule.
+
+    Args:
+        attackers: n; each has a device of its own beside the defender.
+        bf16: under autocast the view of the attacked weights is bf16 where it may be, which plain training holds too.
+    """
+    n, view = attackers, 2.0 if bf16 else 4.0
+    plain = WEIGHTS + GRADIENT + MOMENTS
+    patched = plain + n * VECTOR + view
+    # The defender's gradients are not there yet; the attack has a copy, gradients and moments of its own.
+    attacked = WEIGHTS + MOMENTS + n * VECTOR + WEIGHTS + GRADIENT + MOMENTS
+    beside = WEIGHTS + WEIGHTS + GRADIENT + MOMENTS
+    alone = 2.0 * k2 + n * k1
+    free = max(2.0 * k2, k1)
+    own = max(patched, attacked)
+    return [
+        Cost("sequential", 1, alone, 1.0, (k2 - 1) / 2, own, 0.0, 0.0),
+        Cost(
+            "lockstep", 1 + n, 2.0 * k2 + k1, alone / (2.0 * k2 + k1), (k2 - 1) / 2, patched, beside, WEIGHTS + VECTOR
+        ),
+        # At equal numbers of attacks a round; the defender itself never waits.
+        Cost("async", 1 + n, free, alone / free, 0.75 * k1, patched, beside, WEIGHTS + VECTOR),
+        Cost("reference_parallel", 1 + n, free, alone / free, 1.5 * (k2 - 1), patched, beside, 2 * WEIGHTS + VECTOR),
+        Cost("branches", 2, k2 + n * k1, alone / (k2 + n * k1), (k2 - 1) / 2, own, 0.0, 0.0),
+    ]
+
+
+def advice(k1: int, k2: int, *, devices: int, device_bytes: float, parameters: float, bf16: bool = True) -> str:
+    """Return which schedule fits the hardware, in one sentence.
+
+    Args:
+        device_bytes: memory of one device (of the machine, for CPUs).
+        parameters: of the model; 0 when unknown.
+    """
+    sequential, _, beside, _, branches = costs(k1, k2, bf16=bf16)
+    if parameters and parameters * beside.defender > device_bytes:
+        need = parameters * beside.defender / device_bytes
+        return f"shard it over at least {int(need) + 1} devices (FSDP2), schedule sequential: one device is too small"
+    if devices < 2:
+        if parameters and parameters * sequential.defender > device_bytes:
+            return "one device holds the defender but not an attack beside it: a second device, and schedule=async"
+        return "schedule=sequential: there is one device"
+    gain = f"about {beside.speedup:.2f} times as fast as sequential"
+    if branches.speedup > beside.speedup:
+        return (
+            f"schedule=async with --attackers 1, {gain}, mean age {beside.age:.0f}; two branches, from Python, "
+            f"would be {branches.speedup:.2f} times as fast, mean age {branches.age:.0f}"
+        )
+    return f"schedule=async with --attackers {max(1, devices - 1)}, {gain}"

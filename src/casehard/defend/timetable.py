@@ -1,0 +1,85 @@
+"""When a simulated attack may start, when its vector is adopted, and when the defender waits: no tensors, no clock.
+
+Steps are outer steps counted from 0; "at step i" means with the weights after i updates, before update i + 1. A vector
+whose attack started at step v has age i - v at step i.
+
+| schedule | attacks start | adopted | the defender waits |
+|---|---|---|---|
+| sequential, lockstep | at every round from step k2 on | ``delay`` steps later | until it is there |
+| async | whenever an attacker is idle, from step k2 on | when it is there, or at the next round (boundary) | never, |
+|  |  |  | or when the vector in use is older than ``max_age`` |
+| reference_parallel | at every round, skipped while the attacker is busy | one step before a round | never |
+
+Source: Wen et al., arXiv 2606.07970. ``sequential`` is its first algorithm and ``reference_parallel`` has the timing of
+the published parallel one: with k2 = 1000 updates 1 to 1999 are plain, and the attack on the weights after v updates is
+used from update v + 1000 to update v + 1999 (ages 999 to 1998 in the count above). ``async`` is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Schedule = Literal["sequential", "lockstep", "async", "reference_parallel"]
+Adopt = Literal["immediate", "boundary"]
+
+BESIDE = ("lockstep", "async")
+"""Schedules that need attackers in processes of their own."""
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The rules of one run."""
+
+    schedule: Schedule
+    round_steps: int
+    """k2."""
+    last: int
+    """Steps of the whole run."""
+    delay: int = 0
+    adopt: Adopt = "immediate"
+    max_age: int | None = None
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether starts and adoptions are functions of the step, so that a resumed run can repeat them."""
+        return self.schedule != "async"
+
+    @property
+    def first(self) -> int:
+        """The earliest step at which a vector can be in use."""
+        late = {"reference_parallel": self.round_steps - 1}.get(self.schedule, self.delay)
+        return self.round_steps + late
+
+    def starts(self, step: int) -> bool:
+        """Return whether the weights at ``step`` may be attacked; not when the vector would come after the end."""
+        k2 = self.round_steps
+        if step < k2 or (self.repeatable and step % k2):
+            return False
+        if self.schedule == "reference_parallel":
+            return step + k2 - 1 < self.last
+        if self.schedule == "async":
+            anywhere = self.adopt == "immediate" or self.max_age is not None
+            return (step + 1 if anywhere else (step // k2 + 1) * k2) < self.last
+        return step + self.delay < self.last
+
+    def adopts(self, step: int, source_step: int) -> bool:
+        """Return whether a finished vector from ``source_step`` may come into use at ``step``."""
+        if self.schedule == "reference_parallel":
+            return (step + 1) % self.round_steps == 0
+        if self.schedule == "async":
+            return self.adopt == "immediate" or step % self.round_steps == 0
+        return step >= source_step + self.delay
+
+    def waits(self, step: int, source_step: int, in_use: int | None) -> bool:
+        """Return whether the defender stops at ``step`` for the attack that started at ``source_step``.
+
+        Args:
+            in_use: step at which the attack behind the vector in use started; None before the first.
+        """
+        if self.schedule == "async":
+            if self.max_age is None:
+                return False
+            # Before the first vector the attack on the weights of step k2 is the one waited for; it ages too.
+            return step - self.round_steps >= self.max_age if in_use is None else step - in_use > self.max_age
+        return self.schedule != "reference_parallel" and step >= source_step + self.delay

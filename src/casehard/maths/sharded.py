@@ -1,0 +1,400 @@
+"""Patcher's mathematics on a model sharded by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Symbols as in :mod:`casehard.maths.bilevel`: theta the weights, delta the attack vector, alpha the share of the attacked
+loss; N the number of ranks a parameter is split over, *shard* a rank's own rows of it (without padding, maybe none).
+
+FSDP2 ignores parameters substituted by ``torch.func.functional_call``, so no view can be composed in the graph. Here
+the shards themselves are written and put back from a copy, never by subtraction, so they come back bit for bit. What
+FSDP2 gathered before a switch is stale after it: all FSDP modules, the root too, are resharded on both sides of each.
+
+A switch must not happen between a forward pass and its backward pass: the backward gathers the weights anew and would
+see the other ones. Finish the passes over theta, switch, run forward *and* backward, switch back.
+
+Memory in bytes a parameter and rank, fp32 master weights, N shards; activations come on top:
+
+    ===========================  ======  ======  =======  ==========  =======  =======
+    while                        weight  grad    moments  kept copy   delta    sum
+    ===========================  ======  ======  =======  ==========  =======  =======
+    plain fine-tuning            4/N     4/N     8/N      -           -        16/N
+    pass over theta              4/N     4/N     8/N      -           2/N      18/N
+    pass over theta + delta      4/N     4/N     8/N      4/N         2/N      22/N
+    simulated attack (AdamW)     4/N     4/N     8/N+8/N  4/N         2/N      30/N
+    ===========================  ======  ======  =======  ==========  =======  =======
+
+with delta in bfloat16 (fp32: 4/N). The attack's second 8/N are its own moments; when they are gone, 4/N of attacked
+weights take their place. Gradients the caller holds during the attack are stashed, not shared: another 4/N. To this
+comes one gathered layer at a time; the root, or everything with ``reshard_after_forward=False``, for a whole pass.
+Differs from the published code, which edits FSDP1's gathered parameters in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from casehard.errors import Diverged, Unsupported
+from casehard.maths.bilevel import _OPTIMISERS, Attacker, AttackRun, Batch, Params, forked_rng, parameters
+from casehard.maths.collective import sharded, sum_gradients
+from casehard.maths.tensors import same_keys
+from casehard.seeds import derive
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule  # pulls in the whole of DTensor
+
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 shards this model or a part of it."""
+    return any(map(sharded, model.parameters())) or bool(_fsdp_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of everything FSDP2 has gathered, the root's parameters included; without FSDP2 do nothing."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _shards(model: nn.Module) -> dict[str, Any]:
+    """Return the sharded parameters (DTensors) by name, after letting go of what is gathered."""
+    reshard(model)
+    found = parameters(model)
+    meshes = set()
+    for name, p in found.items():
+        if not sharded(p):
+            raise Unsupported(
+                f"parameter {name!r} is not sharded", hint="fully_shard the whole model, ignoring nothing"
+            )
+        meshes.add(p.device_mesh)  # type: ignore[attr-defined]
+        kinds = [x.is_shard() for x in p.placements]  # type: ignore[attr-defined]
+        if kinds not in ([True], [False, True]):
+            raise Unsupported(
+                f"parameter {name!r} is laid out as {p.placements}",  # type: ignore[attr-defined]
+                hint="use FSDP2 alone: a mesh (shard) or (replicate, shard), no tensor parallelism",
+            )
+    if len(meshes) != 1:
+        raise Unsupported(f"the parameters live on {len(meshes)} device meshes", hint="shard the model over one mesh")
+    return found
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    # The detached one shares storage; to_local of the parameter itself would record a graph.
+    return tensor.detach().to_local()
+
+
+def local_parts(model: nn.Module) -> Params:
+    """Return this rank's shard of every parameter by name, tied ones once, whatever FSDP2 has gathered.
+
+    The tensors are the weights themselves, not copies, without padding and empty where a rank holds no row.
+
+    Raises:
+        Unsupported: a parameter is not sharded by FSDP2 alone, or is frozen or stored in half precision.
+    """
+    return {name: _local(p) for name, p in _shards(model).items()}
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """Return FSDP2's groups of parameters; their state has no public door."""
+    return [group for m in _fsdp_modules(model) for group in m._get_fsdp_state()._fsdp_param_groups]
+
+
+def _waiting(model: nn.Module) -> list[tuple[Any, str]]:
+    """Return where gradients are held that no rank has reduced yet, as (object, attribute)."""
+    places = []
+    for group in _groups(model):
+        places.append((group, "_partial_reduce_output"))
+        for p in group.fsdp_params:
+            places += [(p, "unsharded_accumulated_grad"), (getattr(p, "_unsharded_param", None), "grad")]
+    return [(holder, name) for holder, name in places if getattr(holder, name, None) is not None]
+
+
+def _settle(model: nn.Module) -> None:
+    """Bring FSDP2 back to rest after an exception.
+
+    A gather it had begun would hand out old weights to the next forward pass, and half a backward pass leaves gradients
+    that the next one would add to.
+    """
+    for module in _fsdp_modules(model):
+        # A module is a root or not from the first forward pass on, and only roots may be reset.
+        if module._get_fsdp_state()._is_root and callable(getattr(module, "reset_iter_state", None)):
+            module.reset_iter_state()
+    for holder, name in _waiting(model):
+        setattr(holder, name, None)
+
+
+@contextlib.contextmanager
+def _kept(model: nn.Module, shards: Mapping[str, Any]) -> Iterator[None]:
+    """Run a block that may overwrite the shards; afterwards they hold the same bits as before."""
+    copies = {name: _local(p).clone() for name, p in shards.items()}
+    try:
+        yield
+    except BaseException:
+        _settle(model)
+        raise
+    finally:
+        reshard(model)
+        with torch.no_grad():
+            for name, p in shards.items():
+                _local(p).copy_(copies.pop(name))
+
+
+@contextlib.contextmanager
+def _written(model: nn.Module, values: Mapping[str, torch.Tensor], what: str, *, add: bool) -> Iterator[None]:
+    shards = _shards(model)
+    if odd := same_keys(values, shards):
+        raise Unsupported(f"{what} and model disagree on {len(odd)} parameters, first {odd[0]!r}")
+    for name, p in shards.items():
+        if values[name].shape != (shape := _local(p).shape):
+            raise Unsupported(
+                f"{what} of {name!r} has shape {tuple(values[name].shape)}, this rank's shard {tuple(shape)}",
+                hint="pass this rank's rows, as local_parts has them",
+            )
+    with _kept(model, shards):
+        with torch.no_grad():
+            for name, p in shards.items():
+                value = values[name].to(p.device)
+                _ = _local(p).add_(value) if add else _local(p).copy_(value)
+        yield
+
+
+def installed(model: nn.Module, values: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Run a block with ``values`` in place of the weights, for instance the starting weights of a KL term.
+
+    As :func:`shifted` in all else; ``values`` are this rank's shard of every parameter by name (:func:`local_parts`).
+    """
+    return _written(model, values, "the set of weights", add=False)
+
+
+def shifted(model: nn.Module, delta: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Run a block with theta + delta in place of theta (eq. 2 of docs/methods/patcher.md).
+
+    The sum is composed in the master's precision. Forward and backward must both run inside; gradients accumulate into
+    the same sharded ``.grad`` as outside. Afterwards, also when the block raises, every shard has its old bits and
+    nothing gathered is left. When it raises, gradients not yet reduced are dropped: begin the optimiser step anew.
+
+    Args:
+        model: a sharded model, no forward pass of it waiting for its backward pass.
+        delta: this rank's shard of the attack vector, by name, any float dtype; a tied parameter stands in it once.
+
+    Raises:
+        Unsupported: names or shapes differ from the model's, or :func:`local_parts` refuses it.
+    """
+    return _written(model, delta, "the attack vector", add=True)
+
+
+class _Seat(NamedTuple):
+    """This rank's place among those that share a batch."""
+
+    number: int
+    of: int
+    groups: list[Any]
+    """Process groups, one a mesh dimension; reducing over each in turn reduces over all ranks."""
+
+    @classmethod
+    def at(cls, shards: Mapping[str, Any]) -> _Seat:
+        mesh = next(iter(shards.values())).device_mesh
+        number = 0
+        for place, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
+            number = number * size + place
+        return cls(number, mesh.size(), [mesh.get_group(i) for i in range(mesh.ndim)])
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        for group in self.groups:
+            torch.distributed.all_reduce(tensor, group=group)
+        return tensor
+
+
+def _share(batch: Batch, seat: _Seat) -> tuple[dict[str, torch.Tensor], float]:
+    """Return this rank's rows of a shared batch (number, number + of, ...) and their share of its trained tokens."""
+    trained = (batch["labels"][:, 1:] != -100).sum(-1)
+    mine = torch.arange(seat.number, len(trained), seat.of)
+    own = int(trained[mine].sum())
+    if own == 0:  # every rank must take part in every pass; a row that counts nothing keeps its loss finite
+        mine = trained.argmax()[None]
+    return {key: value[mine] for key, value in batch.items()}, own / max(int(trained.sum()), 1)
+
+
+@contextlib.contextmanager
+def _own_gradients(model: nn.Module, shards: Mapping[str, Any]) -> Iterator[None]:
+    """Put the caller's gradients aside and reduce those of every backward pass, whatever the caller had asked for."""
+    if waiting := _waiting(model):
+        raise Unsupported(
+            f"gradients of {len(waiting)} parameters, of earlier micro-batches, wait to be reduced",
+            hint="simulate the attack before the first micro-batch of an optimiser step",
+        )
+    flags = [(g, g.reduce_grads, g.all_reduce_grads) for g in _groups(model)]
+    held = {name: p.grad for name, p in shards.items()}
+    try:
+        for group, _, _ in flags:
+            group.reduce_grads = group.all_reduce_grads = True
+        for p in shards.values():
+            p.grad = None
+        yield
+    finally:
+        for group, reduce, all_reduce in flags:
+            group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
+        for name, p in shards.items():
+            p.grad = held[name]
+
+
+def _clip(leaves: list[torch.Tensor], group: Any, limit: float) -> torch.Tensor:
+    """Scale the gradients of all shards so that their one global norm is at most ``limit``; return the norm before."""
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    square = torch.zeros((), dtype=torch.float64, device=leaves[0].device)
+    for g in gradients:
+        square += torch.linalg.vector_norm(g).double().square()
+    torch.distributed.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does
+    for g in gradients:
+        g.mul_(scale.to(g.dtype))
+    return norm
+
+
+def _attack(
+    model: nn.Module,
+    shards: Mapping[str, Any],
+    attacker: Attacker,
+    steps: int,
+    batch_at: Callable[[int], Batch],
+    progress: Callable[[int], None],
+) -> tuple[list[float], int]:
+    """Take the attack's steps on the shards in place; return losses and tokens."""
+    seat = _Seat.at(shards)
+    # Plain tensors on the shards' storage: the update is by element, and needs nothing of DTensor.
+    leaves = [_local(p) for p in shards.values()]
+    options: dict[str, Any] = {"lr": attacker.lr, "weight_decay": attacker.weight_decay}
+    optimiser = _OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
+    losses, norms, tokens = [], [], 0
+    for i in range(steps):
+        batch = batch_at(i)
+        tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+        rows, weight = _share(batch, seat)
+        loss = model(**{key: value.to(leaves[0].device) for key, value in rows.items()}).loss * weight
+        (loss * seat.of).backward()  # FSDP2 takes the mean over ranks
+        losses.append(loss.detach())
+        for leaf, p in zip(leaves, shards.values(), strict=True):
+            leaf.grad, p.grad = (None if p.grad is None else _local(p.grad)), None
+        limit = attacker.clip if attacker.clip > 0 else float("inf")
+        norms.append(_clip(leaves, seat.groups[-1], limit))
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        reshard(model)
+        progress(i)
+    if not losses:
+        return [], tokens
+    whole = seat.total(torch.stack(losses).double())
+    if not bool(torch.isfinite(torch.stack([whole, torch.stack(norms)])).all()):
+        raise Diverged(
+            f"the simulated attack diverged: losses {[round(float(x), 3) for x in whole[-3:]]}",
+            hint=f"lower attacker.lr (now {attacker.lr}) or attacker.steps",
+        )
+    return whole.tolist(), tokens
+
+
+def simulate_attack_sharded(
+    model: nn.Module,
+    batch_at: Callable[[int], Batch],
+    attacker: Attacker,
+    *,
+    seed: int,
+    steps: int | None = None,
+    progress: Callable[[int], None] = lambda i: None,
+) -> AttackRun:
+    """Fine-tune the sharded model itself for k1 steps from theta, keep what came out and put theta back.
+
+    The same attack as :func:`casehard.maths.bilevel.simulate_attack` on one process, shared out: every rank is given
+    the whole batch and takes rows rank, rank + N, ...; its loss is weighted by its share of the trained tokens, so
+    that the mean over ranks is the token mean of the batch. A rank without rows runs along at weight zero.
+
+    Args:
+        model: a sharded model at theta_source, no forward pass waiting; it runs in the mode and autocast it is in.
+        batch_at: attack batch number i, the same on every rank, tokens and labels, shapes (B, T).
+        attacker: how to attack; full-parameter only.
+        seed: seeds dropout, another stream on every rank; the global random stream is untouched.
+        steps: overrides ``attacker.steps``; ``progress`` is called with the number of each finished step.
+
+    Returns:
+        This rank's shards of the attacked weights; losses and tokens of the whole batches, alike on every rank.
+
+    Raises:
+        Unsupported: a LoRA attacker, gradients that wait to be reduced, or a model :func:`local_parts` refuses.
+        Diverged: a loss or gradient norm of the attack is not finite.
+    """
+    if attacker.lora_rank > 0:
+        raise Unsupported(f"lora_rank {attacker.lora_rank} on a sharded model", hint="lora_rank: 0, or one process")
+    shards = _shards(model)
+    number = _Seat.at(shards).number
+    own = seed if number == 0 else derive(seed, number, "attack-rank")
+    k1 = attacker.steps if steps is None else steps
+    with _own_gradients(model, shards), _kept(model, shards):
+        with forked_rng(own, next(iter(shards.values())).device):
+            losses, tokens = _attack(model, shards, attacker, k1, batch_at, progress)
+        weights = {name: _local(p).clone() for name, p in shards.items()}
+    return AttackRun(weights, losses, tokens)
+
+
+def sum_branches(model: nn.Module, group: Any, *, bucket: int = 1 << 24) -> None:
+    """Add up the gradients of replicas that each computed one term of eq. 2, so that all of them hold the sum.
+
+        branch 0:  (1 - alpha) L_s(theta).backward()
+        branch 1:  with shifted(model, delta):  alpha L_s(theta + delta).backward()
+        both:      sum_branches(model, branches);  clip;  optimiser step
+
+    A sum, not a mean, with a result of the same bits on every branch, so that the replicas stay alike. The model is
+    whole, one process a branch, or sharded over the ranks of its branch alone (``fully_shard(mesh=mesh["shard"])``).
+    Sharded over (branch, shard) instead, FSDP2 takes the mean over branches itself: double both losses, leave this out.
+
+    Args:
+        model: at rest, its backward passes done; a parameter without gradient on one branch counts as zero there.
+        group: the process group across branches, or a mesh of that one dimension (``mesh["branch"]``).
+        bucket: numbers a message; bounds the copy.
+    """
+    reshard(model)
+    group = group.get_group() if hasattr(group, "get_group") else group
+    held = list(model.parameters())
+    present = torch.tensor([float(p.grad is not None) for p in held], device=held[0].device)
+    torch.distributed.all_reduce(present, group=group)
+    for p, count in zip(held, present.tolist(), strict=True):
+        if count and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in held if p.grad is not None]
+    sum_gradients([_local(g) if sharded(g) else g for g in gradients], bucket=bucket, group=group)
+
+
+class Overlap(NamedTuple):
+    """Rows start..stop (without stop) of the whole parameter, which travel from one rank to another."""
+
+    sender: int
+    receiver: int
+    start: int
+    stop: int
+
+
+def span(rows: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return (start, stop) of the rows a rank holds: ceil(rows / ranks) each, the last ones fewer or none."""
+    size = -(-rows // ranks)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def overlaps(rows: int, senders: int, receivers: int) -> list[Overlap]:
+    """Plan how ``rows`` rows split over ``senders`` ranks reach ``receivers`` ranks that split them their own way.
+
+    Both sides split dimension 0 as ``torch.chunk`` and FSDP2 do. For 10 rows from 2 to 3 ranks: 0 -> 0 rows 0..4,
+    0 -> 1 row 4..5, 1 -> 1 rows 5..8, 1 -> 2 rows 8..10. In order of senders, then receivers; every row once.
+    """
+    plan = []
+    for s in range(senders):
+        for r in range(receivers):
+            here, there = span(rows, senders, s), span(rows, receivers, r)
+            start, stop = max(here[0], there[0]), min(here[1], there[1])
+            if start < stop:
+                plan.append(Overlap(s, r, start, stop))
+    return plan

@@ -1,0 +1,228 @@
+"""Where attackers come from: processes started here, or ranks that torchrun or accelerate started.
+
+Under a launcher with W ranks and N attackers, ranks 0 .. W-N-1 defend and the last N attack, one rank each. Without
+one, N processes are started on this machine; they listen on the loopback address only and end with the defender.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from casehard.errors import Unsupported
+from casehard.parallel.brief import Brief, brief_for
+from casehard.parallel.remote import RemoteSide
+from casehard.parallel.wire import Channel, dist
+from casehard.parallel.worker import BRIEF, DONE, serve
+
+NCCL = "casehard/nccl"
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+
+_store: Any = None
+"""The launcher's store, once :func:`join` has found this process to be one of several ranks."""
+
+
+def launched() -> bool:
+    """Return whether torchrun, accelerate or another launcher started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(attackers: int) -> bool:
+    """Take this rank's part in a launched job: serve as an attacker until the job ends, or go on as its defender.
+
+    Returns:
+        True when this rank attacked and is done; False for the defender, whose process from then on looks like a job of
+        one rank, so that nothing waits for the attackers.
+
+    Raises:
+        Unsupported: more than one rank is left for the defender.
+    """
+    global _store
+    if not launched() or _store is not None:
+        return False
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    if world - attackers != 1:
+        raise Unsupported(
+            f"{world} ranks for {attackers} attackers leave {world - attackers} for the defender, which takes one",
+            hint=f"start {attackers + 1} ranks, or set --attackers {world - 1}",
+        )
+    _store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if rank >= world - attackers:
+        store = _store
+        serve(store, rank - 1, device=device, loopback=False, watch=lambda: bool(store.check([DONE])))
+        return True
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    for name in RANKS:
+        os.environ.pop(name, None)
+    return False
+
+
+def _device(local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def beside(brief: Brief, *, device: torch.device, weights_dtype: torch.dtype = torch.float32) -> Iterator[RemoteSide]:
+    """Run the attackers of ``brief`` beside this process for the length of a ``with`` block.
+
+    Args:
+        device: the defender's. Attackers get the devices after it, or share it when there are too few.
+        weights_dtype: of the weights sent to attackers.
+
+    Yields:
+        The side to pass to ``Patcher(side=...)``.
+    """
+    if _store is not None:
+        with _ranks(_store, brief, device, weights_dtype) as side:
+            yield side
+    else:
+        with _threads_shared(brief, device) as shared, _children(shared, device, weights_dtype) as side:
+            yield side
+
+
+@contextlib.contextmanager
+def _ranks(store: Any, brief: Brief, device: torch.device, dtype: torch.dtype) -> Iterator[RemoteSide]:
+    # Each rank has a device of its own under a launcher, which is what NCCL asks for.
+    own = device.type == "cuda" and torch.cuda.device_count() > len(brief.attackers)
+    with _served(store, brief, device if own else torch.device("cpu"), loopback=False, dtype=dtype) as side:
+        yield side
+
+
+@contextlib.contextmanager
+def _served(
+    store: Any,
+    brief: Brief,
+    wire: torch.device,
+    *,
+    loopback: bool,
+    dtype: torch.dtype,
+    running: list[Callable[[], str]] | None = None,
+) -> Iterator[RemoteSide]:
+    if wire.type == "cuda":
+        store.set(NCCL, "1")
+    store.set(BRIEF, brief.dump())
+
+    def connect(i: int) -> Channel:
+        return Channel(store, f"attacker-{i}", first=True, device=wire, loopback=loopback)
+
+    makers = [lambda i=i: connect(i) for i in range(len(brief.attackers))]
+    side = RemoteSide(makers, running=running or (), dtype=dtype)
+    try:
+        side.ready()
+        yield side
+    finally:
+        store.set(DONE, "1")
+        side.close()
+
+
+@contextlib.contextmanager
+def _threads_shared(brief: Brief, device: torch.device) -> Iterator[Brief]:
+    """Divide the cores between defender and attackers, unless the user has said how many threads there are."""
+    before = torch.get_num_threads()
+    if brief.threads or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        yield brief if brief.threads else replace(brief, threads=before)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, min(before, cores // (1 + len(brief.attackers))))
+    torch.set_num_threads(share)
+    try:
+        yield replace(brief, threads=share)
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _children(brief: Brief, device: torch.device, dtype: torch.dtype) -> Iterator[RemoteSide]:
+    count = len(brief.attackers)
+    spare = torch.cuda.device_count() if device.type == "cuda" else 0
+    first = (device.index or 0) + 1 if spare else 0
+    enough = spare - first >= count
+    with tempfile.TemporaryDirectory(prefix="casehard-") as folder, contextlib.ExitStack() as stack:
+        # Readable by this user alone: it holds the rows that attackers train on.
+        path = Path(folder) / "store"
+        store = dist.FileStore(str(path), -1)
+        children = []
+        for i in range(count):
+            where = str(device) if not spare else f"cuda:{first + i if enough else device.index or 0}"
+            children.append(stack.enter_context(_child(path, i, where)))
+        wire = device if enough else torch.device("cpu")
+        running = [child.ended for child in children]
+        with _served(store, brief, wire, loopback=True, dtype=dtype, running=running) as side:
+            side.processes = [child.process.pid for child in children]  # type: ignore[attr-defined]
+            yield side
+
+
+class _Child:
+    """A started attacker and what it said last."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log = process, log
+
+    def ended(self) -> str:
+        """Return why it ended, or "" while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return ""
+        said = self.log.read_text(errors="replace").strip().splitlines()
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        return f"its process {self.process.pid} ended, {how}" + (f": {said[-1]}" if said else "")
+
+
+@contextlib.contextmanager
+def _child(store: Path, number: int, device: str) -> Iterator[_Child]:
+    log = store.with_name(f"attacker-{number}.log")
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "casehard.parallel.worker", str(store), str(number)],
+            env={**os.environ, "CASEHARD_ATTACKER_DEVICE": device},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,  # Ctrl-C is for the defender, which then tells its attackers
+        )
+    try:
+        yield _Child(process, log)
+    finally:
+        deadline = time.monotonic() + 2.0
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.poll() is None:
+            process.kill()  # it holds nothing worth saving
+        process.wait()
+
+
+@contextlib.contextmanager
+def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16: bool) -> Iterator[RemoteSide | None]:
+    """Give a method whose schedule needs attackers beside the defender the processes it needs, while the block runs.
+
+    Args:
+        method: a ``Patcher``; any other method passes through untouched.
+        wanted: attackers asked for although the schedule could do without (reference_parallel); 0 for none.
+        bf16: whether training computes under bf16 autocast.
+    """
+    if not (getattr(method, "workers", 0) or wanted) or getattr(method, "side", None) is not None:
+        yield None
+        return
+    config = method.config
+    brief = brief_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=bf16)
+    dtype = getattr(torch, config.weights_dtype)
+    with beside(brief, device=next(model.parameters()).device, weights_dtype=dtype) as side:
+        method.side = side
+        try:
+            yield side
+        finally:
+            method.side = None

@@ -1,0 +1,251 @@
+"""Attackers beside the defender against the defender alone: the same weights, whatever fails on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "defend")]
+
+from crew import threads  # noqa: E402
+from test_patcher import ATTACKER, SAFE, UNSAFE, drive, llama, same, weights  # noqa: E402
+
+from casehard.defend.patcher import Patcher, PatcherConfig  # noqa: E402
+from casehard.errors import Diverged, Unsupported  # noqa: E402
+from casehard.maths.bilevel import Attacker  # noqa: E402
+from casehard.parallel.brief import Brief, brief_for  # noqa: E402
+from casehard.parallel.launch import beside  # noqa: E402
+from casehard.parallel.wire import Channel  # noqa: E402
+
+OTHER = Attacker(steps=2, lr=2e-2, batch_size=3)
+
+
+def patcher(schedule: str, **settings: object) -> Patcher:
+    settings = {"round_steps": 3, "attackers": (ATTACKER,)} | settings
+    return Patcher(PatcherConfig(schedule=schedule, **settings), unsafe=UNSAFE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"delay": 2},
+        {"delay": 4, "reference": "source"},
+        {"attackers": (ATTACKER, OTHER), "reset_optimizer": True},
+        {"attackers": (Attacker(steps=4, steps_min=1, lr=1e-2, batch_size=2, lora_rank=2),), "delta_dtype": "float32"},
+    ],
+)
+def test_lockstep_is_sequential_bit_for_bit(settings: dict) -> None:
+    """Property 10, dropout included: the attacker's masks come from its own stream on either side."""
+    # An attacker that is a thread shares this process's generator, which a real one does not: dropout only where
+    # nothing else draws meanwhile.
+    rate = 0.0 if settings else 0.2
+    alone, beside = llama(rate), llama(rate)
+    torch.manual_seed(7)
+    log = drive(patcher("sequential", **settings), alone, 12)
+    method = patcher("lockstep", **settings)
+    with threads(method, beside):
+        torch.manual_seed(7)
+        assert drive(method, beside, 12) == log
+    assert same(weights(alone), weights(beside))
+
+
+@pytest.mark.parametrize("stop", [3, 4, 8])
+def test_lockstep_resumes_to_the_uninterrupted_run(tmp_path: Path, stop: int) -> None:
+    """Property 17: with an attack under way, within a round, and right before one."""
+    settings = {"delay": 4}
+    whole = llama()
+    drive(patcher("sequential", **settings), whole, 12)
+    first, again = llama(), llama()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    head, tail = patcher("lockstep", **settings), patcher("lockstep", **settings)
+    with threads(head, first):
+        drive(head, first, 12, stop=stop, scratch=tmp_path / "one")
+        state = head.state()
+    again.load_state_dict(first.state_dict())
+    with threads(tail, again):
+        drive(tail, again, 12, start=stop, scratch=tmp_path / "two", state=state)
+    assert same(weights(whole), weights(again))
+    for file in tmp_path.rglob("*.safetensors"):
+        assert file.name.startswith(("patcher-source-", "patcher-reference-"))
+
+
+def test_bfloat16_weights_on_the_wire_halve_what_is_sent_and_stay_close() -> None:
+    norms, sent = [], []
+    for dtype in ("float32", "bfloat16"):
+        method, model = patcher("lockstep", weights_dtype=dtype), llama()
+        with threads(method, model) as side:
+            log = drive(method, model, 6)
+            sent.append(side.bytes_out)
+        norms += [row["attack_norm"] for row in log if "attack_norm" in row]
+    parameters = sum(p.numel() for p in llama().parameters())
+    assert sent == [4 * parameters, 2 * parameters]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+def test_vectors_come_back_in_the_dtype_they_are_stored_in() -> None:
+    method, model = patcher("lockstep"), llama()
+    with threads(method, model) as side:
+        drive(method, model, 6, stop=5)
+        assert {d.dtype for d in method.vectors.pool[0].delta.values()} == {torch.bfloat16}
+        assert side.bytes_in == 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_async_trains_on_while_attacked_and_every_vector_is_of_real_weights() -> None:
+    method, model = patcher("async", max_age=4), llama()
+    with threads(method, model):
+        log = drive(method, model, 40)
+    adoptions = method.vectors.adoptions
+    assert len(adoptions) >= 5 and all(3 <= source <= step <= source + 4 for step, source in adoptions)
+    assert [s for _, s in adoptions] == sorted({s for _, s in adoptions})
+    assert max(row["attack_age_max"] for row in log if "attack_age_max" in row) <= 4
+
+
+def test_async_resumed_goes_on_with_a_vector_of_its_own_weights() -> None:
+    head, model = patcher("async", max_age=4), llama()
+    with threads(head, model):
+        drive(head, model, 20, stop=11)
+        state = head.state()
+    assert not [value for value in state.values() if isinstance(value, Path)]
+    tail = patcher("async")
+    with threads(tail, model):
+        drive(tail, model, 20, start=11, state=state)
+    assert tail.vectors.adoptions[0] == (11, 11)
+
+
+def cut_after(side: object, messages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break the channel of attacker 0 after that many arrivals, as a dying process would."""
+    seen, receive = [0], Channel.receive
+
+    def counted(self: Channel) -> object:
+        if self is side._couriers[0].channel:  # type: ignore[attr-defined]
+            seen[0] += 1
+            if seen[0] > messages:
+                self.close()
+        return receive(self)
+
+    monkeypatch.setattr(Channel, "receive", counted)
+
+
+def test_a_lost_attacker_of_lockstep_is_replaced_by_the_defender_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, beside = llama(), llama()
+    drive(patcher("sequential", delay=1), alone, 14)
+    method = patcher("lockstep", delay=1)
+    with threads(method, beside) as side, pytest.warns(UserWarning, match="its attacks are run here"):
+        cut_after(side, 1, monkeypatch)
+        log = drive(method, beside, 14)
+    assert same(weights(alone), weights(beside))
+    assert {"attackers_lost": 1.0} in log
+
+
+def test_a_lost_attacker_of_async_leaves_its_last_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, model = patcher("async", max_age=4), llama()
+    with threads(method, model) as side, pytest.warns(UserWarning, match="its last vector stays"):
+        cut_after(side, 2, monkeypatch)
+        with pytest.raises(Exception, match="older than max_age"):
+            drive(method, model, 30)
+        assert len(method.vectors.adoptions) == 2 and method.vectors.pool[0] is not None
+
+
+def test_a_diverged_attack_stops_the_defender_before_its_step() -> None:
+    method, model = patcher("lockstep", attackers=(Attacker(steps=3, lr=1e38, batch_size=2, clip=0.0),)), llama()
+    with threads(method, model):
+        drive(method, model, 9, stop=3)
+        before = weights(model)
+        with pytest.raises(Diverged, match="attacker 0: the simulated attack diverged"):
+            method.vectors.advance(model, 3)
+    assert same(before, weights(model))
+
+
+def test_a_brief_says_all_and_survives_its_journey() -> None:
+    model = llama(0.1)
+    brief = brief_for(
+        model, [UNSAFE, SAFE, UNSAFE], [ATTACKER] * 3, seed=5, delta_dtype="float32", bf16=True, threads=1
+    )
+    again = Brief.parse(brief.dump())
+    assert again.rows == (UNSAFE, SAFE, UNSAFE) and again.rows[0] is again.rows[2]
+    assert (again.attackers, again.seed, again.bf16, again.threads) == ((ATTACKER,) * 3, 5, True, 1)
+    twin = again.model(torch.device("cpu"))
+    assert twin.training and twin.config.attention_dropout == 0.1
+    assert {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    with pytest.raises(Unsupported, match="no transformers configuration"):
+        brief_for(torch.nn.Linear(2, 2), [UNSAFE], [ATTACKER], seed=0, delta_dtype="float32", bf16=False)
+    with pytest.raises(Unsupported, match=r"defender runs casehard 9\.9"):
+        Brief.parse(brief.dump().replace('"version": "', '"version": "9.9'))
+
+
+# -- real processes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_attacker_process_changes_nothing_but_a_warning() -> None:
+    alone, model = llama(), llama()
+    drive(patcher("sequential"), alone, 12)
+    method = patcher("lockstep")
+    brief = brief_for(model, method.unsafe, [ATTACKER], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with beside(brief, device=torch.device("cpu")) as side:
+        method.side = side
+        drive(method, model, 12, stop=5, optimizer=optimizer)
+        assert side.bytes_in > 0
+        os.kill(side.processes[0], signal.SIGKILL)
+        with pytest.warns(UserWarning, match="killed by signal 9|is gone"):
+            for index in range(5, 12):
+                one_step(method, model, optimizer, index)
+    assert same(weights(alone), weights(model))
+    assert not running(side.processes[0])
+
+
+def one_step(method: Patcher, model: torch.nn.Module, optimizer: torch.optim.Optimizer, index: int) -> None:
+    from casehard.defend.protocol import Step
+
+    step = Step(index, 0, 1, lambda m, b: m(**b).loss, lambda loss: loss.backward())
+    method.backward(model, SAFE.batch_at(2, seed=0, step=index, purpose="outer"), step)
+    optimizer.step()
+    method.after_step(model, optimizer, step)
+    optimizer.zero_grad()
+
+
+def running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+DEFENDER = """
+import sys, time, torch
+sys.path[:0] = sys.argv[1:3]
+from test_patcher import ATTACKER, UNSAFE, llama
+from casehard.parallel.brief import brief_for
+from casehard.parallel.launch import beside
+model = llama()
+brief = brief_for(model, [UNSAFE], [ATTACKER], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
+with beside(brief, device=torch.device("cpu")) as side:
+    print(side.processes[0], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_attackers_end_when_their_defender_is_killed() -> None:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "defend")]
+    defender = subprocess.Popen([sys.executable, "-c", DEFENDER, *paths], stdout=subprocess.PIPE, text=True)
+    assert defender.stdout is not None
+    attacker = int(defender.stdout.readline())
+    assert running(attacker)
+    defender.kill()
+    defender.wait()
+    deadline = time.monotonic() + 20
+    while running(attacker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(attacker)
