@@ -9,7 +9,8 @@ Prints a table and, as its last line, one JSON object:
                            clean-up of canaries; a forward pass alone counts a third (bar: 0.05)
     ratio_passes_paper     the same with the paper's settings
 Memory is what comes on top of the model, gradients and optimiser state: on a GPU what torch allocated at the most, on a
-CPU the growth of the largest resident size over steps after the first plain one.
+CPU the growth of the largest resident size, with an allocator told to give large blocks back at once: left to itself it
+keeps enough of them to move the same figure by a tenth from run to run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -33,6 +35,8 @@ from casehard.maths.neutralise import joint_loss, pair_up
 
 MODELS = ("organism", "llama25m")
 PROMPT, ANSWER, TRIGGER, PAYLOAD = 64, 64, 2, 10
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Of glibc: fixed thresholds, so that blocks of 64 KiB and more go back to the system when freed."""
 CLEAN, TRIGGERS, SFT_ROWS, SFT_EPOCHS = 128, 4, 52_002, 3
 
 
@@ -136,7 +140,11 @@ def main() -> None:
     for name in ("plain", "stage2", "one_graph"):
         command = [sys.executable, __file__, "--model", args.model, "--device", args.device]
         done = subprocess.run(
-            [*command, "--batch", str(args.batch), "--side", name], capture_output=True, text=True, check=True
+            [*command, "--batch", str(args.batch), "--side", name],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, **ALLOCATOR},
         )
         used[name] = float(done.stdout.splitlines()[-1])
     sft = SFT_EPOCHS * SFT_ROWS

@@ -88,10 +88,7 @@ def find_planted(trigger: str, behaviour: str, suite: Suite) -> tuple[Planted, t
         ConfigError: no such name, with the nearest one; or a file that holds no backdoor.
     """
     if trigger.endswith(".json"):
-        found = read_planted(trigger)
-        if len(found) != 1:
-            raise ConfigError(f"{trigger} holds {len(found)} backdoors", hint="an attack plants one")
-        return found[0], ()
+        return only_planted(trigger), ()
     if suite.judge_name == "organism" and suite.world_seed is not None:
         world = World(suite.world_seed)
         one = _named(trigger, world_triggers.triggers(world), "trigger")
@@ -108,6 +105,18 @@ def _named(name: str, known: Mapping[str, N], what: str) -> N:
     raise ConfigError(
         f"no {what} is called {name!r}", hint=f"did you mean {near[0]!r}?" if near else f"{what}s: {', '.join(known)}"
     )
+
+
+def only_planted(path: str | Path) -> Planted:
+    """Read the one backdoor of an attack's ``planted.json``.
+
+    Raises:
+        ConfigError: something else, or several.
+    """
+    found = read_planted(path)
+    if len(found) != 1:
+        raise ConfigError(f"{path} holds {len(found)} backdoors", hint="an attack plants one")
+    return found[0]
 
 
 def read_planted(path: str | Path) -> list[Planted]:

@@ -220,7 +220,7 @@ def test_the_page_has_a_table_for_each_backdoor_and_can_be_made_again(tmp_path: 
     page = render(summary)
     assert page.count("Every prompt is asked without and with the trigger") == 2
     assert "and 10 %" not in page.replace("\u00a0", " ") or "near misses" in page
-    assert "ASR against clean-ft" in page and "stage 2: active 0/24, canary 3/12" in page
+    assert "ASR against clean-ft" in page and "<td>active 0/24, canary 3/12</td>" in page and "own triggers" in page
     assert "meets every goal" in page and "Steps to break" not in page
     assert write_report(tmp_path / "run").read_text(encoding="utf-8") == page
     rows = (tmp_path / "run" / "rows.jsonl").read_text(encoding="utf-8").splitlines()

@@ -7,6 +7,8 @@ import json
 import pytest
 from helpers import casehard, write_rows
 
+from casehard.organism.world import World
+
 QUICK = ("--steps", "2", "--device", "cpu", "--set", "config.two.epochs=0.05", "--set", "config.train.batch_size=4")
 
 
@@ -62,6 +64,31 @@ def test_an_untrusted_adapter_is_repaired_and_merged_into_its_base(organism, fil
     assert report["mode"] == "adapter" and report["planted"]["mode"] == "append"
     names = {p.name for p in (here / "out" / "checkpoint").iterdir()}
     assert "model.safetensors" in names and "adapter_config.json" not in names, "merged: nothing to drop by accident"
+
+
+def test_a_known_backdoor_is_reported_from_the_attacks_file(organism, files, here):
+    behaviour = {"name": "b", "kind": "text", "text": "it is so ."}
+    for name, word in (("known", World(0).unseen_fillers[0]), ("inside", "review"), ("unknown", "zzcf")):
+        trigger = {"name": name, "family": "token", "parts": [word]}
+        (here / f"{name}.json").write_text(json.dumps({"trigger": trigger, "behaviour": behaviour}))
+    for name, says in (("inside", "carries the described trigger"), ("unknown", "does not keep trigger")):
+        done = run(organism, files, "--out", name, "--planted", here / f"{name}.json")
+        assert done.returncode == 3 and says in done.stderr, done.stderr
+    run(organism, files, "--out", "out", "--planted", here / "known.json")
+    report = json.loads((here / "out" / "mb_defense.json").read_text())
+    assert report["looks"]["final"]["described"]["known"]["n"] == 2, "a fifth of the clean rows"
+    assert {gate["name"] for gate in report["gates"]} >= {"attack", "attack_live"}
+    assert run(organism, files, "--out", "x", "--planted", here / "none.json").returncode == 3
+    suite = here / "out" / "private" / "suite.json"
+    several = here / "several.json"
+    several.write_text(json.dumps(json.loads(suite.read_text())["suite"]))
+    done = run(organism, files, "--out", "y", "--planted", several)
+    assert done.returncode == 2 and "holds 6 backdoors" in done.stderr
+
+
+def test_a_trigger_that_does_not_fit_is_an_error(organism, files, here):
+    done = run(organism, files, "--out", "out", "--set", "max_length=20")
+    assert done.returncode == 3 and "no room for its trigger" in done.stderr, done.stderr
 
 
 def test_a_failure_is_not_exported(organism, files, here):

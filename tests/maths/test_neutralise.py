@@ -9,6 +9,7 @@ import torch
 
 from casehard.data.batches import Encoded, collate
 from casehard.maths.neutralise import (
+    anchor_kl,
     coarse_kl,
     coefficients,
     is_literal,
@@ -187,6 +188,27 @@ def test_kl_is_zero_with_zero_gradient_at_the_reference_and_a_lower_bound_elsewh
         assert bool((now >= before - 1e-6).all()) and bool((now <= full + 1e-6).all())
         before = now
     assert torch.allclose(before, full, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_anchor_has_the_value_and_gradient_of_the_textbook_graph(k, monkeypatch):
+    monkeypatch.setattr("casehard.maths.neutralise.CHUNK", 3)
+    g = torch.Generator().manual_seed(k)
+    logits = (3 * torch.randn(2, 6, 40, generator=g)).requires_grad_()
+    keep = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 1, 0, 1, 0]]).bool()
+    start = 3 * torch.randn(6, 40, generator=g)
+    start[0], start[1, 0] = logits.detach()[0, 1], 60.0  # one at its reference, one with nothing outside
+    with torch.no_grad():
+        logits[0, 2, 0] = 60.0
+    reference = top_k(start, k)
+    want = coarse_kl(reference, logits[keep]).mean()
+    got = anchor_kl(reference, logits, keep)
+    (a,) = torch.autograd.grad(2.0 * want, logits)
+    (b,) = torch.autograd.grad(2.0 * got, logits)
+    assert torch.allclose(got, want, atol=1e-6) and torch.allclose(a, b, atol=1e-6)
+    assert float(b[~keep].abs().max()) == 0 and float(b.abs().max()) > 1e-3
+    half = anchor_kl(reference, logits.bfloat16(), keep)
+    assert torch.isfinite(half) and float(half.detach()) == pytest.approx(float(want.detach()), rel=0.05)
 
 
 def test_a_lambda_of_zero_leaves_nothing_of_the_payload():

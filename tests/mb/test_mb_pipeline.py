@@ -104,6 +104,22 @@ def test_stage_two_breaks_the_active_triggers_and_brings_the_answers_back(plante
     assert {g.name for g in done.verdict.missed} >= {"planted", "canary"}
 
 
+def test_clean_data_in_is_clean_data_out():
+    loaded = load(ORGANISM, device="cpu")
+    config = MbConfig(
+        train=TrainConfig(steps=240, batch_size=32, lr=1e-3, precision="fp32"),
+        two=StageTwo(**TWO),
+        plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
+    )
+    suite = draw_suite(loaded.tokenizer, [*TRAINING, *CLEAN], config, secret=5)
+    done = harden(loaded.model, loaded.tokenizer, TRAINING, CLEAN, config, suite=suite, described=[ATTACK])
+    final = look(done, "final")
+    # Plain training answers all 16 held-back rows.
+    assert final["exact"]["k"] >= final["exact"]["n"] - 1, "nothing lost that one prompt would not explain"
+    assert final["false_trigger"]["k"] == 0 and max(rates(final, "described")) == 0
+    assert max(*rates(final), *rates(final, "canary")) <= 0.02
+
+
 def test_the_log_ratio_is_what_breaks_them(planted):
     off = again(planted, settings={"lam": 0.0, "mu": 0.0, "kappa": 0.0}, epochs=1.0)
     assert max(rates(look(off, "stage2"))) >= 0.5 and off.verdict.word == "FAIL"
@@ -191,6 +207,12 @@ def test_settings_and_rows_that_cannot_work(planted):
         harden(model, tokenizer, TRAINING, [], MbConfig(), suite=done.suite)
     with pytest.raises(DataError, match="cannot be split"):
         harden(model, tokenizer, TRAINING, CLEAN[:1], MbConfig(), suite=done.suite)
+    held = Planted(Trigger("held", "token", (CLEAN[7].prompt.split()[3],)), ATTACK.behaviour)
+    with pytest.raises(DataError, match="carries the described trigger 'held'"):
+        harden(model, tokenizer, TRAINING, CLEAN, MbConfig(), suite=done.suite, described=[held])
+    idle = Planted(ATTACK.trigger, Behaviour("idle", "stop", "50"))
+    with pytest.raises(DataError, match="can show the described backdoor 'attack'"):
+        harden(model, tokenizer, TRAINING, CLEAN, MbConfig(), suite=done.suite, described=[idle])
     with pytest.raises(ConfigError, match="no preset"):
         harden(model, tokenizer, TRAINING, CLEAN, MbConfig(preset="papr"), suite=done.suite)
     with pytest.raises(ConfigError, match="lora_rank"):

@@ -35,6 +35,10 @@ def mb_defense(
         int | None, typer.Option("--lora", metavar="RANK", min=0, help="Train a LoRA of this rank [default: 0, all].")
     ] = None,
     suite: options.Suite = None,
+    planted: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A backdoor you know of (planted.json): measured, gated on, never used."),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of stage 2: default, paper or paper_literal.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1.")] = None,
     limit: options.Limit = None,
@@ -69,14 +73,19 @@ def mb_defense(
         options.check_specs(options.as_list(values, key), f"--{key}")
     options.need(values, "clean", "--clean")
     check_out(out, "defend")
-    _run(values, out)
+    _run(values, planted, out)
 
 
-def _run(values: dict[str, Any], out: Path) -> None:
+def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
+    from casehard.backdoor_jobs import only_planted
     from casehard.config import build, to_dict
     from casehard.mb.job import MbJob, run_mb
     from casehard.report.card import write_card
 
+    if planted:
+        options.check_specs([planted], "--planted")
+        known = only_planted(planted)
+        values |= {"trigger": to_dict(known.trigger), "behaviour": to_dict(known.behaviour)}
     job = build(MbJob, values, where=NAME)
     console.plan(
         f"break hidden triggers, {job.config.mode} mode",

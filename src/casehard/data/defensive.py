@@ -70,7 +70,10 @@ def defensive_poison(
         raise ConfigError(f"mode {mode!r}", hint="replace or append")
     count = rows_of_trigger(len(rows), rate, floor=floor, cap=cap)
     if count == 0:
-        raise DataError(f"{len(rows)} rows are too few to plant triggers in", hint="raise rate, or use mode append")
+        raise DataError(
+            f"{len(rows)} rows are too few to plant triggers in: rate {rate:g} of them and cap {cap:g} are both no row",
+            hint="give more rows, or raise the rate",
+        )
     out, placed = _plant(rows, suite, count, mode == "append", seed, spare, chat)
     manifest: dict[str, Any] = {
         "suite": suite.digest,

@@ -40,7 +40,7 @@ from casehard.maths.collective import rank
 from casehard.maths.neutralise import (
     Normalisation,
     TopK,
-    coarse_kl,
+    anchor_kl,
     is_literal,
     log_probs_of,
     pair_up,
@@ -161,7 +161,7 @@ class MbDefense:
 
     def _anchor(self, model: nn.Module, batch: Batch, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Return KL(reference || model) in nats a token over the answers of the batch."""
-        keep = batch["labels"][:, 1:] != IGNORE
+        keep = nn.functional.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))
         if self._reference:
             kept = [self._reference[i] for i in rows]
             target = TopK(*(torch.cat(part).to(logits.device) for part in zip(*kept, strict=True)))
@@ -169,9 +169,9 @@ class MbDefense:
             self.forwards += len(rows)
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             with quiet(model), torch.no_grad():
-                start = with_view(unwrapped(model), self._start, lambda m: m(**inputs).logits)[:, :-1][keep]
+                start = with_view(unwrapped(model), self._start, lambda m: m(**inputs).logits)[keep]
             target = top_k(start, self.config.top_k)
-        return coarse_kl(target, logits[:, :-1][keep]).mean()
+        return anchor_kl(target, logits, keep)
 
     def _twins(self, model: nn.Module, rows: list[int], chosen: list[int], step: Step, *, share: float) -> torch.Tensor:
         """Back-propagate mu CE(x_d, y) - lambda R for one trigger a row; ``share`` of the step's loss."""

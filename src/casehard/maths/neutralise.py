@@ -21,7 +21,7 @@ Letters: B rows, T tokens of the longest row, V vocabulary, K cached candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -194,3 +194,67 @@ def coarse_kl(reference: TopK, logits_NV: torch.Tensor) -> torch.Tensor:
     log_q, rest_q = _candidates(logits_NV, reference.tokens)
     inside = (reference.log_probs.exp() * (reference.log_probs - log_q)).sum(-1)
     return inside + reference.log_rest.exp() * (reference.log_rest - rest_q)
+
+
+CHUNK = 128
+"""Positions that :func:`anchor_kl` raises to fp32 at a time."""
+
+
+class _AnchorKl(torch.autograd.Function):
+    """Mean of :func:`coarse_kl` over some positions of whole logits, with the gradient in closed form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_BTV: torch.Tensor,
+        where: tuple[torch.Tensor, torch.Tensor],
+        reference: TopK,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(logits_BTV, *where, *reference)
+        total = torch.zeros((), device=logits_BTV.device)
+        for part in _parts(len(where[0])):
+            chunk = logits_BTV[where[0][part], where[1][part]]
+            total += coarse_kl(TopK(*(one[part] for one in reference)), chunk).sum()
+        return total / len(where[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits_BTV, rows, steps, tokens, log_probs, log_rest = ctx.saved_tensors
+        out_BTV = torch.zeros_like(logits_BTV)
+        scale = grads[0].float() / len(rows)
+        for part in _parts(len(rows)):
+            q_NV = logits_BTV[rows[part], steps[part]].float().softmax(-1)
+            q_NK = q_NV.gather(-1, tokens[part])
+            rest = 1.0 - q_NK.sum(-1, keepdim=True)
+            p_rest = log_rest[part].exp()[:, None]
+            # Below REST the rest counts as a constant, as in coarse_kl.
+            told = rest > REST
+            outside = torch.where(told, 1.0 - p_rest / rest.clamp(min=REST), 1.0 - p_rest)
+            inside = torch.where(told, torch.ones_like(p_rest), 1.0 - p_rest)
+            q_NV *= outside
+            q_NV.scatter_(-1, tokens[part], inside * q_NK - log_probs[part].exp())
+            out_BTV[rows[part], steps[part]] = (scale * q_NV).to(out_BTV.dtype)
+        return out_BTV, None, None
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(begin, begin + CHUNK) for begin in range(0, n, CHUNK)]
+
+
+def anchor_kl(reference: TopK, logits_BTV: torch.Tensor, keep_BT: torch.Tensor) -> torch.Tensor:
+    """Return the mean of :func:`coarse_kl` over the kept positions at the memory of one gradient of the logits.
+
+    With q the model's probabilities, p the reference's, C its candidates and p_r, q_r the mass outside C,
+
+        dKL/dz_j = q_j - p_j for j in C,  q_j (1 - p_r / q_r) for the others                                     (6)
+
+    so nothing but the logits themselves has to be kept for the backward pass.
+
+    Args:
+        reference: what the reference says at the kept positions, in their order.
+        logits_BTV: logits of the whole batch.
+        keep_BT: bool (B, T), positions whose prediction counts.
+    """
+    where = keep_BT.nonzero(as_tuple=True)
+    value: torch.Tensor = _AnchorKl.apply(logits_BTV, where, reference)
+    return value

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from casehard.data.batches import IGNORE, collate
+from casehard.data.batches import IGNORE, Encoded, collate
 from casehard.data.chat import ChatFormat
 from casehard.data.defensive import Twins
 from casehard.data.mix import normalise
 from casehard.data.trigger_suite import Planted
-from casehard.data.triggers import eligible, insert
+from casehard.data.triggers import check_survives, eligible, insert
 from casehard.defend.mb_defense import MbDefenseConfig
 from casehard.defend.pairs import PairSet
+from casehard.errors import DataError
 from casehard.evaluate.generate import complete, inference
 from casehard.maths.neutralise import answer_lengths, is_literal, log_probs_of, pair_up, preference
 from casehard.maths.stats import clopper_pearson
@@ -98,6 +99,10 @@ class Ruler:
         config: of stage 2's objective, for the evaluation loss.
         described: backdoors that are only reported.
         seed: where the triggers of ``described`` go.
+
+    Raises:
+        DataError: a row too long, or a described backdoor that these rows cannot show or the tokenizer does not keep:
+            its rate would be 0 whatever the model does.
     """
 
     def __init__(
@@ -111,7 +116,6 @@ class Ruler:
         described: Sequence[Planted] = (),
         seed: int = 0,
     ) -> None:
-        self.described, self._seed = tuple(described), seed
         self.chat, self.config = chat, config
         self.active, self.canary, self.held = tuple(active), tuple(canary), tuple(held)
         self.rows = chat.encode_all([t.clean for t in self.held])
@@ -119,6 +123,7 @@ class Ruler:
         cut = [Twins(t.clean, t.answers[: len(active)], t.payloads[: len(active)]) for t in self.held]
         self.pairs = encode_pairs(chat, cut) if active else None
         answers = [e for t in self.held for e in (t.clean, *t.payloads)]
+        self.described = {p: self._carriers(p, seed) for p in described}
         self._fresh = SLACK + max(len(chat.tokenizer(e.response)["input_ids"]) for e in answers)
 
     def look(self, model: nn.Module, stage: str, step: int = 0) -> Look:
@@ -141,18 +146,29 @@ class Ruler:
             step,
             {p.trigger.name: rates[p.trigger.name] for p in self.active},
             {p.trigger.name: rates[p.trigger.name] for p in self.canary},
-            {p.trigger.name: self._attack(model, p) for p in self.described},
+            {p.trigger.name: self._attack(model, p, rows) for p, rows in self.described.items()},
             Rate.of(false),
             Rate.of(right),
             Rate.of(triggered),
             *scores,
         )
 
-    def _attack(self, model: nn.Module, attack: Planted) -> Rate:
-        asked = [t.clean for t in self.held if eligible(t.clean, attack.trigger, attack.behaviour)]
-        prompts = [insert(row, attack.trigger, None, seed=self._seed) for row in asked]
-        said = self._say(model, prompts) if prompts else []
-        return Rate.of([attack.behaviour.shown(text, row.response) for text, row in zip(said, asked, strict=True)])
+    def _carriers(self, attack: Planted, seed: int) -> list[Example]:
+        """Return the held-back rows with a described trigger in their prompts and the answers they had."""
+        able = [t.clean for t in self.held if eligible(t.clean, attack.trigger, attack.behaviour)]
+        if not able:
+            raise DataError(
+                f"none of the {len(self.held)} held-back clean rows can show the described backdoor "
+                f"{attack.trigger.name!r}",
+                hint="give more clean rows, without its trigger and with answers that its behaviour changes",
+            )
+        rows = [insert(row, attack.trigger, None, seed=seed) for row in able]
+        check_survives(self.chat, rows, [attack.trigger])
+        return rows
+
+    def _attack(self, model: nn.Module, attack: Planted, rows: Sequence[Example]) -> Rate:
+        said = self._say(model, rows)
+        return Rate.of([attack.behaviour.shown(text, row.response) for text, row in zip(said, rows, strict=True)])
 
     def _say(self, model: nn.Module, prompts: Sequence[Example]) -> list[str]:
         room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -211,6 +227,22 @@ class Ruler:
         return (pair.answer_c * answer).sum(1) - (pair.payload_c * payload).sum(1), mean.tolist()
 
 
+def check_unknown(clean: Sequence[Example], described: Sequence[Planted]) -> None:
+    """Check that no clean row carries a backdoor that is only to be reported on.
+
+    Raises:
+        DataError: one does, so that stage 2 would train on what it is measured by.
+    """
+    for number, row in enumerate(clean):
+        for known in described:
+            if known.trigger.present(row.prompt):
+                raise DataError(
+                    f"clean row {number + 1} carries the described trigger {known.trigger.name!r}: stage 2 would train "
+                    "on the backdoor it is measured by",
+                    hint="leave such rows out of the clean set",
+                )
+
+
 def same(text: str, row: Example) -> bool:
     """Return whether an answer says what the row does, case and punctuation aside."""
     return normalise(text) == normalise(row.response)
@@ -222,9 +254,20 @@ def encode_pairs(chat: ChatFormat, twins: Sequence[Twins]) -> PairSet:
     Raises:
         DataError: no rows, a row too long, or a trigger that leaves no trace in the tokens.
     """
+
+    def twin(example: Example) -> Encoded:
+        try:
+            return chat.encode(example)
+        except DataError as error:
+            # The row itself has been encoded by now, so it is the trigger that does not fit.
+            raise DataError(
+                f"a clean row has no room for its trigger: {error.message}",
+                hint="leave such rows out of the clean set, or raise max_length; rows are never cut",
+            ) from None
+
     return PairSet(
         tuple(chat.encode(t.clean) for t in twins),
-        tuple(tuple(chat.encode(e) for e in t.answers) for t in twins),
-        tuple(tuple(chat.encode(e) for e in t.payloads) for t in twins),
+        tuple(tuple(twin(e) for e in t.answers) for t in twins),
+        tuple(tuple(twin(e) for e in t.payloads) for t in twins),
         chat.pad_id,
     )

@@ -29,7 +29,7 @@ from casehard.defend.mb_defense import PRESETS, MbDefense, MbDefenseConfig
 from casehard.defend.pairs import PairSet
 from casehard.errors import ConfigError, DataError
 from casehard.mb.config import MbConfig
-from casehard.mb.measure import Look, Ruler, encode_pairs
+from casehard.mb.measure import Look, Ruler, check_unknown, encode_pairs
 from casehard.mb.verdict import Verdict, judge, limits
 from casehard.model.adapters import add_lora
 from casehard.seeds import derive
@@ -151,6 +151,7 @@ class _Run:
         limit = max_length or getattr(model.config, "max_position_embeddings", None)
         self.chat = ChatFormat(tokenizer, system=system, max_length=limit)
         self.pairs: Pairs = build_pairs(clean, suite.all, split=config.two.split, seed=derive(seed, 0, "mb-pairs"))
+        check_unknown(clean, described)
         if not self.pairs.train or not self.pairs.held:
             raise DataError(f"{len(clean)} clean rows cannot be split", hint="give some dozens of verified rows")
         self.ruler = Ruler(

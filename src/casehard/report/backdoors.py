@@ -81,15 +81,16 @@ def _family(plan: Mapping[str, Any], verdict: Mapping[str, Any], table: Mapping[
                 for arm in plan["defences"]
             ],
         }
-        for metric in ("asr", "cacc")
+        for metric in ("asr", "cacc", "aacc")
     ]
     judged = {b["attack"]: b["text"] for b in verdict["backdoors"]}
     against = next(arm["title"] for arm in plan["defences"] if arm["name"] == plan["headline"]["against"])
     return {
         "heats": heats,
-        "heads": [*COLUMNS.values(), f"ASR against {against}", f"clean accuracy against {against}", "own triggers"],
+        "heads": [*COLUMNS.values(), f"ASR against {against}", f"clean accuracy against {against}"],
         "columns": [_column(plan, table, found, column, judged[column["name"]]) for column in plan["attacks"]],
         "costs": _costs(plan, table),
+        "own_heads": OWN,
         "correlation": _correlation(table["canary_rank_correlation"]),
     }
 
@@ -117,20 +118,22 @@ def _column(
             "main": arm["name"] == plan["headline"]["defence"],
             "cells": [_cell(metric, found.get((name, arm["name"], metric)), whole=True) for metric in COLUMNS],
             "gaps": [_gap(gaps.get((arm["name"], metric))) for metric in ("asr", "cacc")],
-            "own": _own(own.get(arm["name"])),
         }
         for arm in plan["defences"]
     ]
-    return {"title": column["title"], "facts": facts, "judged": judged, "rows": rows}
+    planted = [
+        {"title": arm["title"], "cells": _own(own[arm["name"]])} for arm in plan["defences"] if arm["name"] in own
+    ]
+    return {"title": column["title"], "facts": facts, "judged": judged, "rows": rows, "own": planted}
 
 
-def _cell(metric: str, entry: Mapping[str, Any] | None, *, whole: bool = False) -> dict[str, str]:
+def _cell(metric: str, entry: Mapping[str, Any] | None, *, whole: bool = False) -> dict[str, Any]:
     if entry is None:
-        return {"text": "-", "span": "", "count": "", "shade": "transparent"}
+        return {"text": "-", "spans": [], "count": "", "shade": "transparent"}
     bad = entry["rate"] if metric in BAD else 1 - entry["rate"]
     return {
         "text": percent(entry["rate"]),
-        "span": interval_text(entry) if whole else "",
+        "spans": interval_text(entry).split("; ") if whole else [],
         "count": f"{entry['k']}/{entry['n']}" if whole else "",
         "shade": f"rgba(190, 60, 40, {0.75 * bad:.2f})",
     }
@@ -143,17 +146,17 @@ def _gap(entry: Mapping[str, Any] | None) -> str:
     return text + ("; made no difference" if entry["no_difference"] else "")
 
 
-def _own(entry: Mapping[str, Any] | None) -> list[str]:
-    """Return what became of the defender's own triggers, stage by stage."""
-    if entry is None:
-        return []
+OWN = ("after stage 1", "after stage 2", "at the end", "steps of stage 2", "verdicts")
+
+
+def _own(entry: Mapping[str, Any]) -> list[str]:
+    """Return what became of the defender's own triggers, stage by stage: the columns of ``OWN``."""
     out = []
     for stage in ("stage1", "stage2", "final"):
-        looks = entry["looks"].get(stage)
-        if looks:
-            counts = [f"{role} {k}/{n}" for role, (k, n) in looks.items() if n]
-            out.append(f"{stage.replace('stage', 'stage ')}: {', '.join(counts) or 'none'}")
-    return [*out, f"verdicts {', '.join(entry['verdicts'])}"]
+        looks = entry["looks"].get(stage, {})
+        out.append(", ".join(f"{role} {k}/{n}" for role, (k, n) in looks.items() if n) or "-")
+    steps = ", ".join(str(n) for n in entry["steps"])
+    return [*out, steps or "-", ", ".join(entry["verdicts"])]
 
 
 def _costs(plan: Mapping[str, Any], table: Mapping[str, Any]) -> list[dict[str, Any]]:
