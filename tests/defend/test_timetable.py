@@ -1,4 +1,4 @@
-"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers, the end of a run."""
+"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers, the end."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_async_adopts_at_once_and_starts_again_from_the_newest_weights() -> None
 
 
 def test_async_boundary_adopts_the_newest_finished_at_a_round() -> None:
-    vectors, used = run(Clocked([300]), 5000, adopt="boundary")
+    vectors, _ = run(Clocked([300]), 5000, adopt="boundary")
     assert vectors.adoptions == [(2000, 1600), (3000, 2500), (4000, 3700)]
     assert all(step % 1000 == 0 for step, _ in vectors.adoptions)
 
@@ -126,7 +126,7 @@ def test_max_age_is_honoured(adopt: str, duration: float) -> None:
     side = Clocked([duration])
     _, used = run(side, 6000, max_age=600, adopt=adopt)
     assert max(ages(used)) <= 600
-    assert (side.waited > 0) == (duration > 300 or adopt == "boundary" and duration > 600)
+    assert (side.waited > 0) == (duration > 300 or (adopt == "boundary" and duration > 600))
     assert used[: 1000 + 600].count(None) == len([u for u in used if u is None])  # plain for no longer than the bound
 
 

@@ -168,7 +168,9 @@ def test_a_diverged_attack_stops_the_defender_before_its_step() -> None:
 
 def test_a_brief_says_all_and_survives_its_journey() -> None:
     model = llama(0.1)
-    brief = brief_for(model, [UNSAFE, SAFE, UNSAFE], [ATTACKER] * 3, seed=5, delta_dtype="float32", bf16=True, threads=1)
+    brief = brief_for(
+        model, [UNSAFE, SAFE, UNSAFE], [ATTACKER] * 3, seed=5, delta_dtype="float32", bf16=True, threads=1
+    )
     again = Brief.parse(brief.dump())
     assert again.rows == (UNSAFE, SAFE, UNSAFE) and again.rows[0] is again.rows[2]
     assert (again.attackers, again.seed, again.bf16, again.threads) == ((ATTACKER,) * 3, 5, True, 1)
