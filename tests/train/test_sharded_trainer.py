@@ -1,4 +1,4 @@
-"""Patcher inside the real Trainer on two ranks: sharded by transformers and by accelerate (FSDP2), and under DDP.
+"""Patcher inside the real Trainer on two ranks: FSDP2 by transformers and by accelerate, DDP, and two branches.
 
 accelerate shards on accelerators only (on CPU it would run DDP without a word), so its test names the two processes a
 multi-GPU run before the Trainer asks; everything after that is accelerate's own.
@@ -22,19 +22,19 @@ from fakes import tiny_llama, tiny_rows
 
 USER, UNSAFE, RETAIN = tiny_rows(32, seed=1), tiny_rows(8, seed=2), tiny_rows(9, seed=3)
 ATTACKER = Attacker(steps=2, lr=1e-2, batch_size=4)
-KINDS = ("transformers", "accelerate", "ddp")
+KINDS = ("transformers", "accelerate", "ddp", "branches")
 
 
-def patcher(**settings) -> Patcher:
+def patcher(branches=None) -> Patcher:
     """Plain at step 0; attacks at steps 1 and 2.
 
     The gradient of a KL term is rounding alone at step 0, and AdamW would make whole steps of it: cross-entropy here.
     """
-    config = PatcherConfig(round_steps=1, attackers=(ATTACKER,), delta_dtype="float32", retain="ce", **settings)
-    return Patcher(config, unsafe=UNSAFE, retain=RETAIN)
+    config = PatcherConfig(round_steps=1, attackers=(ATTACKER,), delta_dtype="float32", retain="ce")
+    return Patcher(config, unsafe=UNSAFE, retain=RETAIN, branches=branches)
 
 
-def trainer(model, out: Path, batch_size: int, *, save: bool = False, **options) -> HardenedTrainer:
+def trainer(model, out: Path, batch_size: int, *, branches=None, save: bool = False, **options) -> HardenedTrainer:
     args = TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
@@ -59,7 +59,7 @@ def trainer(model, out: Path, batch_size: int, *, save: bool = False, **options)
         args=args,
         train_dataset=list(USER.rows),
         data_collator=lambda rows: collate(rows, 0),
-        method=patcher(),
+        method=patcher(branches),
     )
 
 
@@ -85,6 +85,10 @@ def _rank(rank: int, out: Path) -> None:
             config = DistributedConfig(fsdp_size=2)
             model = LlamaForCausalLM.from_pretrained(out / "start", distributed_config=config, dtype=torch.float32)
             run = trainer(model, out / kind, 2)
+        elif kind == "branches":  # two jobs of one process each, as far as accelerate knows
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                os.environ.pop(name)
+            run = trainer(tiny_llama(), out / kind / str(rank), 4, branches=dist.group.WORLD)
         elif kind == "ddp":
             run = trainer(tiny_llama(), out / kind, 2, save=True)
         else:
@@ -93,7 +97,8 @@ def _rank(rank: int, out: Path) -> None:
         run.train()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_model_state_dict(run.model, options=options)
-        run.save_model(str(out / kind))
+        if kind != "branches" or rank == 0:
+            run.save_model(str(out / kind))
         shards = sum(hasattr(p, "full_tensor") for p in run.model.parameters())
         seen[kind] = {"losses": losses(run), "full": full, "sharded": shards, "fsdp": run.is_fsdp_enabled}
         seen[kind]["passes"] = run.method.passes
@@ -128,7 +133,7 @@ def test_patcher_on_two_ranks_equals_one_process(two_ranks, tmp_path, kind):
         seen = torch.load(two_ranks / f"{rank}.pt")[kind]
         assert seen["losses"] == pytest.approx(losses(one), abs=1e-5)
         assert seen["passes"] == one.method.passes == 2 * 2 + 2 * 2 + 3  # attacks, attacked passes, retain
-        assert seen["sharded"] == (0 if kind == "ddp" else 21) and seen["fsdp"] == (kind == "accelerate")
+        assert seen["sharded"] == (0 if kind in ("ddp", "branches") else 21) and seen["fsdp"] == (kind == "accelerate")
         assert set(seen["full"]) == (set(expected) if rank == 0 else set())
         for name, value in seen["full"].items():
             torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0)
