@@ -1,4 +1,4 @@
-"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers."""
+"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers, the end."""
 
 from __future__ import annotations
 

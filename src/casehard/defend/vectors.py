@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from casehard.defend.copies import CleanCopies, Kept, Round, round_from_state, r
 from casehard.defend.protocol import StateValue
 from casehard.defend.timetable import Timetable
 from casehard.errors import Lost
-from casehard.maths.bilevel import AttackVector, parameters
-from casehard.maths.tensors import cosine, wide
+from casehard.maths.bilevel import AttackVector
+from casehard.maths.seats import compare
+from casehard.maths.sharded import masters, seat
+from casehard.maths.tensors import wide
 from casehard.seeds import generator
 
 RESTART = "start the command again with attackers: it goes on from its last checkpoint"
@@ -161,7 +163,7 @@ class Vectors:
             unit.held = entry
         else:
             stable = kept if isinstance(kept, dict) else {}
-            self._submit(unit, entry, stable or parameters(model), stable=bool(stable))
+            self._submit(unit, entry, stable or masters(model), stable=bool(stable))
 
     def _submit(self, unit: Unit, entry: Round, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         unit.running.append(entry)
@@ -223,10 +225,10 @@ class Vectors:
             reference = self.copies.keep(f"reference-{step}", model, in_memory=False)
         before, previous = unit.active, list(self.pool)
         unit.active = entry._replace(adopted_step=step, reference=reference)
-        arrivals = self._install(model, unit, unit.active, parameters(model))
+        arrivals = self._install(model, unit, unit.active, masters(model))
         self.adoptions.append((step, entry.source_step))
         self.passes += sum(arrival.steps for arrival in arrivals)
-        self._announce(previous, arrivals)
+        self._announce(model, previous, arrivals)
         if before is not None:
             self.copies.discard(before.source, before.reference)
         if self.copies.scratch is None or not self.table.repeatable:
@@ -240,7 +242,7 @@ class Vectors:
         arrivals = [self.arrived.pop(order) for order in unit.orders(entry) if order in self.arrived]
         drifted = self.current and entry.adopted_step > entry.source_step
         source = self.copies.tensors(entry.source, model) if drifted else {}
-        live = parameters(model)
+        live = masters(model)
         for arrival in arrivals:
             for name, p in live.items():
                 d = arrival.delta[name].to(p.device)
@@ -251,21 +253,22 @@ class Vectors:
             self.ever = True
         return arrivals
 
-    def _announce(self, previous: Sequence[AttackVector | None], arrivals: Sequence[Arrival]) -> None:
+    def _announce(self, model: nn.Module, previous: Sequence[AttackVector | None], arrivals: Sequence[Arrival]) -> None:
         self.log({"tokens": sum(arrival.tokens for arrival in arrivals)})
         for arrival in arrivals:
             i = arrival.order.attacker
             vector, old = self.pool[i], previous[i]
             assert vector is not None
+            names = list(vector.delta)
+            before = None if old is None else [old.delta[name] for name in names]
+            size, cosine = compare([vector.delta[name] for name in names], before, seat(model))
+            self.pool[i] = replace(vector, norm=size)
             tag = "" if len(self.pool) == 1 else f"_{i}"
-            values = {f"attack_norm{tag}": vector.norm, f"attack_steps{tag}": float(arrival.steps)}
+            values = {f"attack_norm{tag}": size, f"attack_steps{tag}": float(arrival.steps)}
             if arrival.losses:
                 values |= {f"attack_loss_first{tag}": arrival.losses[0], f"attack_loss_last{tag}": arrival.losses[-1]}
-            if old is not None:
-                names = list(old.delta)
-                values[f"attack_cosine{tag}"] = cosine(
-                    [old.delta[name] for name in names], [vector.delta[name] for name in names]
-                )
+            if cosine is not None:
+                values[f"attack_cosine{tag}"] = cosine
             self.log(values)
 
     # -- lost attackers -------------------------------------------------------------------------------------
