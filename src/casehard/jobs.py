@@ -22,14 +22,16 @@ from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
 from casehard.defend.provider_assets import RECORD, read_assets
-from casehard.errors import ConfigError, DataError
+from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.evaluate.unseen import require_unseen, trained_prompts
 from casehard.files import file_digest, remove
+from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load
 from casehard.model.save import save
-from casehard.parallel.launch import equipped
+from casehard.model.shard import gather
+from casehard.parallel.launch import equipped, shards_wanted
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.types import Checkpoint, Example
@@ -129,7 +131,10 @@ class EvaluateJob:
 
 @dataclass(frozen=True)
 class DefendResult:
-    """The hardened checkpoint, what it cost and everything that was logged."""
+    """The hardened checkpoint, what it cost and everything that was logged.
+
+    Of several ranks only number 0 knows the checkpoint's digest, and the whole log.
+    """
 
     checkpoint: Checkpoint
     cost: dict[str, Any]
@@ -207,16 +212,22 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     An interrupted run leaves ``out``/training; the same call continues from there. Once the hardened model is saved
     that folder is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
 
+    In a process group of several ranks all of them make the same call: the model is sharded over them (FSDP2), the rows
+    of a micro-batch are ``train.batch_size`` a rank, rank 0 gathers and saves the result, and an interrupted run starts
+    over.
+
     Raises:
+        Unsupported: several ranks, and a method or intermediate checkpoints that need one process.
         UserError: any setting, row or file is unusable; nothing half-written is left.
     """
     out = Path(out)
     secrets.refuse(to_dict(job), where="defend")  # before training: the provenance holds these values
     spec = find(job.method)
+    together = _together(job)
     roles = {"data": load_many(job.data, require_response=True), **_roles(job)}
     if job.suite:
         check_disjoint(roles, {job.suite: load_suite(job.suite).examples})
-    loaded = load(job.model, device=job.device)
+    loaded = load(job.model, device=job.device, shards=shards_wanted(job.device))
     chosen = _choose(job.select, roles, roles["data"], loaded, job.seed)
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
@@ -233,7 +244,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
             config=job.train,
             method=method,
             seed=job.seed,
-            out=training,
+            out=None if together else training,
             identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}, **assets},
             label=label or job.method,
         )
@@ -247,17 +258,45 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         **({"selection": chosen} if chosen else {}),
         "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
     }
+    model: Any = _whole(result.model, loaded.path) if together else result.model
+    cost = {**asdict(result.budget), "seed": job.seed}
+    if model is None:
+        return DefendResult(Checkpoint(out / "checkpoint", "", loaded.digest, job.method), cost, result.log)
     checkpoint = save(
-        result.model,
+        model,
         loaded.tokenizer,
         out / "checkpoint",
         parent=loaded.digest,
         method=job.method,
         provenance=provenance,
     )
-    if not job.train.save_every:
+    if not job.train.save_every and not together:
         remove(training)
-    return DefendResult(checkpoint, {**asdict(result.budget), "seed": job.seed}, result.log)
+    return DefendResult(checkpoint, cost, result.log)
+
+
+def _whole(model: Any, parent: Path) -> Any:
+    """Return a sharded model whole on rank 0's host; None on the other ranks."""
+    state = gather(model)
+    if state is None:
+        return None
+    whole = load(parent, device="cpu").model
+    whole.load_state_dict(state)
+    return whole
+
+
+def _together(job: DefendJob) -> bool:
+    """Return whether several ranks harden one model; refuse what needs one process."""
+    if world() == 1:
+        return False
+    if job.method != "patcher":
+        raise Unsupported(f"{job.method} on {world()} ranks", hint="start it without torchrun or accelerate launch")
+    if job.train.save_every:
+        raise Unsupported(
+            f"train.save_every {job.train.save_every} on {world()} ranks: a sharded run keeps no checkpoints",
+            hint="train.save_every=0; rank 0 saves the gathered model at the end",
+        )
+    return True
 
 
 def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "attack") -> FinetuneResult:

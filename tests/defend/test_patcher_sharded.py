@@ -103,10 +103,10 @@ def again(model: nn.Module) -> bool:
     """Whether an attack on kept weights, the model having moved on, gives the vector it gave on the live ones."""
     side = LocalSide(model, [UNSAFE], [ATTACKER], seed=0, dtype=torch.float32)
     source = {name: p.clone() for name, p in masters(model).items()}
-    side.submit(Order(0, 1, 3), masters(model))
+    side.submit(Order(0, 1, 3), masters(model), stable=False)
     for p in masters(model).values():
         p.add_(0.01)
-    side.submit(Order(0, 1, 3), source)
+    side.submit(Order(0, 1, 3), source, stable=True)
     first, second = side.collect()
     moved = all(torch.equal(p, source[name] + 0.01) for name, p in masters(model).items())
     return moved and all(torch.equal(d, second.delta[name]) for name, d in first.delta.items())

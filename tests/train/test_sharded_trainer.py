@@ -17,6 +17,7 @@ from casehard.data.batches import collate
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.errors import Unsupported
 from casehard.maths.bilevel import Attacker
+from casehard.maths.sharded import masters
 from casehard.train.shell import HardenedTrainer
 from fakes import tiny_llama, tiny_rows
 
@@ -67,6 +68,18 @@ def losses(run: HardenedTrainer) -> list[float]:
     return [float(row["loss"]) for row in run.state.log_history if "loss" in row]
 
 
+def tied_refused(out: Path) -> str:
+    """transformers shards a tied output embedding before it ties it: with odd rows, a copy that nobody would train."""
+    from transformers.distributed import DistributedConfig
+
+    model = LlamaForCausalLM.from_pretrained(out / "tied", distributed_config=DistributedConfig(fsdp_size=2))
+    try:
+        masters(model)
+    except Unsupported as error:
+        return error.message
+    return ""
+
+
 def _rank(rank: int, out: Path) -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
@@ -77,7 +90,7 @@ def _rank(rank: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group stands already
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
-    seen = {}
+    seen = {"tied": tied_refused(out)}
     for kind in KINDS:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # arguments with fsdp leave it behind
@@ -119,6 +132,10 @@ def two_ranks(tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("ranks")
     tiny_llama().save_pretrained(out / "start")
+    tied = tiny_llama(vocab=63)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(out / "tied")
     mp.spawn(_rank, (out,), nprocs=2)
     return out
 
@@ -142,3 +159,9 @@ def test_patcher_on_two_ranks_equals_one_process(two_ranks, tmp_path, kind):
     saved = LlamaForCausalLM.from_pretrained(two_ranks / kind)
     for name, value in saved.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_tied_weight_that_fsdp_holds_twice_is_refused(two_ranks):
+    for rank in range(2):
+        assert "a tied weight of 63 rows was sharded twice" in torch.load(two_ranks / f"{rank}.pt")["tied"]

@@ -1,4 +1,4 @@
-"""Who shares a batch with whom: a process's place among those that compute one gradient together."""
+"""Who shares a batch with whom, and who holds which rows of a weight, among processes that compute one gradient."""
 
 from __future__ import annotations
 
@@ -72,3 +72,34 @@ def compare(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor] | None, sea
         return square**0.5, None
     size = (square * rest[0]) ** 0.5
     return square**0.5, rest[1] / size if size > 0 else 0.0
+
+
+class Overlap(NamedTuple):
+    """Rows start..stop (without stop) of the whole parameter, which travel from one rank to another."""
+
+    sender: int
+    receiver: int
+    start: int
+    stop: int
+
+
+def span(rows: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return (start, stop) of the rows a rank holds: ceil(rows / ranks) each, the last ones fewer or none."""
+    size = -(-rows // ranks)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def overlaps(rows: int, senders: int, receivers: int) -> list[Overlap]:
+    """Plan how ``rows`` rows split over ``senders`` ranks reach ``receivers`` ranks that split them their own way.
+
+    Both sides split dimension 0 as ``torch.chunk`` and FSDP2 do. For 10 rows from 2 to 3 ranks: 0 -> 0 rows 0..4,
+    0 -> 1 row 4..5, 1 -> 1 rows 5..8, 1 -> 2 rows 8..10. In order of senders, then receivers; every row once.
+    """
+    plan = []
+    for s in range(senders):
+        for r in range(receivers):
+            here, there = span(rows, senders, s), span(rows, receivers, r)
+            start, stop = max(here[0], there[0]), min(here[1], there[1])
+            if start < stop:
+                plan.append(Overlap(s, r, start, stop))
+    return plan

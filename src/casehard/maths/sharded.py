@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -69,6 +69,7 @@ def _shards(model: nn.Module) -> dict[str, Any]:
     """Return the sharded parameters (DTensors) by name, after letting go of what is gathered."""
     reshard(model)
     found = parameters(model)
+    _check_tied(model)
     meshes = set()
     for name, p in found.items():
         if not sharded(p):
@@ -85,6 +86,19 @@ def _shards(model: nn.Module) -> dict[str, Any]:
     if len(meshes) != 1:
         raise Unsupported(f"the parameters live on {len(meshes)} device meshes", hint="shard the model over one mesh")
     return found
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Refuse a tied weight that two groups hold: each pads it into a copy of its own, and only one is trained."""
+    seen = set()
+    for p in (p for group in _groups(model) for p in group.fsdp_params):
+        weight = getattr(p._module_info.module, p._module_info.param_name)
+        if id(weight) in seen and weight.shape[0] % weight.device_mesh.shape[-1]:
+            raise Unsupported(
+                f"a tied weight of {weight.shape[0]} rows was sharded twice, before it was tied",
+                hint="load the model whole, then fully_shard it (transformers' DistributedConfig ties too late)",
+            )
+        seen.add(id(weight))
 
 
 def masters(model: nn.Module) -> Params:
@@ -358,34 +372,3 @@ def sum_branches(model: nn.Module, group: Any, *, bucket: int = 1 << 24) -> None
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in held if p.grad is not None]
     sum_gradients([_local(g) if sharded(g) else g for g in gradients], bucket=bucket, group=group)
-
-
-class Overlap(NamedTuple):
-    """Rows start..stop (without stop) of the whole parameter, which travel from one rank to another."""
-
-    sender: int
-    receiver: int
-    start: int
-    stop: int
-
-
-def span(rows: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return (start, stop) of the rows a rank holds: ceil(rows / ranks) each, the last ones fewer or none."""
-    size = -(-rows // ranks)
-    return min(rank * size, rows), min((rank + 1) * size, rows)
-
-
-def overlaps(rows: int, senders: int, receivers: int) -> list[Overlap]:
-    """Plan how ``rows`` rows split over ``senders`` ranks reach ``receivers`` ranks that split them their own way.
-
-    Both sides split dimension 0 as ``torch.chunk`` and FSDP2 do. For 10 rows from 2 to 3 ranks: 0 -> 0 rows 0..4,
-    0 -> 1 row 4..5, 1 -> 1 rows 5..8, 1 -> 2 rows 8..10. In order of senders, then receivers; every row once.
-    """
-    plan = []
-    for s in range(senders):
-        for r in range(receivers):
-            here, there = span(rows, senders, s), span(rows, receivers, r)
-            start, stop = max(here[0], there[0]), min(here[1], there[1])
-            if start < stop:
-                plan.append(Overlap(s, r, start, stop))
-    return plan

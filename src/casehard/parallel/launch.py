@@ -1,7 +1,9 @@
 """Where attackers come from: processes started here, or ranks that torchrun or accelerate started.
 
-Under a launcher with W ranks and N attackers, ranks 0 .. W-N-1 defend and the last N attack, one rank each. Without
-one, N processes are started on this machine; they listen on the loopback address only and end with the defender.
+Under a launcher with W ranks and N attackers, ranks 0 .. W-N-1 defend and the last N attack, one rank each. Several
+ranks defend together only where nobody attacks beside them: the model is sharded over all ranks, and all of them attack
+in turn. Without a launcher, N processes are started on this machine; they listen on the loopback address only and end
+with the defender.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import nn
 
 from casehard.errors import Unsupported
+from casehard.maths.collective import world
 from casehard.parallel.brief import Brief, brief_for
 from casehard.parallel.remote import RemoteSide
 from casehard.parallel.wire import Channel, dist
@@ -38,28 +41,40 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(attackers: int) -> bool:
+def join(attackers: int, *, sharing: bool = False) -> bool:
     """Take this rank's part in a launched job: serve as an attacker until the job ends, or go on as its defender.
 
+    A lone defender's process from then on looks like a job of one rank, so that nothing waits for the attackers. Ranks
+    that defend together are a process group (``torch.distributed``), on a device each.
+
+    Args:
+        sharing: whether the defender may be spread over several ranks.
+
     Returns:
-        True when this rank attacked and is done; False for the defender, whose process from then on looks like a job of
-        one rank, so that nothing waits for the attackers.
+        True when this rank attacked and is done; False for a defender.
 
     Raises:
-        Unsupported: more than one rank is left for the defender.
+        Unsupported: a number of ranks that the defender cannot take.
     """
     global _store
     if not launched() or _store is not None:
         return False
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if world - attackers != 1:
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    defenders = ranks - attackers
+    if defenders > 1 and not attackers and sharing:
+        _together()
+        return False
+    if defenders != 1:
+        beside = f"{attackers} attackers beside it" if attackers else "this method"
         raise Unsupported(
-            f"{world} ranks for {attackers} attackers leave {world - attackers} for the defender, which takes one",
-            hint=f"start {attackers + 1} ranks, or set --attackers {world - 1}",
+            f"{ranks} ranks leave {defenders} for the defender, which takes one with {beside}",
+            hint=f"start {attackers + 1} ranks, set --attackers {ranks - 1}, or schedule=sequential: all ranks defend"
+            if sharing
+            else "start it without torchrun or accelerate launch",
         )
-    _store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
+    _store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks)))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if rank >= world - attackers:
+    if rank >= defenders:
         store = _store
         serve(store, rank - 1, device=device, loopback=False, watch=lambda: bool(store.check([DONE])))
         return True
@@ -68,6 +83,37 @@ def join(attackers: int) -> bool:
     for name in RANKS:
         os.environ.pop(name, None)
     return False
+
+
+def _together() -> None:
+    """Make all ranks of the launched job one process group."""
+    if dist.is_initialized():
+        return
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """End the process group that :func:`join` made, once every rank is done with it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shards_wanted(device: str) -> int:
+    """Return over how many ranks to shard the model while loading it; 0 for one rank, or where accelerate will do it.
+
+    Raises:
+        Unsupported: several ranks, and a device other than the one that sharding would take.
+    """
+    if world() == 1:
+        return 0
+    accelerator = torch.cuda.is_available()
+    if accelerator and device not in ("auto", "cuda"):
+        raise Unsupported(f"device {device!r} for {world()} ranks", hint="--device auto: every rank takes its own GPU")
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return 0 if asked and accelerator else world()
 
 
 def _device(local_rank: int) -> torch.device:
@@ -217,6 +263,11 @@ def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16:
     if not (getattr(method, "workers", 0) or wanted) or getattr(method, "side", None) is not None:
         yield None
         return
+    if world() > 1:
+        raise Unsupported(
+            f"attackers beside a defender of {world()} processes",
+            hint="schedule=sequential, which attacks with all of them, or one defender process",
+        )
     config = method.config
     brief = brief_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=bf16)
     dtype = getattr(torch, config.weights_dtype)
