@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -153,7 +154,7 @@ def test_a_lost_attacker_of_async_leaves_its_last_vector(monkeypatch: pytest.Mon
         cut_after(side, 2, monkeypatch)
         with pytest.raises(Exception, match="older than max_age"):
             drive(method, model, 30)
-        assert len(method.vectors.adoptions) == 2 and method.vectors.pool[0] is not None
+        assert len(method.vectors.adoptions) == 2 and method.vectors.pool == [None]  # too old to be used
 
 
 def test_a_diverged_attack_stops_the_defender_before_its_step() -> None:
@@ -171,7 +172,7 @@ def test_a_brief_says_all_and_survives_its_journey() -> None:
     brief = brief_for(
         model, [UNSAFE, SAFE, UNSAFE], [ATTACKER] * 3, seed=5, delta_dtype="float32", bf16=True, threads=1
     )
-    again = Brief.parse(brief.dump())
+    again = Brief.unpack(*over_the_wire(brief))
     assert again.rows == (UNSAFE, SAFE, UNSAFE) and again.rows[0] is again.rows[2]
     assert (again.attackers, again.seed, again.bf16, again.threads) == ((ATTACKER,) * 3, 5, True, 1)
     twin = again.model(torch.device("cpu"))
@@ -180,7 +181,13 @@ def test_a_brief_says_all_and_survives_its_journey() -> None:
     with pytest.raises(Unsupported, match="no transformers configuration"):
         brief_for(torch.nn.Linear(2, 2), [UNSAFE], [ATTACKER], seed=0, delta_dtype="float32", bf16=False)
     with pytest.raises(Unsupported, match=r"defender runs casehard 9\.9"):
-        Brief.parse(brief.dump().replace('"version": "', '"version": "9.9'))
+        header, tensors = brief.pack()
+        Brief.unpack({**header, "version": "9.9"}, tensors)
+
+
+def over_the_wire(brief: Brief) -> tuple[dict, dict]:
+    header, tensors = brief.pack()
+    return json.loads(json.dumps(header)), tensors
 
 
 # -- real processes ------------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ def test_a_killed_attacker_process_changes_nothing_but_a_warning() -> None:
         drive(method, model, 12, stop=5, optimizer=optimizer)
         assert side.bytes_in > 0
         os.kill(side.processes[0], signal.SIGKILL)
-        with pytest.warns(UserWarning, match="killed by signal 9|is gone"):
+        with pytest.warns(UserWarning, match="killed by signal 9"):
             for index in range(5, 12):
                 one_step(method, model, optimizer, index)
     assert same(weights(alone), weights(model))

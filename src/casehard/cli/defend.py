@@ -74,7 +74,7 @@ def defend(
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
-        "settings.schedule": schedule or ("async" if attackers else None),
+        "settings.schedule": schedule,
         "attackers": attackers,
         "device": device,
         "seed": seed,
@@ -173,7 +173,7 @@ def _age_rows(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ages = [row["attack_age"] for row in log if "attack_age" in row]
     if not ages:
         return []
-    oldest = max(row["attack_age_max"] for row in log if "attack_age_max" in row)
+    oldest = max(row.get("attack_age_oldest", 0.0) for row in log)
     return [("age of the attack vectors", f"{sum(ages) / len(ages):.0f} steps on average, {oldest:.0f} at most")]
 
 
@@ -203,8 +203,15 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
     from casehard.defend import find
     from casehard.defend.timetable import BESIDE
 
+    if count and "schedule" not in settings:
+        settings = values["settings"] = {**settings, "schedule": "async"}
     configured = find("patcher").configure("patcher", values.get("preset") or "", settings)
     listed = configured.attackers
+    if count and configured.schedule == "sequential":
+        raise ConfigError(
+            f"--attackers {count} with schedule 'sequential', which attacks in its own process",
+            hint="--schedule lockstep gives the same weights, --schedule async does not wait",
+        )
     if count and len(listed) not in (1, count):
         raise ConfigError(f"--attackers {count}, and the settings list {len(listed)}", hint="leave one of them out")
     if count and len(listed) == 1:

@@ -49,6 +49,9 @@ class Arrival:
 class AttackSide(Protocol):
     """Where orders go. Arrivals of one attacker come in the order of its orders."""
 
+    def begin(self) -> None:
+        """Start a run; nothing an earlier one ordered will be handed out."""
+
     def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         """Queue an attack on ``source``; unless that is ``stable``, it is read before this returns."""
 
@@ -56,7 +59,7 @@ class AttackSide(Protocol):
         """Return what finished since the last call, without waiting; raise what an attack raised."""
 
     def wait(self) -> None:
-        """Return when there may be something to collect, or when an attacker is found lost."""
+        """Return when there may be something to collect, and after a moment in any case."""
 
     def lost(self) -> dict[int, str]:
         """Return the attackers that are gone, with the reason."""
@@ -126,6 +129,10 @@ class LocalSide:
         self.model, self.rows, self.attackers = model, rows, attackers
         self.seed, self.dtype = seed, dtype
         self._done: list[Arrival] = []
+
+    def begin(self) -> None:
+        """Start a run."""
+        self._done.clear()
 
     def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         """Carry the order out; the arrival can be collected afterwards."""

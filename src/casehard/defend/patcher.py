@@ -127,7 +127,7 @@ class Patcher:
         if self.side is None and self.workers and self.config.alpha > 0:
             raise ConfigError(
                 f"schedule {self.config.schedule!r} needs attackers beside the defender and there are none",
-                hint="casehard defend patcher --attackers 1, or parallel.launch.attackers(...) in Python",
+                hint="casehard defend patcher --attackers 1, or parallel.launch.equipped(...) in Python",
             )
         masters(setup.model)
         self._sharable(is_sharded(setup.model), setup.scratch)
@@ -145,7 +145,9 @@ class Patcher:
             count=len(self.config.attackers),
             seed=setup.seed,
             log=setup.log,
+            stop=setup.stop,
         )
+        self.vectors.side.begin()
         self._held: list[Batch] = []
         self._meters: dict[str, list[torch.Tensor]] = {"safe": [], "attacked": []}
         self._safe_sum: torch.Tensor | None = None
@@ -209,6 +211,8 @@ class Patcher:
                 "no attack finished before the run ended: this was plain fine-tuning",
                 hint="more train.steps, fewer attackers[].steps, or settings.max_age, which makes the defender wait",
             )
+        if self.vectors.ever:
+            self._log({"attack_age_oldest": float(self.vectors.oldest)})
         self.vectors.clear()
 
     def state(self) -> dict[str, StateValue]:

@@ -20,8 +20,8 @@ from transformers.trainer_utils import TrainOutput
 
 from casehard import compat
 from casehard.config import digest
-from casehard.defend.protocol import Setup, Step, has
-from casehard.errors import ConfigError, Diverged, Interrupted, Unsupported
+from casehard.defend.protocol import Setup, Step, Stopped, has
+from casehard.errors import ConfigError, Diverged, Interrupted, Lost, Unsupported
 from casehard.files import sweep
 from casehard.train import checkpoint
 from casehard.train.guards import FiniteGuard, Interrupts
@@ -133,6 +133,7 @@ class HardeningMixin(StagedCheckpoints):
             Corrupt: the checkpoint asked for, or every one there is, fails verification.
             Diverged: loss or gradient is not finite; raised before that step's update.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written if the run keeps any.
+            Lost: a process the method needs is gone; a checkpoint was written if the run keeps any.
             StorageError: the disk is full; earlier checkpoints are intact.
         """
         with self._alone():
@@ -152,6 +153,13 @@ class HardeningMixin(StagedCheckpoints):
             except Diverged as error:
                 self._log_divergence(error)
                 raise
+            except (Stopped, Lost) as error:
+                # The method gave up before the step under way touched anything.
+                if self._keeps and self.state.global_step > 0:
+                    self._save_checkpoint(self.model, trial)
+                if isinstance(error, Lost):
+                    raise
+                raise self._interrupted() from None
             if self._interrupts.received is not None:
                 raise self._interrupted()
         if has(self.method, "finish"):
@@ -200,6 +208,7 @@ class HardeningMixin(StagedCheckpoints):
                 micros=self.args.gradient_accumulation_steps,
                 scratch=self._scratch,
                 log=self.meter.log,
+                stop=lambda: self._interrupts.received is not None,
             )
             if setup.scratch is not None:
                 setup.scratch.mkdir(parents=True, exist_ok=True)
