@@ -28,9 +28,8 @@ from casehard.evaluate.unseen import require_unseen, trained_prompts
 from casehard.files import file_digest, remove
 from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
-from casehard.model.load import Loaded, load
+from casehard.model.load import Loaded, load, load_gathered
 from casehard.model.save import save
-from casehard.model.shard import gather
 from casehard.parallel.launch import equipped, shards_wanted
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, uses_bf16
@@ -212,12 +211,10 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     An interrupted run leaves ``out``/training; the same call continues from there. Once the hardened model is saved
     that folder is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
 
-    In a process group of several ranks all of them make the same call: the model is sharded over them (FSDP2), the rows
-    of a micro-batch are ``train.batch_size`` a rank, rank 0 gathers and saves the result, and an interrupted run starts
-    over.
+    In a process group of several ranks all of them make the same call. The model is sharded over them (FSDP2), each has
+    ``train.batch_size`` rows of a micro-batch, rank 0 gathers and saves, and an interrupted run starts over.
 
     Raises:
-        Unsupported: several ranks, and a method or intermediate checkpoints that need one process.
         UserError: any setting, row or file is unusable; nothing half-written is left.
     """
     out = Path(out)
@@ -233,7 +230,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
     assets = {"assets": assets_digest(job.assets)} if job.assets else {}
-    training = out / "training"
+    training = None if together else out / "training"
     bf16 = uses_bf16(job.train.precision, next(loaded.model.parameters()).device)
     beside = equipped(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
     with _guarded(method, loaded, job.system), beside:
@@ -244,45 +241,40 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
             config=job.train,
             method=method,
             seed=job.seed,
-            out=None if together else training,
+            out=training,
             identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}, **assets},
             label=label or job.method,
         )
-    provenance = {
-        "job": to_dict(job),
-        "settings": to_dict(method.config),
-        "config_digest": digest(to_dict(job)),
-        "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
-        **({"assets_digest": assets["assets"]} if assets else {}),
-        "seed": job.seed,
-        **({"selection": chosen} if chosen else {}),
-        "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
-    }
-    model: Any = _whole(result.model, loaded.path) if together else result.model
+    model: Any = load_gathered(result.model, loaded.path) if together else result.model
     cost = {**asdict(result.budget), "seed": job.seed}
     if model is None:
         return DefendResult(Checkpoint(out / "checkpoint", "", loaded.digest, job.method), cost, result.log)
+    whence = {"parent": loaded.digest, "method": job.method}
     checkpoint = save(
         model,
         loaded.tokenizer,
         out / "checkpoint",
-        parent=loaded.digest,
-        method=job.method,
-        provenance=provenance,
+        **whence,
+        provenance={
+            **_provenance(job, method, {"data": data, **encoded}),
+            **({"assets_digest": assets["assets"]} if assets else {}),
+            **({"selection": chosen} if chosen else {}),
+            "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
+        },
     )
-    if not job.train.save_every and not together:
+    if training is not None and not job.train.save_every:
         remove(training)
     return DefendResult(checkpoint, cost, result.log)
 
 
-def _whole(model: Any, parent: Path) -> Any:
-    """Return a sharded model whole on rank 0's host; None on the other ranks."""
-    state = gather(model)
-    if state is None:
-        return None
-    whole = load(parent, device="cpu").model
-    whole.load_state_dict(state)
-    return whole
+def _provenance(job: DefendJob, method: Any, rows: Mapping[str, EncodedSet]) -> dict[str, Any]:
+    return {
+        "job": to_dict(job),
+        "settings": to_dict(method.config),
+        "config_digest": digest(to_dict(job)),
+        "data_digests": {role: encoded.digest for role, encoded in rows.items()},
+        "seed": job.seed,
+    }
 
 
 def _together(job: DefendJob) -> bool:

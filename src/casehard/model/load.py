@@ -19,7 +19,7 @@ from casehard.files import MANIFEST, read_json, verify
 from casehard.maths.collective import local
 from casehard.model.digest import folder_digest, weight_files
 from casehard.model.provenance import read_provenance, require_same_content
-from casehard.model.shard import shard
+from casehard.model.shard import gather, shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -306,3 +306,18 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     digest = folder_digest(folder)
     require_same_content(folder, digest)
     return Loaded(model, tokenizer, digest, folder, notes)
+
+
+def load_gathered(model: nn.Module, parent: Path) -> nn.Module | None:
+    """Return a sharded model whole, in the memory of rank 0's host; None on every other rank. All ranks call this.
+
+    Args:
+        model: sharded over the ranks of this process group, of the architecture of ``parent``.
+        parent: folder of the checkpoint it was loaded from.
+    """
+    state = gather(model)
+    if state is None:
+        return None
+    whole = load(parent).model
+    whole.load_state_dict(state)
+    return whole

@@ -124,8 +124,7 @@ def fit(
         with Progress(label, config.steps) as bar:
             trainer.add_callback(_Bar(bar))
             trainer.train(resume_from_checkpoint=_start(out, resume, config.steps))
-        budget = trainer.meter.budget(trainer.state.global_step, method)
-        return FitResult(model, _rows_of(trainer), _summed(budget, trainer))
+        return FitResult(model, _rows_of(trainer), _budget(trainer, method))
     finally:
         _release(trainer, model)
         model.train(was_training)
@@ -155,8 +154,9 @@ def _world_size() -> int:
     return torch.distributed.get_world_size() if ready else 1
 
 
-def _summed(budget: Budget, trainer: HardenedTrainer) -> Budget:
-    """Return a budget with the tokens of all ranks; a pass is one of all ranks together already."""
+def _budget(trainer: HardenedTrainer, method: Any) -> Budget:
+    """Return what the run spent: tokens of all ranks, passes of all ranks together, memory of this one."""
+    budget = trainer.meter.budget(trainer.state.global_step, method)
     if trainer.args.world_size == 1:
         return budget
     tokens = torch.tensor(budget.tokens, device=trainer.args.device)
