@@ -1,12 +1,12 @@
 """What coefficients, projection and basis of the merge change: one customer's adapter a case, measured often.
 
-    python benchmarks/merge_grid.py --cache DIR [--worlds 0 1 2] [--cases open,wide,weak] [--out grid.json]
+    python benchmarks/merge_grid.py --cache DIR [--worlds 0 1 2] [--cases weak,wide] [--out grid.json]
 
 Per world (small organism, aligned by plain SFT): a provider's reinforce adapter, and customers' LoRAs on translation
 rows, half of them harmful (400 steps, the job of plans/buffer_reinforce_merges.yaml):
-    open   rank 8, no buffer: the merge has to do everything
-    wide   rank 64, no buffer: the customer's output space covers half of every layer, so the projection takes a lot
-    weak   rank 8, tuned beside a buffer of 10 steps, with the reinforce adapter made beside that buffer
+    weak   rank 8, tuned beside a buffer of 20 steps, which alone does not hold: the merge has something to do
+    wide   rank 64, beside the same buffer: its output space covers half of every layer, so the projection takes a lot
+    open   rank 8, no buffer: the merge has to do everything (not by default)
 Every point is measured in memory on the suite (restricted prompts, look-alikes, the customer's task). Differences are
 paired by prompt, with the interval of the benchmark's report. Attacked weights are never written.
 Prints tables and, as its last line, one JSON object.
@@ -44,7 +44,7 @@ from casehard.train import progress
 from casehard.train.recipe import TrainConfig
 
 METRICS = ("asr", "over_refusal", "twin_knowledge", "fine_tunability")
-CASES = {"open": (8, 0), "wide": (64, 0), "weak": (8, 10)}
+CASES = {"weak": (8, 20), "wide": (64, 20), "open": (8, 0)}
 """Case -> (rank of the customer's adapter, steps of the buffer beside it; 0 = none)."""
 FULL_BUFFER = 60
 
@@ -54,11 +54,11 @@ Key = tuple[str, float, float, float, str]
 
 
 def grid(case: str) -> list[tuple[Coefficients, MergeConfig]]:
-    """Return the points of a case: the c x alpha grid, and at full projection every basis."""
-    out = [(Coefficients(c, 0.0, 0.0), MergeConfig()) for c in (0.5, 1.0)]
-    for c_user in (0.5, 1.0):
+    """Return the points of a case: the c x alpha grid (its edge for ``wide``), and at full projection every basis."""
+    weights, alphas = ((1.0,), (0.0, 1.0)) if case == "wide" else ((0.5, 1.0), (0.0, 0.1, 1.0))
+    out = [(Coefficients(c, 0.0, 0.0), MergeConfig()) for c in weights]
+    for c_user in weights:
         for c_reinforce in (0.5, 1.0):
-            alphas = (0.0, 1.0) if case == "wide" else (0.0, 0.1, 1.0)
             out += [(Coefficients(c_user, c_reinforce, alpha), MergeConfig()) for alpha in alphas]
     out += [(Coefficients(1.0, 0.5, 1.0), MergeConfig(basis=basis)) for basis in ("paper", "two_sided", "scalar")]
     out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig(protect_safety=True)))
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, required=True, help="folder of built organisms")
     parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cases", default="open,wide,weak")
+    parser.add_argument("--cases", default="weak,wide")
     parser.add_argument("--share", type=float, default=0.5, help="harmful share of the customer's rows")
     parser.add_argument("--out", type=Path, help="JSON file for the entries")
     args = parser.parse_args()
