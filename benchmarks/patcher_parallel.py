@@ -63,7 +63,12 @@ def compare(name: str, k1: int, k2: int, rounds: int, blocks: int) -> dict[str, 
         took: dict[str, list[float]] = {"sequential": [], "async": []}
         sent = side.bytes_out + side.bytes_in
         for _ in range(blocks):
+            while not side.idle():  # an attack under way would slow the sequential side down
+                time.sleep(0.05)
             took["sequential"].append(block(one, rounds * k2))
+            seen = len(method.vectors.adoptions) + 2
+            while len(method.vectors.adoptions) < seen:
+                two.step()  # the attack that was finished meanwhile came too early
             took["async"].append(block(two, rounds * k2))
         sent = side.bytes_out + side.bytes_in - sent
         age = method.vectors.drain_ages()["attack_age"]

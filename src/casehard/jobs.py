@@ -22,14 +22,15 @@ from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
 from casehard.defend.provider_assets import RECORD, read_assets
-from casehard.errors import ConfigError, DataError
+from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.evaluate.unseen import require_unseen, trained_prompts
 from casehard.files import file_digest, remove
+from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
-from casehard.model.load import Loaded, load
+from casehard.model.load import Loaded, load, load_gathered
 from casehard.model.save import save
-from casehard.parallel.launch import equipped
+from casehard.parallel.launch import equipped, shards_wanted
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.types import Checkpoint, Example
@@ -129,7 +130,10 @@ class EvaluateJob:
 
 @dataclass(frozen=True)
 class DefendResult:
-    """The hardened checkpoint, what it cost and everything that was logged."""
+    """The hardened checkpoint, what it cost and everything that was logged.
+
+    Of several ranks only number 0 knows the checkpoint's digest, and the whole log.
+    """
 
     checkpoint: Checkpoint
     cost: dict[str, Any]
@@ -207,22 +211,26 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     An interrupted run leaves ``out``/training; the same call continues from there. Once the hardened model is saved
     that folder is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
 
+    In a process group of several ranks all of them make the same call. The model is sharded over them (FSDP2), each has
+    ``train.batch_size`` rows of a micro-batch, rank 0 gathers and saves, and an interrupted run starts over.
+
     Raises:
         UserError: any setting, row or file is unusable; nothing half-written is left.
     """
     out = Path(out)
     secrets.refuse(to_dict(job), where="defend")  # before training: the provenance holds these values
     spec = find(job.method)
+    together = _together(job)
     roles = {"data": load_many(job.data, require_response=True), **_roles(job)}
     if job.suite:
         check_disjoint(roles, {job.suite: load_suite(job.suite).examples})
-    loaded = load(job.model, device=job.device)
+    loaded = load(job.model, device=job.device, shards=shards_wanted(job.device))
     chosen = _choose(job.select, roles, roles["data"], loaded, job.seed)
     encoded = {role: _encode(loaded, rows, job.system, job.max_length) for role, rows in roles.items()}
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
     assets = {"assets": assets_digest(job.assets)} if job.assets else {}
-    training = out / "training"
+    training = None if together else out / "training"
     bf16 = uses_bf16(job.train.precision, next(loaded.model.parameters()).device)
     beside = equipped(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
     with _guarded(method, loaded, job.system), beside:
@@ -237,27 +245,50 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
             identity={"parent": loaded.digest, **{role: rows.digest for role, rows in encoded.items()}, **assets},
             label=label or job.method,
         )
-    provenance = {
+    model: Any = load_gathered(result.model, loaded.path) if together else result.model
+    cost = {**asdict(result.budget), "seed": job.seed}
+    if model is None:
+        return DefendResult(Checkpoint(out / "checkpoint", "", loaded.digest, job.method), cost, result.log)
+    whence = {"parent": loaded.digest, "method": job.method}
+    checkpoint = save(
+        model,
+        loaded.tokenizer,
+        out / "checkpoint",
+        **whence,
+        provenance={
+            **_provenance(job, method, {"data": data, **encoded}),
+            **({"assets_digest": assets["assets"]} if assets else {}),
+            **({"selection": chosen} if chosen else {}),
+            "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
+        },
+    )
+    if training is not None and not job.train.save_every:
+        remove(training)
+    return DefendResult(checkpoint, cost, result.log)
+
+
+def _provenance(job: DefendJob, method: Any, rows: Mapping[str, EncodedSet]) -> dict[str, Any]:
+    return {
         "job": to_dict(job),
         "settings": to_dict(method.config),
         "config_digest": digest(to_dict(job)),
-        "data_digests": {"data": data.digest, **{role: rows.digest for role, rows in encoded.items()}},
-        **({"assets_digest": assets["assets"]} if assets else {}),
+        "data_digests": {role: encoded.digest for role, encoded in rows.items()},
         "seed": job.seed,
-        **({"selection": chosen} if chosen else {}),
-        "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
     }
-    checkpoint = save(
-        result.model,
-        loaded.tokenizer,
-        out / "checkpoint",
-        parent=loaded.digest,
-        method=job.method,
-        provenance=provenance,
-    )
-    if not job.train.save_every:
-        remove(training)
-    return DefendResult(checkpoint, {**asdict(result.budget), "seed": job.seed}, result.log)
+
+
+def _together(job: DefendJob) -> bool:
+    """Return whether several ranks harden one model; refuse what needs one process."""
+    if world() == 1:
+        return False
+    if job.method != "patcher":
+        raise Unsupported(f"{job.method} on {world()} ranks", hint="start it without torchrun or accelerate launch")
+    if job.train.save_every:
+        raise Unsupported(
+            f"train.save_every {job.train.save_every} on {world()} ranks: a sharded run keeps no checkpoints",
+            hint="train.save_every=0; rank 0 saves the gathered model at the end",
+        )
+    return True
 
 
 def run_attack(job: AttackJob, *, loaded: Loaded | None = None, label: str = "attack") -> FinetuneResult:

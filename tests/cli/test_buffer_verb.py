@@ -10,14 +10,20 @@ import torch
 from peft import PeftModel
 
 from casehard.buffer.assets import scan_for_buffer
+from casehard.buffer.attach import buffered
+from casehard.buffer.saturation import safety_scores
 from casehard.cli import main
-from casehard.defend.frozen_lora import FrozenLora
+from casehard.data.chat import ChatFormat
+from casehard.data.sources import load_many
+from casehard.defend.frozen_lora import FrozenLora, base_layers
+from casehard.defend.provider_assets import read_assets
 from casehard.model.load import load
 from casehard.model.lora_files import load_pairs, read_marker
 
 SMALL = [
     *("--set", "config.rank=2", "--set", "config.epochs=null", "--set", "config.gates.prompts=3"),
     *("--set", "config.buffer_train.steps=1", "--set", "config.reinforce_train.steps=1"),
+    *("--set", "config.buffer_train.warmup=0", "--set", "config.reinforce_train.warmup=0"),
 ]
 
 
@@ -52,15 +58,42 @@ def test_prepare_screen_and_check(organism, rows, tmp_path, capsys):
     common = ["--model", str(organism), "--assets", str(out), "--data", rows[rows.index("--benign") + 1]]
     ranked = tmp_path / "ranked.jsonl"
     harmful = ["--data", rows[rows.index("--harmful") + 1], "--label", "kind", "--positive", "compliance"]
-    assert main(["buffer", "screen", *common, *harmful, "--out", str(ranked)]) == 0
+    curve = tmp_path / "roc.svg"
+    assert main(["buffer", "screen", *common, *harmful, "--out", str(ranked), "--picture", str(curve)]) == 0
     assert "area under the ROC" in capsys.readouterr().out
+    assert curve.read_text(encoding="utf-8").count("area ") >= 4  # both scores, in the legend and for readers
     gains = [json.loads(line) for line in ranked.read_text(encoding="utf-8").splitlines()]
     assert len(gains) == 24 and {g["label"] for g in gains} == {"compliance", "helpful"}
     assert main(["buffer", "check", *common, "--suite", str(organism / "data" / "suite")]) == 0
     assert "rows looked at" in capsys.readouterr().out
+    _draws(common, out, tmp_path, capsys)
     assert main(["buffer", "prepare", *rows, *SMALL, "--out", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     _tunes(organism, common, out, tmp_path, capsys)
+
+
+def _draws(common, assets, tmp_path, capsys):
+    """The saturation analysis: numbers of both passes, in the model's order of layers, and their picture."""
+    out = tmp_path / "saturation"
+    assert main(["buffer", "saturation", *common, "--out", str(out)]) == 0
+    assert "safety gradient score" in capsys.readouterr().out
+    found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    loaded = load(common[1])
+    opened, examples = read_assets(assets), load_many([common[-1]], require_response=True)
+    encoded = ChatFormat(loaded.tokenizer).encode_all(examples)
+    assert found["layers"] == [name for name in base_layers(loaded.model) if name in opened.reinforce()]
+    naive = safety_scores(loaded.model, encoded, opened.reinforce())
+    by_name = dict(zip(naive.layers, naive.scores.tolist(), strict=True))
+    assert found["without"]["scores"] == pytest.approx([by_name[n] for n in found["layers"]], abs=1e-9)
+    with buffered(loaded.model, assets):
+        beside = safety_scores(loaded.model, encoded, opened.reinforce())
+    by_name = dict(zip(beside.layers, beside.scores.tolist(), strict=True))
+    assert found["buffer"]["scores"] == pytest.approx([by_name[n] for n in found["layers"]], abs=1e-6)
+    assert found["without"]["scores"] != found["buffer"]["scores"] and found["rows"] == len(examples)
+    picture = (out / "saturation.svg").read_text(encoding="utf-8")
+    assert picture.startswith("<svg") and "beside the buffer" in picture and "layers below 0" in picture
+    assert main(["buffer", "saturation", *common, "--out", str(out)]) == 2
+    assert "finished run" in capsys.readouterr().err
 
 
 def _tunes(organism, common, assets, tmp_path, capsys):
@@ -136,6 +169,9 @@ def test_bad_input_is_told(organism, rows, tmp_path, capsys):
         (["prepare", *rows, "--set", "config.rnak=2", "--out", out], "did you mean 'rank'"),
         (["screen", *rows[:2], "--assets", out, "--data", rows[-1], "--label", "kind"], "go together"),
         (["screen", *rows[:2], "--assets", out, "--data", rows[-1]], "no assets.json"),
+        (["screen", *rows[:2], "--assets", out, "--data", rows[-1], "--picture", f"{out}.svg"], "needs labels"),
+        (["saturation", *rows[:2], "--assets", out, "--data", rows[-1], "--out", out], "no assets.json"),
+        (["saturation", *rows[:2], "--assets", out, "--data", "none.jsonl", "--out", out], "no such file"),
     )
     for arguments, text in cases:
         assert main(["buffer", *arguments]) not in (0, 1)

@@ -127,6 +127,7 @@ def test_search_measures_the_grid_and_draws_the_front(organism, pair, tmp_path, 
     assert summary["front"] and {r["metric"] for r in summary["records"]} >= {"asr", "utility"}
     picture = (tmp_path / "found" / "front.svg").read_text()
     assert picture.startswith("<svg") and "aria-label" in picture and "1 U + " in picture
+    assert "(better is left)" in picture and "(better is up)" in picture
     assert json.loads((tmp_path / "found" / "run.json").read_text())["status"] == "ok"
 
     assert run("search", *job, *grid, "--high", "nll", "--out", tmp_path / "x") == 2

@@ -1,8 +1,9 @@
-"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers."""
+"""Schedules under a clock of our own: ages, adoption steps, skipped versions, waiting, lost attackers, the end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from casehard.defend.attackers import Arrival, LocalSide, Order
 from casehard.defend.copies import CleanCopies
 from casehard.defend.patcher import PatcherConfig
+from casehard.defend.protocol import Stopped
 from casehard.defend.timetable import Timetable
 from casehard.defend.vectors import Vectors
 from casehard.errors import ConfigError, Lost
@@ -50,17 +52,27 @@ class Clocked:
         return {i: "it died" for i, t in enumerate(self.dead_from) if t <= self.now}
 
 
-def run(side: Clocked, last: int, **rules: object) -> tuple[Vectors, list[int | None]]:
+def run(
+    side: Clocked,
+    last: int,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    state: dict | None = None,
+    scratch: Path | None = None,
+    **rules: object,
+) -> tuple[Vectors, list[int | None]]:
     """Run the schedule alone and return it with the source step of the vector used at each step, None for none."""
     table = Timetable(**{"schedule": "async", "round_steps": 1000, "last": last} | rules)  # type: ignore[arg-type]
     model = nn.Linear(1, 1, bias=False)
     count = len(side.durations)
     local = LocalSide(model, [], [Attacker()] * count, seed=0, dtype=torch.float32)
-    vectors = Vectors(
-        table, side, local, CleanCopies(None, "t"), current=False, count=count, seed=0, log=lambda values: None
-    )
+    copies = CleanCopies(scratch, "t")
+    vectors = Vectors(table, side, local, copies, current=False, count=count, seed=0, log=lambda values: None)
+    if state is not None:
+        vectors.restore(state)
     used: list[int | None] = []
-    for step in range(last):
+    for step in range(start, stop or last):
         vectors.advance(model, step)
         vector = vectors.draw(step)
         used.append(None if vector is None else vector.source_step)
@@ -178,3 +190,68 @@ def test_one_of_two_attackers_lost_in_rounds_does_not_hold_up_the_other() -> Non
 def test_settings_that_would_be_ignored_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError):
         PatcherConfig(**bad)
+
+
+# -- resume, partial losses, being told to stop -------------------------------------------------------------------
+
+
+def test_max_age_is_kept_when_one_of_two_attackers_is_lost() -> None:
+    side = Clocked([250, 250])
+    side.dead_from[1] = 1800
+    with pytest.warns(UserWarning, match="attacker 1 of 2"):
+        vectors, used = run(side, 5000, max_age=600)
+    assert max(ages(used)) <= 600
+    assert vectors.pool[1] is None and vectors.pool[0] is not None
+
+
+@pytest.mark.parametrize("at", [1500, 2500, 5100])
+def test_reference_parallel_resumes_with_the_adoptions_of_the_uninterrupted_run(tmp_path: Path, at: int) -> None:
+    rules = {"schedule": "reference_parallel", "scratch": tmp_path}
+    whole, used = run(Clocked([900]), 6000, **rules)
+    head, early = run(Clocked([900]), 6000, stop=at, **rules)
+    later = Clocked([900])
+    later.now = float(at)
+    tail, late = run(later, 6000, start=at, state=head.state(), **rules)
+    assert head.adoptions + tail.adoptions == whole.adoptions
+    assert early + late == used
+
+
+@pytest.mark.parametrize("adopt", ["immediate", "boundary"])
+def test_async_resumed_near_its_end_is_still_attacked(adopt: str) -> None:
+    head, _ = run(Clocked([250]), 6000, stop=5100, adopt=adopt)
+    later = Clocked([250])
+    later.now = 5100.0
+    tail, used = run(later, 6000, start=5100, state=head.state(), adopt=adopt)
+    assert tail.adoptions[0] == (5100, 5100) and None not in used
+
+
+def test_a_run_too_short_for_a_boundary_is_known_beforehand() -> None:
+    assert Timetable("async", 1000, 9999, adopt="boundary").first == 2000
+    assert Timetable("async", 1000, 9999, adopt="boundary", max_age=5).first == 1000
+    vectors, _ = run(Clocked([1]), 2000, adopt="boundary")
+    assert not vectors.ever
+
+
+def test_waiting_ends_when_the_run_is_asked_to_stop() -> None:
+    side = Clocked([400])
+    table = Timetable("lockstep", 10, 100)
+    model = nn.Linear(1, 1, bias=False)
+    local = LocalSide(model, [], [Attacker()], seed=0, dtype=torch.float32)
+    asked: list[int] = []
+    vectors = Vectors(
+        table,
+        side,
+        local,
+        CleanCopies(None, "t"),
+        current=False,
+        count=1,
+        seed=0,
+        log=lambda values: None,
+        stop=lambda: bool(asked.append(1) or True),
+    )
+    for step in range(10):
+        vectors.advance(model, step)
+    assert not asked
+    with pytest.raises(Stopped):
+        vectors.advance(model, 10)
+    assert asked and side.waited == 0

@@ -17,14 +17,13 @@ from torch import nn
 
 from casehard.errors import Diverged, Unsupported
 from casehard.maths.bilevel import Attacker, parameters, perturbed_view, simulate_attack, with_view
+from casehard.maths.seats import overlaps, span
 from casehard.maths.sharded import (
     installed,
     is_sharded,
     local_parts,
-    overlaps,
     shifted,
     simulate_attack_sharded,
-    span,
     sum_branches,
 )
 

@@ -13,7 +13,7 @@ from casehard.errors import Lost
 from casehard.parallel.brief import brief_for
 from casehard.parallel.remote import RemoteSide
 from casehard.parallel.wire import Channel
-from casehard.parallel.worker import BRIEF, DONE, serve
+from casehard.parallel.worker import DONE, OPEN, serve
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def threads(method: Patcher, model: torch.nn.Module, *, seed: int = 0) -> Iterat
     """Give ``method`` one attacker thread for each of its attackers."""
     config, store = method.config, torch.distributed.HashStore()
     brief = brief_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=False)
-    store.set(BRIEF, brief.dump())
+    store.set(OPEN, "1")
 
     def attack(i: int) -> None:
         with contextlib.suppress(Lost):
@@ -31,7 +31,7 @@ def threads(method: Patcher, model: torch.nn.Module, *, seed: int = 0) -> Iterat
     workers = [threading.Thread(target=attack, args=(i,), daemon=True) for i in range(count)]
     [w.start() for w in workers]
     makers = [lambda i=i: Channel(store, f"attacker-{i}", first=True, loopback=True) for i in range(count)]
-    side = RemoteSide(makers, dtype=getattr(torch, config.weights_dtype))
+    side = RemoteSide(makers, brief, dtype=getattr(torch, config.weights_dtype))
     side.ready()
     method.side = side
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,10 +21,11 @@ from crew import threads  # noqa: E402
 from test_patcher import ATTACKER, SAFE, UNSAFE, drive, llama, same, weights  # noqa: E402
 
 from casehard.defend.patcher import Patcher, PatcherConfig  # noqa: E402
-from casehard.errors import Diverged, Unsupported  # noqa: E402
+from casehard.errors import ConfigError, Diverged, Unsupported  # noqa: E402
 from casehard.maths.bilevel import Attacker  # noqa: E402
 from casehard.parallel.brief import Brief, brief_for  # noqa: E402
 from casehard.parallel.launch import beside  # noqa: E402
+from casehard.parallel.remote import RemoteSide  # noqa: E402
 from casehard.parallel.wire import Channel  # noqa: E402
 
 OTHER = Attacker(steps=2, lr=2e-2, batch_size=3)
@@ -153,7 +156,7 @@ def test_a_lost_attacker_of_async_leaves_its_last_vector(monkeypatch: pytest.Mon
         cut_after(side, 2, monkeypatch)
         with pytest.raises(Exception, match="older than max_age"):
             drive(method, model, 30)
-        assert len(method.vectors.adoptions) == 2 and method.vectors.pool[0] is not None
+        assert len(method.vectors.adoptions) == 2 and method.vectors.pool == [None]  # too old to be used
 
 
 def test_a_diverged_attack_stops_the_defender_before_its_step() -> None:
@@ -171,7 +174,7 @@ def test_a_brief_says_all_and_survives_its_journey() -> None:
     brief = brief_for(
         model, [UNSAFE, SAFE, UNSAFE], [ATTACKER] * 3, seed=5, delta_dtype="float32", bf16=True, threads=1
     )
-    again = Brief.parse(brief.dump())
+    again = Brief.unpack(*over_the_wire(brief))
     assert again.rows == (UNSAFE, SAFE, UNSAFE) and again.rows[0] is again.rows[2]
     assert (again.attackers, again.seed, again.bf16, again.threads) == ((ATTACKER,) * 3, 5, True, 1)
     twin = again.model(torch.device("cpu"))
@@ -180,7 +183,97 @@ def test_a_brief_says_all_and_survives_its_journey() -> None:
     with pytest.raises(Unsupported, match="no transformers configuration"):
         brief_for(torch.nn.Linear(2, 2), [UNSAFE], [ATTACKER], seed=0, delta_dtype="float32", bf16=False)
     with pytest.raises(Unsupported, match=r"defender runs casehard 9\.9"):
-        Brief.parse(brief.dump().replace('"version": "', '"version": "9.9'))
+        header, tensors = brief.pack()
+        Brief.unpack({**header, "version": "9.9"}, tensors)
+
+
+def over_the_wire(brief: Brief) -> tuple[dict, dict]:
+    header, tensors = brief.pack()
+    return json.loads(json.dumps(header)), tensors
+
+
+def deaf(patience: float) -> RemoteSide:
+    """Return a side whose one attacker joins and then never answers; its process runs on."""
+    store = torch.distributed.HashStore()
+
+    def attacker() -> None:
+        channel = Channel(store, "deaf", first=False, loopback=True)
+        channel.receive()
+        channel.send({"kind": "ready"})
+        channel.receive()
+        time.sleep(30)
+
+    threading.Thread(target=attacker, daemon=True).start()
+    model = llama()
+    brief = brief_for(model, [UNSAFE], [ATTACKER], seed=0, delta_dtype="float32", bf16=False)
+    connect = [lambda: Channel(store, "deaf", first=True, loopback=True)]
+    side = RemoteSide(connect, brief, signs=[lambda: ("", "the same sign")], patience=patience)
+    side.ready()
+    return side
+
+
+def test_an_attacker_that_falls_silent_in_an_attack_is_lost_and_gets_no_more_orders() -> None:
+    side, alone, model = deaf(0.6), llama(), llama()
+    time.sleep(0.8)
+    assert not side.lost()  # idle is not silent
+    drive(patcher("sequential"), alone, 12)
+    method = patcher("lockstep")
+    method.side = side
+    with pytest.warns(UserWarning, match="no sign of life for 1 s"):
+        drive(method, model, 12)
+    assert same(weights(alone), weights(model))
+    assert side._couriers[0].orders.empty()  # copies of weights would pile up there
+
+
+def test_an_order_of_an_earlier_run_is_not_adopted_by_the_next() -> None:
+    model = llama()
+    first = patcher("async", max_age=None)
+    with threads(first, model) as side:
+        drive(first, model, 8, stop=7)
+        second = patcher("async", max_age=4)
+        second.side = side
+        other = llama()
+        with torch.no_grad():
+            [p.mul_(1.5) for p in other.parameters()]
+        drive(second, other, 8)
+    fresh = second.vectors.adoptions
+    assert fresh and all(3 <= source <= step for step, source in fresh)
+
+
+def test_a_vector_of_the_wrong_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from casehard.parallel import worker
+
+    honest = worker._emptied
+    monkeypatch.setattr(worker, "_emptied", lambda delta: ((n, t.flatten()[:1]) for n, t in honest(delta)))
+    method, model = patcher("async", max_age=4), llama()
+    with (
+        threads(method, model),
+        pytest.warns(UserWarning, match=r"has shape \(1,\), the weights"),
+        pytest.raises(Exception, match="every attacker was lost"),
+    ):
+        drive(method, model, 30)
+
+
+def test_attackers_that_nobody_can_use_are_refused() -> None:
+    from casehard.defend.plain import Plain
+    from casehard.parallel.launch import equipped
+
+    model = llama()
+    with (
+        pytest.raises(Unsupported, match="simulates no attacks"),
+        equipped(Plain(), model, wanted=1, seed=0, bf16=False),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="3 attackers asked for, and the settings list 1"),
+        equipped(patcher("async"), model, wanted=3, seed=0, bf16=False),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="attacks in its own process"),
+        equipped(patcher("sequential"), model, wanted=1, seed=0, bf16=False),
+    ):
+        pass
 
 
 # -- real processes ------------------------------------------------------------------------------------------
@@ -198,7 +291,7 @@ def test_a_killed_attacker_process_changes_nothing_but_a_warning() -> None:
         drive(method, model, 12, stop=5, optimizer=optimizer)
         assert side.bytes_in > 0
         os.kill(side.processes[0], signal.SIGKILL)
-        with pytest.warns(UserWarning, match="killed by signal 9|is gone"):
+        with pytest.warns(UserWarning, match="killed by signal 9"):
             for index in range(5, 12):
                 one_step(method, model, optimizer, index)
     assert same(weights(alone), weights(model))

@@ -204,6 +204,26 @@ def test_plain_training_is_the_control_of_an_alignment_method(tmp_path: Path) ->
     assert with_base["plan"]["headline"]["against"] == "undefended"
 
 
+def test_what_a_method_logged_is_shown_for_single_runs_too(tmp_path: Path) -> None:
+    assert "What the methods did" not in write_report(attack_run(tmp_path / "none", "ccc", "none")).read_text()
+    runs = [attack_run(tmp_path / "hard", "aaa", "patcher"), defend_run(tmp_path / "a", "aaa", 300)]
+    runs += [defend_run(tmp_path / "alone", "never measured", 7), defend_run(tmp_path / "silent", "ddd", 7)]
+    logged = {"a": ({"trigger_rate": 0.5, "loss": 9.0}, {"trigger_rate": 0.75, "violation": 0.2})}
+    logged["alone"] = ({"trigger_rate": 0.125},)
+    for name, rows in logged.items():
+        with (tmp_path / name / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.writelines(json.dumps({"event": "log", **row}) + "\n" for row in rows)
+            events.write(json.dumps({"event": "other", "trigger_rate": 7.0}) + "\n")
+    found = summary_of_runs(runs)
+    assert found["telemetry"] == [
+        {"defence": "patcher", "means": {"trigger_rate": 0.625, "violation": 0.2}},
+        {"defence": "alone", "means": {"trigger_rate": 0.125}},
+    ]
+    text = write_report(runs, tmp_path / "both.html").read_text()
+    assert "What the methods did" in text and "trigger rate" in text and "<td>0.625</td>" in text
+    assert "<th>alone</th><td>0.125</td><td>-</td>" in text and "silent</th>" not in text
+
+
 def test_times_taken_side_by_side_are_called_rough(run: Path) -> None:
     summary = read_json(run / "summary.json")
     assert "runs at a time" not in render(summary)

@@ -1,4 +1,4 @@
-"""Patcher's passes inside the real Trainer on two FSDP2 ranks, sharded by transformers and by accelerate.
+"""Patcher inside the real Trainer on two ranks: FSDP2 by transformers and by accelerate, DDP, and two branches.
 
 accelerate shards on accelerators only (on CPU it would run DDP without a word), so its test names the two processes a
 multi-GPU run before the Trainer asks; everything after that is accelerate's own.
@@ -14,55 +14,28 @@ import torch
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from casehard.data.batches import collate
-from casehard.maths.bilevel import Attacker, difference, parameters, perturbed_view, simulate_attack, with_view
-from casehard.maths.sharded import is_sharded, local_parts, shifted, simulate_attack_sharded
+from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.errors import Unsupported
+from casehard.maths.bilevel import Attacker
+from casehard.maths.sharded import masters
 from casehard.train.shell import HardenedTrainer
 from fakes import tiny_llama, tiny_rows
 
-USER, UNSAFE = tiny_rows(32, seed=1), tiny_rows(8, seed=2)
+USER, UNSAFE, RETAIN = tiny_rows(32, seed=1), tiny_rows(8, seed=2), tiny_rows(9, seed=3)
 ATTACKER = Attacker(steps=2, lr=1e-2, batch_size=4)
+KINDS = ("transformers", "accelerate", "ddp", "branches")
 
 
-class Passes:
-    """Plain at step 0; from step 1 on eq. 2 of Patcher with one attack vector, whole or sharded."""
+def patcher(branches=None) -> Patcher:
+    """Plain at step 0; attacks at steps 1 and 2.
 
-    name = "passes"
-
-    def prepare(self, setup):
-        self.delta, self.held, self.seen = None, [], []
-
-    def backward(self, model, batch, step):
-        split = is_sharded(model)
-        if step.micro == 0:
-            self.held.clear()
-            if step.index == 1:
-                self.delta = self.attack(model, split)
-        self.held.append(batch)
-        share = 0.0 if self.delta is None else 0.5
-        loss = step.loss(model, batch)
-        step.backward(loss * (1 - share))
-        if share and step.last:
-            if split:
-                with shifted(model, self.delta):
-                    for held in self.held:
-                        step.backward(step.loss(model, held) * share)
-            else:
-                for held in self.held:
-                    view = perturbed_view(parameters(model), self.delta)
-                    with_view(model, view, lambda m, held=held: step.backward(step.loss(m, held) * share))
-        self.seen.append(sum(hasattr(p, "full_tensor") for p in model.parameters()))
-        return loss.detach()
-
-    def attack(self, model, split):
-        rows = UNSAFE.stream(4, seed=0, purpose="attack")
-        if split:
-            run = simulate_attack_sharded(model, rows, ATTACKER, seed=0)
-            return difference(run.weights, local_parts(model), dtype=torch.float32)
-        source = {n: p.detach() for n, p in model.named_parameters()}
-        return difference(simulate_attack(model, source, rows, ATTACKER, seed=0).weights, source, dtype=torch.float32)
+    The gradient of a KL term is rounding alone at step 0, and AdamW would make whole steps of it: cross-entropy here.
+    """
+    config = PatcherConfig(round_steps=1, attackers=(ATTACKER,), delta_dtype="float32", retain="ce")
+    return Patcher(config, unsafe=UNSAFE, retain=RETAIN, branches=branches)
 
 
-def trainer(model, out: Path, batch_size: int, **options) -> HardenedTrainer:
+def trainer(model, out: Path, batch_size: int, *, branches=None, save: bool = False, **options) -> HardenedTrainer:
     args = TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
@@ -70,13 +43,14 @@ def trainer(model, out: Path, batch_size: int, **options) -> HardenedTrainer:
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=2,
         learning_rate=1e-3,
-        save_strategy="no",
+        save_strategy="steps" if save else "no",
+        save_steps=2,
         report_to=[],
         logging_steps=1,
         disable_tqdm=True,
         **options,
     )
-    if "fsdp" in options:
+    if "fsdp" in options and "fsdp_config" in options:
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType
 
@@ -86,12 +60,24 @@ def trainer(model, out: Path, batch_size: int, **options) -> HardenedTrainer:
         args=args,
         train_dataset=list(USER.rows),
         data_collator=lambda rows: collate(rows, 0),
-        method=Passes(),
+        method=patcher(branches),
     )
 
 
 def losses(run: HardenedTrainer) -> list[float]:
     return [float(row["loss"]) for row in run.state.log_history if "loss" in row]
+
+
+def tied_refused(out: Path) -> str:
+    """transformers shards a tied output embedding before it ties it: with odd rows, a copy that nobody would train."""
+    from transformers.distributed import DistributedConfig
+
+    model = LlamaForCausalLM.from_pretrained(out / "tied", distributed_config=DistributedConfig(fsdp_size=2))
+    try:
+        masters(model)
+    except Unsupported as error:
+        return error.message
+    return ""
 
 
 def _rank(rank: int, out: Path) -> None:
@@ -104,21 +90,38 @@ def _rank(rank: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group stands already
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
-    seen = {}
-    for kind in ("transformers", "accelerate"):
+    seen = {"tied": tied_refused(out)}
+    for kind in KINDS:
         AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # arguments with fsdp leave it behind
         if kind == "transformers":
             config = DistributedConfig(fsdp_size=2)
             model = LlamaForCausalLM.from_pretrained(out / "start", distributed_config=config, dtype=torch.float32)
             run = trainer(model, out / kind, 2)
+        elif kind == "branches":  # two jobs of one process each, as far as accelerate knows
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                os.environ.pop(name)
+            run = trainer(tiny_llama(), out / kind / str(rank), 4, branches=dist.group.WORLD)
+        elif kind == "ddp":
+            run = trainer(tiny_llama(), out / kind, 2, save=True)
         else:
             wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
             run = trainer(tiny_llama(), out / kind, 2, fsdp=True, fsdp_config=wrap)
         run.train()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_model_state_dict(run.model, options=options)
-        run.save_model(str(out / kind))
-        seen[kind] = {"losses": losses(run), "full": full, "sharded": run.method.seen, "fsdp": run.is_fsdp_enabled}
+        if kind != "branches" or rank == 0:
+            run.save_model(str(out / kind))
+        shards = sum(hasattr(p, "full_tensor") for p in run.model.parameters())
+        seen[kind] = {"losses": losses(run), "full": full, "sharded": shards, "fsdp": run.is_fsdp_enabled}
+        seen[kind]["passes"] = run.method.passes
+        if kind == "ddp":
+            seen[kind]["last"] = {name: value.clone() for name, value in run.model.state_dict().items()}
+            later = trainer(tiny_llama(seed=9), out / kind, 2, save=True)
+            later.train(resume_from_checkpoint=str(out / kind / "checkpoint-2"))
+            seen[kind]["resumed"] = later.model.state_dict()
+            with pytest.raises(Unsupported, match="FSDP was asked for and accelerate left it off"):
+                trainer(tiny_llama(), out / "refused", 2, fsdp=True)
     torch.save(seen, out / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -129,23 +132,36 @@ def two_ranks(tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("ranks")
     tiny_llama().save_pretrained(out / "start")
+    tied = tiny_llama(vocab=63)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(out / "tied")
     mp.spawn(_rank, (out,), nprocs=2)
     return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["transformers", "accelerate"])
-def test_trainer_on_two_shards_equals_one_process(two_ranks, tmp_path, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_patcher_on_two_ranks_equals_one_process(two_ranks, tmp_path, kind):
     one = trainer(tiny_llama(), tmp_path, 4)
     one.train()
     expected = {n: p.detach() for n, p in one.model.state_dict().items()}
     for rank in range(2):
         seen = torch.load(two_ranks / f"{rank}.pt")[kind]
         assert seen["losses"] == pytest.approx(losses(one), abs=1e-5)
-        assert seen["sharded"] == [21] * 6 and seen["fsdp"] == (kind == "accelerate")
+        assert seen["passes"] == one.method.passes == 2 * 2 + 2 * 2 + 3  # attacks, attacked passes, retain
+        assert seen["sharded"] == (0 if kind in ("ddp", "branches") else 21) and seen["fsdp"] == (kind == "accelerate")
         assert set(seen["full"]) == (set(expected) if rank == 0 else set())
         for name, value in seen["full"].items():
             torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0)
+        for name, value in seen.get("resumed", {}).items():
+            assert torch.equal(value, seen["last"][name]), name
     saved = LlamaForCausalLM.from_pretrained(two_ranks / kind)
     for name, value in saved.state_dict().items():
         torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_tied_weight_that_fsdp_holds_twice_is_refused(two_ranks):
+    for rank in range(2):
+        assert "a tied weight of 63 rows was sharded twice" in torch.load(two_ranks / f"{rank}.pt")["tied"]

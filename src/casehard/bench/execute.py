@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from casehard.bench.matrix import Node
+from casehard.bench.records import told
 from casehard.bench.store import RunFolder, read_json
 from casehard.config import build, to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted, UserError
@@ -241,9 +242,7 @@ def execute(task: Task) -> Outcome:
 def _tuned(done: Any) -> Outcome:
     run, picked = done.run, done.selection.get("picks", {})
     facts: dict[str, Any] = {"harmful_rows": run.harmful_rows, "benign_rows": run.benign_rows}
-    kept = ("trigger_rate", "violation", "alpha_share", "step_ratio", "step_cosine", "safe_loss")
-    told = {key: [row[key] for row in run.log if key in row] for key in kept}
-    facts["telemetry"] = {key: sum(values) / len(values) for key, values in told.items() if values}
+    facts["telemetry"] = told(run.log)
     if done.selection:
         facts["selection"] = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
         facts["selection"] |= {"coverage": done.selection["coverage"], "rows": len(picked["order"])}

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from casehard.buffer.saturation import Residual, residual
+from casehard.buffer.saturation import Residual, Scores, residual, safety_scores
 from casehard.data.chat import ChatFormat
-from casehard.defend.frozen_lora import FrozenLora
+from casehard.defend.frozen_lora import FrozenLora, base_layers
 from casehard.defend.provider_assets import Assets
 from casehard.errors import DataError
 from casehard.evaluate.generate import generate
@@ -83,6 +83,36 @@ def both(model: nn.Module, chat: ChatFormat, assets: Assets, examples: Sequence[
     frozen = FrozenLora(assets.buffer()).attach(model)
     try:
         return Both(base, residual(model, chat, examples))
+    finally:
+        frozen.detach()
+
+
+class Saturation(NamedTuple):
+    """What a job's rows would teach, without and beside the buffer."""
+
+    rows: Both
+    """Residual (4) and loss, row by row."""
+    base: Scores
+    """Safety gradient score (5) of every layer; negative: a step on these rows works against the refusals."""
+    buffer: Scores
+
+
+def saturation(model: nn.Module, chat: ChatFormat, assets: Assets, examples: Sequence[Example]) -> Saturation:
+    """Measure (4) and (5) of a job's rows without and with the buffer, against the provider's reinforce adapter.
+
+    Raises:
+        ConfigError: the assets belong to another base, tokenizer or template.
+        DataError: no rows, or an answer without tokens.
+    """
+    assets.require_base(model)
+    assets.require_format(chat.tokenizer, system=chat.system)
+    rows, encoded, pairs = both(model, chat, assets, examples), chat.encode_all(examples), assets.reinforce()
+    # In the model's order; a file lists layers by name, 10 before 2. What the model lacks is refused below.
+    safety = {name: pairs[name] for name in base_layers(model) if name in pairs} | dict(pairs)
+    base = safety_scores(model, encoded, safety)
+    frozen = FrozenLora(assets.buffer()).attach(model)
+    try:
+        return Saturation(rows, base, safety_scores(model, encoded, safety))
     finally:
         frozen.detach()
 

@@ -244,6 +244,9 @@ def screen(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="JSONL file of all rows, ranked.")] = None,
     label: Annotated[str, typer.Option(help="Tag that tells kinds of rows apart, for the ROC.")] = "",
     positive: Annotated[str, typer.Option(help="Value of the tag that should rank high.")] = "",
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="SVG file of the ROC; with --label.")
+    ] = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to print.")] = 10,
     system: System = None,
     device: options.Device = None,
@@ -254,8 +257,13 @@ def screen(
     """
     if bool(label) != bool(positive):
         raise ConfigError("--label and --positive go together", hint="example: --label kind --positive compliance")
-    if out is not None and out.exists():
-        raise ConfigError(f"{out} already exists", hint="give another file with --out, or remove it")
+    for file, flag in ((out, "--out"), (picture, "--picture")):
+        if file is not None and file.exists():
+            raise ConfigError(f"{file} already exists", hint=f"give another file with {flag}, or remove it")
+    if picture is not None:
+        if not label:
+            raise ConfigError("--picture draws the ROC, which needs labels", hint="--label TAG --positive VALUE")
+        options.require_report()
     from casehard.buffer.screen import roc, write_screening
     from casehard.buffer.screen import screen as rank
 
@@ -272,9 +280,78 @@ def screen(
             ["score", "area under the ROC"],
             [("gain", f"{found[0].auc:.3f}"), ("gain a token", f"{found[1].auc:.3f}")],
         )
+        if picture is not None:
+            _draw_rocs(picture, found, f"{label} = {positive}, {counts} rows")
     if out is not None:
         write_screening(out, gains)
         console.made("ranked rows", out)
+
+
+def _draw_rocs(path: Path, found: tuple[Any, Any], what: str) -> None:
+    from casehard.files import write_text_atomic
+    from casehard.report.saturation import Curve, curves
+
+    drawn = [Curve(t, f.auc, f.points) for t, f in zip(("gain", "gain a token"), found, strict=True)]
+    said = f"ROC of {what}; " + "; ".join(f"{c.title}: area {c.auc:.3f}" for c in drawn)
+    write_text_atomic(path, curves("screen-roc", drawn, described=said) + "\n")
+    console.made("picture", path)
+
+
+@app.command()
+def saturation(
+    model: Base,
+    assets: Assets,
+    data: Rows,
+    out: options.Out,
+    system: System = None,
+    device: options.Device = None,
+) -> None:
+    """Draw what a job's rows would teach, layer by layer, without and beside the buffer.
+
+    Below 0 a step on these rows works against the refusals of the provider's reinforce adapter; where the buffer covers
+    the rows, its line stays near 0. Give rows of one kind: a mixture shows its mean.
+    """
+    options.check_specs(data, "--data")
+    options.require_report()
+    check_out(out, "buffer-saturation")
+    from casehard.buffer.screen import saturation as measure
+
+    loaded, chat, opened, rows = _open(model, assets, data, system, device)
+    job = {"model": model, "assets": str(assets), "data": data, "system": system, "device": device or "auto"}
+    console.plan("what is left to learn, without and beside the buffer", {**job, "rows": len(rows), "out": out})
+    with run_folder(out, "buffer-saturation", job, data=data) as run:
+        found = measure(loaded.model, chat, opened, rows)
+        run.record({"parents": {"model": loaded.digest, "assets": opened.digest}})
+        lines = _write_saturation(out, run, found)
+    console.table(f"{len(rows)} rows", ["quantity", "without", "beside the buffer"], lines)
+    console.made("picture", out / "saturation.svg")
+
+
+def _write_saturation(out: Path, run: Any, found: Any) -> list[tuple[str, str, str]]:
+    """Write the numbers and the picture; return what to print."""
+    from casehard.files import write_text_atomic
+    from casehard.report.saturation import Series, layers
+
+    scores = [part.scores.tolist() for part in (found.base, found.buffer)]
+    parts = {}
+    for name, rows, values in zip(("without", "buffer"), found.rows, scores, strict=True):
+        parts[name] = {"residual": rows.mean_residual, "nll": rows.mean_nll, "scores": values, "sum": sum(values)}
+    run.summary({"layers": list(found.base.layers), "rows": found.base.rows, **parts})
+    a, b = parts["without"], parts["buffer"]
+    lines = [
+        ("mean 1 - p", f"{a['residual']:.3f}", f"{b['residual']:.3f}"),
+        ("loss, nats a token", f"{a['nll']:.3f}", f"{b['nll']:.3f}"),
+        ("safety gradient score, sum of layers", f"{a['sum']:.4g}", f"{b['sum']:.4g}"),
+        ("layers below 0", _negative(a["scores"]), _negative(b["scores"])),
+    ]
+    said = "safety gradient score of each layer; " + "; ".join(f"{t}: {x} without, {y} beside" for t, x, y in lines)
+    series = Series(found.base.layers, *scores)
+    write_text_atomic(out / "saturation.svg", layers("buffer-saturation", series, described=said) + "\n")
+    return lines
+
+
+def _negative(values: list[float]) -> str:
+    return f"{sum(v < 0 for v in values)} of {len(values)}"
 
 
 @app.command()

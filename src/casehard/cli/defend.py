@@ -74,7 +74,7 @@ def defend(
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
-        "settings.schedule": schedule or ("async" if attackers else None),
+        "settings.schedule": schedule,
         "attackers": attackers,
         "device": device,
         "seed": seed,
@@ -117,16 +117,21 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
         return
     chosen = _selection(values, select)
     count = _multiply_attackers(values)
-    from casehard.parallel.launch import join
+    from casehard.maths.collective import rank, world
+    from casehard.parallel.launch import join, leave
 
-    if join(count):
+    if join(count, sharing=values["method"] == "patcher"):
         return  # this rank was an attacker
-    check_out(out, "defend")
+    if not rank():
+        check_out(out, "defend")
     from casehard.config import build, to_dict
     from casehard.jobs import DefendJob, run_defend
     from casehard.report.card import write_card
 
     job = build(DefendJob, {**values, "select": chosen}, where="defend")
+    if rank():
+        _help(job, out)
+        return
     console.plan(
         f"harden a checkpoint with {job.method}",
         {
@@ -140,6 +145,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
             "preset": job.preset,
             "settings": dict(job.settings) or None,
             "attackers beside": job.attackers or None,
+            "processes": world() if world() > 1 else None,
             "steps": job.train.steps,
             "batch": f"{job.train.batch_size} x {job.train.accumulation}",
             "device": options.device_text(job.device),
@@ -156,6 +162,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
             run.event("log", entry)
         run.rows([])
         run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
+    leave()
     rows = cost_rows(result.cost) + _age_rows(result.log)
     console.table(f"{job.method}: what it cost", ["quantity", "value"], rows)
     console.made("hardened model", result.checkpoint.path)
@@ -166,12 +173,27 @@ def _age_rows(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ages = [row["attack_age"] for row in log if "attack_age" in row]
     if not ages:
         return []
-    oldest = max(row["attack_age_max"] for row in log if "attack_age_max" in row)
+    oldest = max(row.get("attack_age_oldest", 0.0) for row in log)
     return [("age of the attack vectors", f"{sum(ages) / len(ages):.0f} steps on average, {oldest:.0f} at most")]
 
 
+def _help(job: Any, out: Path) -> None:
+    """Train a shard of rank 0's model, which says and saves everything."""
+    import warnings
+
+    from casehard.jobs import run_defend
+    from casehard.parallel.launch import leave
+    from casehard.train.progress import set_quiet
+
+    set_quiet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_defend(job, out)
+    leave()
+
+
 def _multiply_attackers(values: dict[str, Any]) -> int:
-    """Make the list of attackers in the settings as long as ``--attackers`` says; return its length, 0 without any."""
+    """Make the list of attackers in the settings as long as ``--attackers`` says; return how many run beside."""
     count, settings = values.get("attackers") or 0, values.get("settings") or {}
     if values["method"] != "patcher":
         if count or "schedule" in settings:
@@ -179,13 +201,22 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
         return 0
     from casehard.config import to_dict
     from casehard.defend import find
+    from casehard.defend.timetable import BESIDE
 
-    listed = find("patcher").configure("patcher", values.get("preset") or "", settings).attackers
+    if count and "schedule" not in settings:
+        settings = values["settings"] = {**settings, "schedule": "async"}
+    configured = find("patcher").configure("patcher", values.get("preset") or "", settings)
+    listed = configured.attackers
+    if count and configured.schedule == "sequential":
+        raise ConfigError(
+            f"--attackers {count} with schedule 'sequential', which attacks in its own process",
+            hint="--schedule lockstep gives the same weights, --schedule async does not wait",
+        )
     if count and len(listed) not in (1, count):
         raise ConfigError(f"--attackers {count}, and the settings list {len(listed)}", hint="leave one of them out")
     if count and len(listed) == 1:
         values["settings"] = {**settings, "attackers": [to_dict(listed[0])] * count}
-    return count or len(listed)
+    return count or (len(listed) if configured.schedule in BESIDE else 0)
 
 
 def _tune(values: dict[str, Any], select: bool | None, out: Path) -> None:

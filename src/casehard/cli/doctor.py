@@ -174,9 +174,9 @@ def doctor(
     packages, broken, missing = package_rows()
     console.table("packages", ["package", "version", "state"], packages)
     console.table("machine", ["what", "value", "note"], machine_rows())
-    _schedules(model, k1, k2, attackers)
     for extra in missing:
         console.say(f"optional {extra!r} is not complete; to install: pip install 'casehard[{extra}]'")
     if broken:
         raise Unsupported("this installation is not supported: " + "; ".join(broken), hint="pip install -U casehard")
+    _schedules(model, k1, k2, attackers)
     console.say("the core is complete")

@@ -224,7 +224,10 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
                 raise ConfigError(f"{folder} is merged already", hint="tune with --set settings.reinforce=false")
             bound = marker.get("base_digest")
             if bound and bound != loaded.digest:
-                raise ConfigError(f"{folder} is for base {bound[:12]}, {job['model']} is {loaded.digest[:12]}")
+                raise ConfigError(
+                    f"{folder} is for base {bound[:12]}, {job['model']} is {loaded.digest[:12]}",
+                    hint="--model is the base that both adapters were made for",
+                )
             # The record of the assets lies above the reinforcing adapter.
             require_unseen(asked, trained_prompts(folder, Path(folder).parent), folder)
         require_unseen(asked, trained_prompts(loaded.path), loaded.path)
@@ -263,6 +266,7 @@ def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]]
     """Return the settings on the front, and the picture of all."""
     from casehard.maths.pareto import pareto_front
     from casehard.report.pareto import Setting, front
+    from casehard.report.views import SHORT
 
     both = [_pick(found, low, high) for _, found in points]
     best = pareto_front([(x["rate"], y["rate"]) for x, y in both], maximise=(False, True))
@@ -282,4 +286,5 @@ def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]]
         }
         for i in best
     ]
-    return table, front("merge-search", settings, x_label=low, y_label=high, described=described)
+    labels = [f"{SHORT.get(m, m)} (better is {way})" for m, way in ((low, "left"), (high, "up"))]
+    return table, front("merge-search", settings, x_label=labels[0], y_label=labels[1], described=described)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from casehard.data.batches import EncodedSet
-from casehard.maths.bilevel import Attacker, Params, difference, simulate_attack
+from casehard.maths.bilevel import Attacker, AttackRun, Params, difference, simulate_attack
+from casehard.maths.sharded import installed, is_sharded, masters, seat, simulate_attack_sharded
 from casehard.seeds import derive, generator
 
 
@@ -48,6 +49,9 @@ class Arrival:
 class AttackSide(Protocol):
     """Where orders go. Arrivals of one attacker come in the order of its orders."""
 
+    def begin(self) -> None:
+        """Start a run; nothing an earlier one ordered will be handed out."""
+
     def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         """Queue an attack on ``source``; unless that is ``stable``, it is read before this returns."""
 
@@ -55,7 +59,7 @@ class AttackSide(Protocol):
         """Return what finished since the last call, without waiting; raise what an attack raised."""
 
     def wait(self) -> None:
-        """Return when there may be something to collect, or when an attacker is found lost."""
+        """Return when there may be something to collect, and after a moment in any case."""
 
     def lost(self) -> dict[int, str]:
         """Return the attackers that are gone, with the reason."""
@@ -75,7 +79,8 @@ def carry_out(
     """Run one attack; a function of its arguments alone, whoever calls it.
 
     Args:
-        source: the weights to attack, by name, fp32; ``model`` lends its architecture and is not written.
+        source: the weights to attack, by name, fp32; ``model`` lends its architecture and is as before afterwards. Of a
+            sharded model they are this rank's shards, and all its ranks make the same call.
         seed: of the whole run.
         dtype: of the vector.
     """
@@ -86,10 +91,27 @@ def carry_out(
         low = attacker.steps_min
         steps = low + int(torch.randint(steps - low + 1, (), generator=generator(seed, 0, "length")))
     batch_at = rows.stream(attacker.batch_size, seed=seed, purpose="attack-batch")
-    run = simulate_attack(model, source, batch_at, attacker, seed=seed, steps=steps, progress=progress)
+    attack = _attack_shards if (split := is_sharded(model)) else simulate_attack
+    run = attack(model, source, batch_at, attacker, seed=seed, steps=steps, progress=progress)
     delta = difference(run.weights, source, dtype=dtype)
     ends = [run.losses[0], run.losses[-1]] if run.losses else []
-    return Arrival(order, delta, steps, ends, run.tokens, time.perf_counter() - began)
+    tokens = 0 if split and seat(model).number else run.tokens  # the ranks share them out
+    return Arrival(order, delta, steps, ends, tokens, time.perf_counter() - began)
+
+
+def _attack_shards(
+    model: nn.Module,
+    source: Mapping[str, torch.Tensor],
+    batch_at: Callable[[int], Mapping[str, torch.Tensor]],
+    attacker: Attacker,
+    **how: Any,
+) -> AttackRun:
+    """Attack the shards where they lie; ``source`` is put there first where it is not what is there already."""
+    there = masters(model)
+    if all(source[name].data_ptr() == p.data_ptr() for name, p in there.items()):
+        return simulate_attack_sharded(model, batch_at, attacker, **how)
+    with installed(model, source):
+        return simulate_attack_sharded(model, batch_at, attacker, **how)
 
 
 class LocalSide:
@@ -107,6 +129,10 @@ class LocalSide:
         self.model, self.rows, self.attackers = model, rows, attackers
         self.seed, self.dtype = seed, dtype
         self._done: list[Arrival] = []
+
+    def begin(self) -> None:
+        """Start a run."""
+        self._done.clear()
 
     def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         """Carry the order out; the arrival can be collected afterwards."""

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from casehard.maths.bilevel import Params, parameters
+from casehard.maths.bilevel import Params
+from casehard.maths.sharded import masters
 from casehard.tensorfile import load_tensors, save_tensors
 
 Kept = Params | Path
@@ -48,15 +49,15 @@ class CleanCopies:
             lasting: whether a resumed run needs them; if not, no file is written.
         """
         if self.scratch is not None and lasting:
-            return save_tensors(self.scratch / f"{self.prefix}-{label}.safetensors", parameters(model))
+            return save_tensors(self.scratch / f"{self.prefix}-{label}.safetensors", masters(model))
         if in_memory:
             # On the host, where it costs no memory of an accelerator.
-            return {name: p.detach().to("cpu", copy=True) for name, p in parameters(model).items()}
+            return {name: p.detach().to("cpu", copy=True) for name, p in masters(model).items()}
         return {}
 
     def tensors(self, kept: Kept, model: nn.Module) -> Mapping[str, torch.Tensor]:
         """Return the copy's tensors on the model's device, in the model's order: a gradient norm sums in that order."""
-        live = parameters(model)
+        live = masters(model)
         if isinstance(kept, Path):
             stored = load_tensors(kept, device=next(model.parameters()).device)
             return {name: stored[name] for name in live}

@@ -6,8 +6,8 @@ U is one forward-backward pass over one batch; k1 attack steps, k2 outer steps a
 |---|---|---|
 | sequential | (2 k2 + n k1) U | 0 - (k2 - 1) |
 | lockstep | (2 k2 + k1) U | 0 - (k2 - 1) |
-| async | 2 k2 U; an attack of k1 steps takes k1 / 2 outer steps | k1 / 2 - k1 |
-| reference_parallel | 2 k2 U | (k2 - 1) - (2 k2 - 2) |
+| async | max(2 k2, k1) U at an attack a round; an attack takes k1 / 2 outer steps | k1 / 2 - k1 |
+| reference_parallel | the same | (k2 - 1) - (2 k2 - 2) while k1 <= 2 k2 |
 | branches (two groups) | (k2 + k1) U | 0 - (k2 - 1) |
 
 The ideal speed-up of one attacker beside the defender is 1 + k1 / (2 k2) up to k1 = 2 k2, where it is 2. An async
@@ -37,7 +37,8 @@ class Cost:
     attacker: float
     """The same on an attacker's device; 0 without."""
     host: float
-    """Bytes a parameter in the defender's host memory (on a CPU they add to ``defender``)."""
+    """Most bytes a parameter in the defender's host memory (on a CPU they add to ``defender``): a copy of the source
+    and an arriving vector for each attacker."""
 
 
 WEIGHTS, GRADIENT, MOMENTS, VECTOR = 4.0, 4.0, 8.0, 2.0
@@ -55,20 +56,18 @@ def costs(k1: int, k2: int, *, attackers: int = 1, bf16: bool = True) -> list[Co
     plain = WEIGHTS + GRADIENT + MOMENTS
     patched = plain + n * VECTOR + view
     # The defender's gradients are not there yet; the attack has a copy, gradients and moments of its own.
-    attacked = WEIGHTS + MOMENTS + n * VECTOR + WEIGHTS + GRADIENT + MOMENTS
+    own = max(patched, WEIGHTS + MOMENTS + n * VECTOR + WEIGHTS + GRADIENT + MOMENTS)
     beside = WEIGHTS + WEIGHTS + GRADIENT + MOMENTS
-    alone = 2.0 * k2 + n * k1
-    free = max(2.0 * k2, k1)
-    own = max(patched, attacked)
+    shared = WEIGHTS + n * VECTOR  # attacks of one round start from one copy
+    young, alone, free = (k2 - 1) / 2, 2.0 * k2 + n * k1, max(2.0 * k2, k1)
+    waiting, halved = 2.0 * k2 + k1, float(k2 + n * k1)
     return [
-        Cost("sequential", 1, alone, 1.0, (k2 - 1) / 2, own, 0.0, 0.0),
-        Cost(
-            "lockstep", 1 + n, 2.0 * k2 + k1, alone / (2.0 * k2 + k1), (k2 - 1) / 2, patched, beside, WEIGHTS + VECTOR
-        ),
+        Cost("sequential", 1, alone, 1.0, young, own, 0.0, 0.0),
+        Cost("lockstep", 1 + n, waiting, alone / waiting, young, patched, beside, shared),
         # At equal numbers of attacks a round; the defender itself never waits.
-        Cost("async", 1 + n, free, alone / free, 0.75 * k1, patched, beside, WEIGHTS + VECTOR),
-        Cost("reference_parallel", 1 + n, free, alone / free, 1.5 * (k2 - 1), patched, beside, 2 * WEIGHTS + VECTOR),
-        Cost("branches", 2, k2 + n * k1, alone / (k2 + n * k1), (k2 - 1) / 2, own, 0.0, 0.0),
+        Cost("async", 1 + n, free, alone / free, 0.75 * k1, patched, beside, n * (WEIGHTS + VECTOR)),
+        Cost("reference_parallel", 1 + n, free, alone / free, 3 * young, patched, beside, WEIGHTS + shared),
+        Cost("branches", 2, halved, alone / halved, young, own, 0.0, 0.0),
     ]
 
 
@@ -80,17 +79,19 @@ def advice(k1: int, k2: int, *, devices: int, device_bytes: float, parameters: f
         parameters: of the model; 0 when unknown.
     """
     sequential, _, beside, _, branches = costs(k1, k2, bf16=bf16)
-    if parameters and parameters * beside.defender > device_bytes:
-        need = parameters * beside.defender / device_bytes
+    least = beside.defender + (0.0 if bf16 else beside.host)  # without a GPU the host's memory is the device's
+    if parameters and parameters * least > device_bytes:
+        need = parameters * least / device_bytes
         return f"shard it over at least {int(need) + 1} devices (FSDP2), schedule sequential: one device is too small"
     if devices < 2:
         if parameters and parameters * sequential.defender > device_bytes:
             return "one device holds the defender but not an attack beside it: a second device, and schedule=async"
         return "schedule=sequential: there is one device"
     gain = f"about {beside.speedup:.2f} times as fast as sequential"
+    more = f"; up to {devices - 1} attackers make a pool, at the same speed" if devices > 2 else ""
     if branches.speedup > beside.speedup:
         return (
-            f"schedule=async with --attackers 1, {gain}, mean age {beside.age:.0f}; two branches, from Python, "
+            f"schedule=async with --attackers 1, {gain}, mean age {beside.age:.0f}{more}; two branches, from Python, "
             f"would be {branches.speedup:.2f} times as fast, mean age {branches.age:.0f}"
         )
-    return f"schedule=async with --attackers {max(1, devices - 1)}, {gain}"
+    return f"schedule=async with --attackers 1, {gain}{more}"

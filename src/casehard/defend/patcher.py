@@ -12,19 +12,19 @@ and the attack vector  delta = A_k1(theta_source) - theta_reference             
 
 Symbols: theta weights, L_s cross-entropy on (restricted prompt, refusal) rows, A_k1 the attack, k1 attack steps, k2
 outer steps a round, alpha share of the attacked loss. Source: Wen et al., arXiv 2606.07970; sequential: an attack, then
-k2 outer steps, in turn; parallel: attackers in processes of their own (``side``).
-Differs from the published code: one process; the master weights are never written (a view is composed, see
-maths/bilevel); seeded streams; optimiser state kept between rounds unless ``reset_optimizer``; no attack after the last
-round; alpha = 0 runs no attacked pass; attack vectors and attacked weights never reach the disk (a resumed run repeats
-the attack from its clean source).
+k2 outer steps, in turn; parallel: attackers in processes of their own (``side``). On several ranks (``spread.py``) each
+has its rows of a step, and of an attack where the model is sharded; two *branches* share out the two terms of eq. 2.
+Differs from the published code: one job; the master weights are never written (a view is composed, see maths/bilevel;
+shards are put back from a copy, maths/sharded); seeded streams; optimiser state kept between rounds unless
+``reset_optimizer``; no attack after the last round; alpha = 0 runs no attacked pass; attack vectors and attacked
+weights never reach the disk (a resumed run repeats the attack from its clean source).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,80 +32,15 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.attackers import AttackSide, LocalSide
 from casehard.defend.copies import CleanCopies, Kept
+from casehard.defend.patcher_settings import PRESETS as PRESETS
+from casehard.defend.patcher_settings import PatcherConfig as PatcherConfig
 from casehard.defend.protocol import Setup, StateValue, Step
-from casehard.defend.timetable import BESIDE, Adopt, Schedule, Timetable
+from casehard.defend.spread import Branch, Pass, Spread
+from casehard.defend.timetable import BESIDE
 from casehard.defend.vectors import Vectors
 from casehard.errors import ConfigError, DataError, Lost, Unsupported
-from casehard.maths.bilevel import Attacker, AttackVector, linear_only, parameters, perturbed_view, retain_kl, with_view
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatcherConfig:
-    """Settings of Patcher; the defaults are the paper's."""
-
-    alpha: float = 0.5
-    """Share of the attacked loss in eq. 1, 0..1; 0 is plain SFT bit for bit. Source: Patcher scripts."""
-    round_steps: int = 1000
-    """k2, outer steps that share one attack vector. Source: Patcher scripts."""
-    attackers: tuple[Attacker, ...] = (Attacker(),)
-    """Simulated attackers; with several, each round builds a pool and each step draws one vector from it."""
-    schedule: Schedule = "sequential"
-    """sequential | lockstep | async | reference_parallel, see ``timetable.py``. Source: both published algorithms."""
-    adopt: Adopt = "immediate"
-    """async: take a vector when it is there, or at the next round (boundary)."""
-    max_age: int | None = None
-    """async: wait rather than use a vector more than this many steps old; None never waits. Not in the paper."""
-    reference: Literal["current", "source"] = "current"
-    """theta_reference in eq. 3: the weights at adoption (as the published code does) or when the attack began."""
-    delay: int = 0
-    """Outer steps between an attack and its adoption (staleness ablation); 0 = at once."""
-    reset_optimizer: bool = False
-    """Forget the outer optimiser's moments at every round, as separate processes per phase do (paper_sequential)."""
-    delta_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage of the attack vector: 2 or 4 bytes a parameter; theta + delta is composed in fp32 either way."""
-    weights_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Weights on their way to an attacker beside; float32 attacks what the defender's own process would attack."""
-    retain: Literal["none", "ce", "kl"] = "none"
-    """Extra term on harmless rows: cross-entropy, or KL(start model || model). Not in the paper."""
-    retain_weight: float = 0.5
-    """Weight of the retain term, in units of the safe loss."""
-    retain_batch_size: int = 8
-    """Rows of the retain term per outer step."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ConfigError(f"alpha: {self.alpha} is not within 0..1")
-        if self.round_steps < 1 or self.delay < 0:
-            raise ConfigError(f"round_steps {self.round_steps} must be at least 1 and delay {self.delay} at least 0")
-        self._check_schedule()
-        if self.retain_weight < 0 or self.retain_batch_size < 1:
-            raise ConfigError(
-                f"retain_weight {self.retain_weight} must not be negative and retain_batch_size "
-                f"{self.retain_batch_size} at least 1"
-            )
-        if not self.attackers:
-            raise ConfigError("attackers: at least one is needed", hint="attackers: [{steps: 300, lr: 1e-5}]")
-
-    def _check_schedule(self) -> None:
-        if self.delay and self.schedule not in ("sequential", "lockstep"):
-            raise ConfigError(f"delay {self.delay} with schedule {self.schedule!r}", hint="its attacks take their time")
-        if self.schedule != "async" and (self.adopt != "immediate" or self.max_age is not None):
-            raise ConfigError(
-                f"adopt {self.adopt!r} and max_age {self.max_age} with schedule {self.schedule!r} would be ignored",
-                hint="they belong to schedule=async",
-            )
-        if self.max_age is not None and self.max_age < 1:
-            raise ConfigError(f"max_age {self.max_age} must be at least 1", hint="leave it out to never wait")
-
-    def timetable(self, last: int) -> Timetable:
-        """Return the rules of a run of ``last`` steps."""
-        return Timetable(self.schedule, self.round_steps, last, self.delay, self.adopt, self.max_age)
-
-
-PRESETS: dict[str, PatcherConfig] = {
-    "default": PatcherConfig(),
-    "paper_sequential": PatcherConfig(reset_optimizer=True, delta_dtype="float32"),
-}
+from casehard.maths.bilevel import AttackVector, linear_only
+from casehard.maths.sharded import is_sharded, masters
 
 
 class Patcher:
@@ -116,8 +51,11 @@ class Patcher:
         unsafe: rows of the simulated attack (restricted prompt, compliant answer).
         retain: harmless rows of the retain term; required when ``config.retain`` is not "none".
         side: attackers in other processes (``parallel.launch``); None attacks in this one, in turn.
+        branches: a process group (or mesh dimension) of two, given the same rows: its first member runs the plain
+            passes, its second the attacked ones; attacks run alike on both, and both end with the same weights.
 
     Raises:
+        ConfigError: branches at alpha 0 or 1, where one of them would have nothing to do.
         DataError: ``unsafe`` (or a needed ``retain``) is empty, or ``retain`` is given and not used.
     """
 
@@ -130,6 +68,7 @@ class Patcher:
         unsafe: EncodedSet | tuple[EncodedSet, ...],
         retain: EncodedSet | None = None,
         side: AttackSide | None = None,
+        branches: Any = None,
     ) -> None:
         self.config = config or PatcherConfig()
         sets = unsafe if isinstance(unsafe, tuple) else (unsafe,)
@@ -150,12 +89,18 @@ class Patcher:
         self.unsafe = sets
         self.retain_rows = retain
         self.side = side
+        self.branches = branches
+        if branches is not None and self.config.alpha in (0.0, 1.0):
+            raise ConfigError(f"branches with alpha {self.config.alpha}", hint="one of the two would have no passes")
         self._own_passes = 0
         self.vectors: Vectors | None = None
 
     @property
     def passes(self) -> int:
-        """Forward-backward passes beyond one a micro-batch: attacked and retain passes, and the steps of attacks."""
+        """Forward-backward passes beyond one a micro-batch: attacked and retain passes, and the steps of attacks.
+
+        Counted as in one process: what ranks or branches share out, or do alike, counts once.
+        """
         return self._own_passes + (self.vectors.passes if self.vectors is not None else 0)
 
     @property
@@ -166,11 +111,11 @@ class Patcher:
     # -- seams ---------------------------------------------------------------------------------------------
 
     def prepare(self, setup: Setup) -> None:
-        """Reset, check the model and, for the KL term, keep the starting weights.
+        """Reset and check the model; how it is spread over processes is seen at the first step.
 
         Raises:
             ConfigError: the run is too short for a single attack, so it would be plain fine-tuning under another name.
-            Unsupported: several processes, half-precision or frozen weights.
+            Unsupported: half-precision or frozen weights, or a combination of spread and settings that cannot be.
         """
         table = self.config.timetable(setup.max_steps)
         if self.config.alpha > 0 and table.first >= setup.max_steps:
@@ -182,16 +127,15 @@ class Patcher:
         if self.side is None and self.workers and self.config.alpha > 0:
             raise ConfigError(
                 f"schedule {self.config.schedule!r} needs attackers beside the defender and there are none",
-                hint="casehard defend patcher --attackers 1, or parallel.launch.attackers(...) in Python",
+                hint="casehard defend patcher --attackers 1, or parallel.launch.equipped(...) in Python",
             )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise Unsupported("patcher's defender runs in one process", hint="give the other ranks to attackers")
-        parameters(setup.model)
+        masters(setup.model)
+        self._sharable(is_sharded(setup.model), setup.scratch)
         self._castable = linear_only(setup.model)
         self._seed, self._log = setup.seed, setup.log
         self._copies = CleanCopies(setup.scratch, "patcher")
         dtype = getattr(torch, self.config.delta_dtype)
-        local = LocalSide(setup.model, self.unsafe, self.config.attackers, seed=setup.seed, dtype=dtype)
+        self._local = local = LocalSide(setup.model, self.unsafe, self.config.attackers, seed=setup.seed, dtype=dtype)
         self.vectors = Vectors(
             table,
             self.side or local,
@@ -201,46 +145,50 @@ class Patcher:
             count=len(self.config.attackers),
             seed=setup.seed,
             log=setup.log,
+            stop=setup.stop,
         )
+        self.vectors.side.begin()
         self._held: list[Batch] = []
         self._meters: dict[str, list[torch.Tensor]] = {"safe": [], "attacked": []}
+        self._safe_sum: torch.Tensor | None = None
         self._start: Kept | None = None
         self._own_passes = 0
         self._start_file: Path | None = None
-        if self.config.retain == "kl":
-            self._start = self._copies.keep("start", setup.model, in_memory=True)
-            self._anchor = self._copies.tensors(self._start, setup.model)
+        self._spread: Spread | None = None
 
     def backward(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
         """Accumulate this micro-batch's part of eq. 2; return its detached safe loss.
 
-        The attacked passes of all micro-batches run with the last one, so that weights switch once a step.
+        The attacked passes of all micro-batches run with the last one, so that weights switch once a step. On the
+        second of two branches, which runs no plain pass, the step's safe loss comes with the last micro-batch.
         """
         if step.micro == 0:
-            self._held.clear()
-            self._safe_sum = None
-            self._link_start(model)
-            self._vector = self._next_vector(model, step.index)
-        vector = self._vector
+            self._begin(model, step)
+        spread, vector = self._spread, self._vector
+        assert spread is not None
         share = self.config.alpha if vector is not None else 0.0
+        branch = spread.branch if vector is not None else None  # before the first vector both do the same
+        plain = branch is None or branch.number == 0
         loss = None
-        if share < 1.0:
-            loss = step.loss(model, batch)
+        if share < 1.0 and plain:
+            loss = step.loss(spread.model, batch)
             step.backward(loss if share == 0.0 else loss * (1.0 - share))
             loss = loss.detach()
             self._safe_sum = loss if self._safe_sum is None else self._safe_sum + loss
-        else:
+        elif share == 1.0:
             self._own_passes -= 1  # the loop counts one pass a micro-batch
         if vector is not None:
             self._held.append(batch)
-            if step.last:
-                attacked = self._attacked_passes(model, vector, share, step)
-                loss = attacked if loss is None else loss
         if step.last:
-            if self._safe_sum is not None:
-                self._meters["safe"].append(self._safe_sum)
+            attacked = self._attacked_passes(spread, vector, share, step) if vector is not None else None
+            if branch is not None:
+                self._safe_sum, attacked = branch.both(self._safe_sum, attacked)
+                loss = self._safe_sum if loss is None else loss
+            self._note(self._safe_sum, attacked)
             if self.config.retain != "none":
-                self._retain_pass(model, step)
+                self._retain_pass(spread, step, here=plain)
+            spread.join(apart=branch is not None)
+            loss = attacked if loss is None else loss
         return loss if loss is not None else torch.zeros((), device=batch["input_ids"].device)
 
     def after_step(self, model: nn.Module, optimizer: Any, step: Step) -> None:
@@ -263,6 +211,8 @@ class Patcher:
                 "no attack finished before the run ended: this was plain fine-tuning",
                 hint="more train.steps, fewer attackers[].steps, or settings.max_age, which makes the defender wait",
             )
+        if self.vectors.ever:
+            self._log({"attack_age_oldest": float(self.vectors.oldest)})
         self.vectors.clear()
 
     def state(self) -> dict[str, StateValue]:
@@ -288,11 +238,41 @@ class Patcher:
 
     # -- passes --------------------------------------------------------------------------------------------
 
-    def _link_start(self, model: nn.Module) -> None:
-        """Finish a restore: read the weights that the KL term keeps to from the checkpoint's file."""
+    def _sharable(self, sharded: bool, scratch: Path | None) -> None:
+        if sharded and scratch is not None:
+            raise Unsupported(
+                "a sharded model with checkpoints: clean weights to resume from are kept for whole models only",
+                hint="save_strategy='no' (train.save_every: 0), and save the gathered model at the end",
+            )
+        if sharded and any(a.lora_rank for a in self.config.attackers):
+            raise Unsupported("a LoRA attacker on a sharded model", hint="attackers[].lora_rank: 0, or one process")
+
+    def _begin(self, model: nn.Module, step: Step) -> None:
+        """Start an optimiser step: see how the model is spread, and take the vector that is due."""
+        if self._spread is None:
+            spread = Spread.of(model, Branch.of(self.branches) if self.branches is not None else None)
+            self._sharable(spread.sharded, self._copies.scratch)
+            if self.side is not None and (spread.seat.of > 1 or spread.branch is not None):
+                raise Unsupported(
+                    f"attackers beside a defender of {max(spread.seat.of, 2)} processes",
+                    hint="schedule=sequential, which attacks with all of them, or one defender process",
+                )
+            # The loop may have replaced the model it prepared.
+            self._spread, self._local.model = spread, spread.model
+        self._held.clear()
+        self._safe_sum = None
+        self._keep_start(self._spread.model)
+        self._vector = self._next_vector(self._spread.model, step.index)
+
+    def _keep_start(self, model: nn.Module) -> None:
+        """Keep the weights that the KL term stays close to; after a restore those of the checkpoint's file."""
         if self._start_file is not None:
             self._start, self._start_file = self._copies.adopt(self._start_file), None
-            self._anchor = self._copies.tensors(self._start, model)
+        elif self.config.retain == "kl" and self._start is None:
+            self._start = self._copies.keep("start", model, in_memory=True)
+        else:
+            return
+        self._anchor = self._copies.tensors(self._start, model)
 
     def _next_vector(self, model: nn.Module, index: int) -> AttackVector | None:
         if self.config.alpha == 0:
@@ -301,38 +281,46 @@ class Patcher:
         self.vectors.advance(model, index)
         return self.vectors.draw(index)
 
-    def _attacked_passes(self, model: nn.Module, vector: AttackVector, share: float, step: Step) -> torch.Tensor:
-        """Add share * grad L_s(theta + delta) over the held micro-batches, each backward inside the view."""
-        masters = parameters(model)
-        total = torch.zeros((), device=next(iter(masters.values())).device)
-        for held in self._held:
-            # Its backward frees the graph, so each micro-batch composes the view anew from the untouched masters.
-            view = perturbed_view(masters, vector.delta, compute_dtype=step.compute_dtype, castable=self._castable)
+    def _attacked_passes(self, spread: Spread, vector: AttackVector, share: float, step: Step) -> torch.Tensor | None:
+        """Add share * grad L_s(theta + delta) over the held micro-batches; return the loss, None on branch 0."""
 
-            def run(inner: nn.Module, held: Batch = held) -> torch.Tensor:
+        def one(held: Batch) -> Pass:
+            def run(inner: nn.Module) -> torch.Tensor:
                 loss = step.loss(inner, held)
                 step.backward(loss * share)
                 return loss.detach()
 
-            total = total + with_view(model, view, run)
-            self._own_passes += 1
-        self._meters["attacked"].append(total)
-        self._held.clear()
-        return total
+            return run
 
-    def _retain_pass(self, model: nn.Module, step: Step) -> None:
+        self._own_passes += len(self._held)
+        passes = [one(held) for held in self._held]
+        self._held.clear()
+        if spread.branch is not None and spread.branch.number == 0:
+            return None
+        losses = spread.attacked(vector.delta, passes, compute_dtype=step.compute_dtype, castable=self._castable)
+        return torch.stack(losses).sum()
+
+    def _retain_pass(self, spread: Spread, step: Step, *, here: bool) -> None:
         assert self.retain_rows is not None
+        self._own_passes += 1
+        if not here:
+            return
         size = self.config.retain_batch_size
         batch = self.retain_rows.batch_at(size, seed=self._seed, step=step.index, purpose="patcher-retain")
-        device = next(model.parameters()).device
+        device = next(spread.model.parameters()).device
         batch = {key: value.to(device) for key, value in batch.items()}
-        loss = model(**batch).loss if self.config.retain == "ce" else retain_kl(model, self._anchor, batch)
+        loss = spread.extra(batch, self._anchor if self.config.retain == "kl" else None)
         step.backward(loss * self.config.retain_weight)
-        self._own_passes += 1
+
+    def _note(self, safe: torch.Tensor | None, attacked: torch.Tensor | None) -> None:
+        for kind, value in (("safe", safe), ("attacked", attacked)):
+            if value is not None:
+                self._meters[kind].append(value)
 
     def _report(self) -> None:
         means = {kind: float(torch.stack([x.cpu() for x in v]).mean()) for kind, v in self._meters.items() if v}
         self._meters = {kind: [] for kind in self._meters}
+        means = self._spread.mean(means) if self._spread is not None else means
         values = {f"{kind}_loss": value for kind, value in means.items()}
         if len(means) == 2:
             values["gap"] = means["attacked"] - means["safe"]

@@ -33,6 +33,10 @@ StateValue = torch.Tensor | int | float | str | bool | None | list[Any] | dict[s
 SEAMS = ("prepare", "loss", "backward", "after_step", "finish", "state", "restore")
 
 
+class Stopped(Exception):
+    """Raised by a method that was waiting when the run was asked to stop; the step under way has not begun."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a method learns about the run before the first step."""
@@ -46,6 +50,8 @@ class Setup:
     """Folder for files that must outlive a kill; None when the run keeps no checkpoints."""
     log: Callable[[Mapping[str, float]], None] = lambda values: None
     """Record telemetry; numbers only."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether the run was asked to stop. A method that waits for others asks it, and raises :class:`Stopped`."""
 
 
 @dataclass(frozen=True)

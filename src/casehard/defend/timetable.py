@@ -48,8 +48,16 @@ class Timetable:
     @property
     def first(self) -> int:
         """The earliest step at which a vector can be in use."""
-        late = {"reference_parallel": self.round_steps - 1}.get(self.schedule, self.delay)
-        return self.round_steps + late
+        if self.schedule == "reference_parallel":
+            return 2 * self.round_steps - 1
+        if self.schedule == "async":
+            return self.round_steps * (1 if self.anywhere else 2)
+        return self.round_steps + self.delay
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether an async vector may come into use at any step, not only where a round begins."""
+        return self.adopt == "immediate" or self.max_age is not None
 
     def starts(self, step: int) -> bool:
         """Return whether the weights at ``step`` may be attacked; not when the vector would come after the end."""
@@ -59,8 +67,7 @@ class Timetable:
         if self.schedule == "reference_parallel":
             return step + k2 - 1 < self.last
         if self.schedule == "async":
-            anywhere = self.adopt == "immediate" or self.max_age is not None
-            return (step + 1 if anywhere else (step // k2 + 1) * k2) < self.last
+            return (step + 1 if self.anywhere else (step // k2 + 1) * k2) < self.last
         return step + self.delay < self.last
 
     def adopts(self, step: int, source_step: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from torch import nn
 
 from casehard.defend.attackers import Arrival, AttackSide, LocalSide, Order
 from casehard.defend.copies import CleanCopies, Kept, Round, round_from_state, round_to_state, rounds_from_state
-from casehard.defend.protocol import StateValue
+from casehard.defend.protocol import StateValue, Stopped
 from casehard.defend.timetable import Timetable
 from casehard.errors import Lost
-from casehard.maths.bilevel import AttackVector, parameters
-from casehard.maths.tensors import cosine, wide
+from casehard.maths.bilevel import AttackVector
+from casehard.maths.seats import compare
+from casehard.maths.sharded import masters, seat
+from casehard.maths.tensors import wide
 from casehard.seeds import generator
 
-RESTART = "start the command again with attackers: it goes on from its last checkpoint"
+RESTART = "start the command again: it goes on from its last checkpoint, with attackers"
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Vectors:
         current: whether a vector is measured from the weights at adoption (else from those the attack began with).
         count: number of attackers.
         log: telemetry.
+        stop: whether the run was asked to stop; looked at while waiting.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class Vectors:
         count: int,
         seed: int,
         log: Callable[[Mapping[str, float]], None],
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.table, self.side, self.local, self.copies = table, side, local, copies
-        self.current, self.seed, self.log = current, seed, log
+        self.current, self.seed, self.log, self.stop = current, seed, log, stop
         together = [tuple(range(count))] if table.repeatable else [(i,) for i in range(count)]
         self.units = [Unit(members) for members in together]
         self.pool: list[AttackVector | None] = [None] * count
@@ -94,7 +98,12 @@ class Vectors:
         """Age of the vector used, of each step since the last report."""
         self.adoptions: list[tuple[int, int]] = []
         """(step, source step) of every adoption of this process."""
+        self.oldest = 0
+        """Largest age of all vectors used, before a resume too."""
         self._told: set[int] = set()
+        self._owed: set[int] = set()
+        """Source steps of attacks that were under way when the run was stopped."""
+        self._kept: tuple[int, Kept] = (-1, {})
         self._again = False
         self._restored: dict[str, Any] = {}
 
@@ -110,15 +119,24 @@ class Vectors:
         self._collect(model)
         for unit in self.units:
             self._order(model, unit, step)
-            while self._waits(unit, step):
-                self._collect(model)
-                if self._waits(unit, step):
-                    self.side.wait()
-            self._collect(model)
+            self._await(model, lambda unit=unit: self._waits(unit, step))  # type: ignore[misc]
             self._adopt(model, unit, step)
             self._order(model, unit, step)  # one whose vector just came is idle: on with the newest weights
         self._require_hope(step)
-        self._again = False
+        self._again, self._kept = False, (-1, {})
+
+    def _await(self, model: nn.Module, waits: Callable[[], bool]) -> None:
+        """Collect until ``waits`` says no more.
+
+        Raises:
+            Stopped: the run was asked to stop meanwhile.
+        """
+        self._collect(model)
+        while waits():
+            if self.stop():
+                raise Stopped
+            self.side.wait()
+            self._collect(model)
 
     def draw(self, step: int) -> AttackVector | None:
         """Return the vector of this step, one of the pool at random; None before the first is adopted."""
@@ -128,6 +146,7 @@ class Vectors:
             there = [there[int(pick)]]
         if there:
             self.ages.append(step - there[0].source_step)
+            self.oldest = max(self.oldest, self.ages[-1])
         return there[0] if there else None
 
     def drain_ages(self) -> dict[str, float]:
@@ -145,14 +164,16 @@ class Vectors:
     def _order(self, model: nn.Module, unit: Unit, step: int) -> None:
         """Start an attack on the weights at ``step``, if one may start."""
         repeatable, busy = self.table.repeatable, bool(unit.running)
-        if not self.table.starts(step) or step == unit.newest or (busy and not repeatable):
+        if not (self._again or self.table.starts(step)) or step == unit.newest or (busy and not repeatable):
             return
         if self.table.schedule != "lockstep" and not self._alive(unit):
             return
         held_back = busy and self.table.schedule == "reference_parallel"
         # Read again when it was held back, when the drift since is subtracted, or to stand in for a lost attacker.
         again = held_back or self.table.first > self.table.round_steps or (self.current and not repeatable)
-        kept = self.copies.keep(f"source-{step}", model, in_memory=again, lasting=repeatable)
+        if self._kept[0] != step:  # units that start at the same step share the copy
+            self._kept = (step, self.copies.keep(f"source-{step}", model, in_memory=again, lasting=repeatable))
+        kept = self._kept[1]
         entry = Round(step // self.table.round_steps if repeatable else step, step, kept)
         unit.newest = step
         if held_back:
@@ -160,8 +181,8 @@ class Vectors:
                 self.copies.discard(unit.held.source)
             unit.held = entry
         else:
-            stable = kept if isinstance(kept, dict) else {}
-            self._submit(unit, entry, stable or parameters(model), stable=bool(stable))
+            stable = kept if isinstance(kept, dict) and self.side is not self.local else {}
+            self._submit(unit, entry, stable or masters(model), stable=bool(stable))
 
     def _submit(self, unit: Unit, entry: Round, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         unit.running.append(entry)
@@ -183,7 +204,8 @@ class Vectors:
         """Return whether nothing more will come for the round; do here what a lost attacker of lockstep left undone."""
         lost = self.side.lost()
         absent = [order for order in unit.orders(entry) if order not in self.arrived]
-        if self.table.schedule == "lockstep" and absent and all(order.attacker in lost for order in absent):
+        stands_in = self.table.schedule == "lockstep" and not self.stop()
+        if stands_in and absent and all(order.attacker in lost for order in absent):
             source = self.copies.tensors(entry.source, model)
             for order in absent:
                 self.local.submit(order, source, stable=True)
@@ -200,7 +222,10 @@ class Vectors:
     def _waits(self, unit: Unit, step: int) -> bool:
         if not unit.running or (unit.finished and not self.table.repeatable):
             return False
-        return self._overdue(unit, step) or self.table.waits(step, unit.running[0].source_step, unit.in_use)
+        source_step = unit.running[0].source_step
+        if source_step in self._owed and self.table.adopts(step, source_step):
+            return True  # uninterrupted, it would have been there by now
+        return self._overdue(unit, step) or self.table.waits(step, source_step, unit.in_use)
 
     def _adopt(self, model: nn.Module, unit: Unit, step: int) -> None:
         due = self._overdue(unit, step)
@@ -223,10 +248,10 @@ class Vectors:
             reference = self.copies.keep(f"reference-{step}", model, in_memory=False)
         before, previous = unit.active, list(self.pool)
         unit.active = entry._replace(adopted_step=step, reference=reference)
-        arrivals = self._install(model, unit, unit.active, parameters(model))
+        arrivals = self._install(model, unit, unit.active, masters(model))
         self.adoptions.append((step, entry.source_step))
         self.passes += sum(arrival.steps for arrival in arrivals)
-        self._announce(previous, arrivals)
+        self._announce(model, previous, arrivals)
         if before is not None:
             self.copies.discard(before.source, before.reference)
         if self.copies.scratch is None or not self.table.repeatable:
@@ -240,7 +265,7 @@ class Vectors:
         arrivals = [self.arrived.pop(order) for order in unit.orders(entry) if order in self.arrived]
         drifted = self.current and entry.adopted_step > entry.source_step
         source = self.copies.tensors(entry.source, model) if drifted else {}
-        live = parameters(model)
+        live = masters(model)
         for arrival in arrivals:
             for name, p in live.items():
                 d = arrival.delta[name].to(p.device)
@@ -251,21 +276,22 @@ class Vectors:
             self.ever = True
         return arrivals
 
-    def _announce(self, previous: Sequence[AttackVector | None], arrivals: Sequence[Arrival]) -> None:
+    def _announce(self, model: nn.Module, previous: Sequence[AttackVector | None], arrivals: Sequence[Arrival]) -> None:
         self.log({"tokens": sum(arrival.tokens for arrival in arrivals)})
         for arrival in arrivals:
             i = arrival.order.attacker
             vector, old = self.pool[i], previous[i]
             assert vector is not None
+            names = list(vector.delta)
+            before = None if old is None else [old.delta[name] for name in names]
+            size, cosine = compare([vector.delta[name] for name in names], before, seat(model))
+            self.pool[i] = replace(vector, norm=size)
             tag = "" if len(self.pool) == 1 else f"_{i}"
-            values = {f"attack_norm{tag}": vector.norm, f"attack_steps{tag}": float(arrival.steps)}
+            values = {f"attack_norm{tag}": size, f"attack_steps{tag}": float(arrival.steps)}
             if arrival.losses:
                 values |= {f"attack_loss_first{tag}": arrival.losses[0], f"attack_loss_last{tag}": arrival.losses[-1]}
-            if old is not None:
-                names = list(old.delta)
-                values[f"attack_cosine{tag}"] = cosine(
-                    [old.delta[name] for name in names], [vector.delta[name] for name in names]
-                )
+            if cosine is not None:
+                values[f"attack_cosine{tag}"] = cosine
             self.log(values)
 
     # -- lost attackers -------------------------------------------------------------------------------------
@@ -283,21 +309,32 @@ class Vectors:
                 self.log({"attackers_lost": float(len(self._told))})
 
     def _require_hope(self, step: int) -> None:
-        if self.table.schedule == "lockstep" or any(self._alive(unit) for unit in self.units):
+        if self.table.schedule == "lockstep":
             return
+        for unit in self.units:
+            if self._overdue(unit, step) and not self._alive(unit):
+                for i in unit.members:
+                    self.pool[i] = None  # too old, and nobody will bring a younger one
+        if any(self._alive(unit) for unit in self.units):
+            return
+        if self.ever and all(vector is None for vector in self.pool):
+            raise Lost(f"every attacker is lost and at step {step} all vectors are older than max_age", hint=RESTART)
         if all(vector is None for vector in self.pool):
             raise Lost(
                 f"every attacker was lost by step {step}, before any vector arrived: this would be plain fine-tuning",
                 hint=RESTART,
             )
-        if all(self._overdue(unit, step) for unit in self.units):
-            raise Lost(f"every attacker is lost and at step {step} all vectors are older than max_age", hint=RESTART)
 
     # -- resume ---------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, StateValue]:
         """Return numbers and files of clean weights; never an attack vector."""
-        out: dict[str, StateValue] = {"passes": self.passes, "adopted": self.ever, "ages": list(self.ages)}
+        out: dict[str, StateValue] = {
+            "passes": self.passes,
+            "adopted": self.ever,
+            "ages": list(self.ages),
+            "oldest": self.oldest,
+        }
         if self.table.repeatable:
             unit = self.units[0]
             out["newest"] = unit.newest
@@ -309,6 +346,7 @@ class Vectors:
         """Take a saved state; attacks are repeated at the next step, with the running model."""
         self._restored = dict(state)
         self.passes, self.ever, self.ages = int(state["passes"]), bool(state["adopted"]), list(state["ages"])
+        self.oldest = int(state["oldest"])
 
     def _catch_up(self, model: nn.Module) -> None:
         """Finish a restore: link clean copies back, repeat the attacks in use or finished, restart those under way."""
@@ -325,10 +363,9 @@ class Vectors:
         running = rounds_from_state("running", state, self.copies)
         for entry in [*([active] if active else []), *finished, *running]:
             self._submit(unit, entry, self.copies.tensors(entry.source, model), stable=True)
-        while len(unit.finished) < len(finished) + (active is not None):
-            self._collect(model)
-            if len(unit.finished) < len(finished) + (active is not None):
-                self.side.wait()
+        self._owed = {entry.source_step for entry in running}
+        done = len(finished) + (active is not None)
+        self._await(model, lambda: len(unit.finished) < done)
         if active is not None:
             unit.active = unit.finished.pop(0)
             reference = active.reference

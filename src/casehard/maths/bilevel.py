@@ -290,18 +290,25 @@ class AttackVector:
         return cls(delta, source_step, attack_steps, norm(delta.values()))
 
 
-def retain_kl(model: nn.Module, start: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+def retain_kl(
+    model: nn.Module,
+    start: Mapping[str, torch.Tensor],
+    batch: Batch,
+    *,
+    under: Callable[..., Any] = with_view,
+) -> torch.Tensor:
     """Return KL(start || model) in nats a token, averaged over the trained tokens of ``batch`` (B, T).
 
     Args:
-        start: the weights whose behaviour is to be kept, by name; they run as a view, without gradient.
+        start: the weights whose behaviour is to be kept, by name; they run without gradient.
+        under: ``under(model, start, function)`` calls ``function(model)`` with those weights in place.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     dropping = [module for module in model.modules() if module.training]
     try:
         model.eval()  # a target with dropout would be noise
         with torch.no_grad():
-            target = with_view(model, start, lambda m: m(**inputs).logits).float()[:, :-1]
+            target = under(model, start, lambda m: m(**inputs).logits).float()[:, :-1]
     finally:
         for module in dropping:
             module.training = True

@@ -24,6 +24,11 @@ def sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, any other tensor as it is."""
+    return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def whole(scalar: torch.Tensor) -> torch.Tensor:
     """Return a reduction over a tensor as a plain scalar, summed over the shards of a DTensor."""
     return scalar.full_tensor() if sharded(scalar) else scalar  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,8 +39,11 @@ from torch import nn
 from casehard.errors import Diverged, Unsupported
 from casehard.maths.bilevel import _OPTIMISERS, Attacker, AttackRun, Batch, Params, forked_rng, parameters
 from casehard.maths.collective import sharded, sum_gradients
+from casehard.maths.seats import Seat, share
 from casehard.maths.tensors import same_keys
 from casehard.seeds import derive
+
+R = TypeVar("R")
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
@@ -66,6 +69,7 @@ def _shards(model: nn.Module) -> dict[str, Any]:
     """Return the sharded parameters (DTensors) by name, after letting go of what is gathered."""
     reshard(model)
     found = parameters(model)
+    _check_tied(model)
     meshes = set()
     for name, p in found.items():
         if not sharded(p):
@@ -82,6 +86,33 @@ def _shards(model: nn.Module) -> dict[str, Any]:
     if len(meshes) != 1:
         raise Unsupported(f"the parameters live on {len(meshes)} device meshes", hint="shard the model over one mesh")
     return found
+
+
+def _check_tied(model: nn.Module) -> None:
+    """Refuse a tied weight that two groups hold: each pads it into a copy of its own, and only one is trained."""
+    seen = set()
+    for p in (p for group in _groups(model) for p in group.fsdp_params):
+        weight = getattr(p._module_info.module, p._module_info.param_name)
+        if id(weight) in seen and weight.shape[0] % weight.device_mesh.shape[-1]:
+            raise Unsupported(
+                f"a tied weight of {weight.shape[0]} rows was sharded twice, before it was tied",
+                hint="load the model whole, then fully_shard it (transformers' DistributedConfig ties too late)",
+            )
+        seen.add(id(weight))
+
+
+def masters(model: nn.Module) -> Params:
+    """Return what this process holds of the master weights, by name, tied ones once: its shards, or all of them.
+
+    Raises:
+        Unsupported: see :func:`local_parts` and :func:`casehard.maths.bilevel.parameters`.
+    """
+    return local_parts(model) if is_sharded(model) else parameters(model)
+
+
+def seat(model: nn.Module) -> Seat:
+    """Return this rank's place among those that shard the model; the only one when nobody does."""
+    return Seat.at(_shards(model)) if is_sharded(model) else Seat()
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -172,6 +203,12 @@ def installed(model: nn.Module, values: Mapping[str, torch.Tensor]) -> contextli
     return _written(model, values, "the set of weights", add=False)
 
 
+def with_installed(model: nn.Module, values: Mapping[str, torch.Tensor], function: Callable[[nn.Module], R]) -> R:
+    """Run ``function(model)`` with :func:`installed` weights, as :func:`casehard.maths.bilevel.with_view` does."""
+    with installed(model, values):
+        return function(model)
+
+
 def shifted(model: nn.Module, delta: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
     """Run a block with theta + delta in place of theta (eq. 2 of docs/methods/patcher.md).
 
@@ -187,38 +224,6 @@ def shifted(model: nn.Module, delta: Mapping[str, torch.Tensor]) -> contextlib.A
         Unsupported: names or shapes differ from the model's, or :func:`local_parts` refuses it.
     """
     return _written(model, delta, "the attack vector", add=True)
-
-
-class _Seat(NamedTuple):
-    """This rank's place among those that share a batch."""
-
-    number: int
-    of: int
-    groups: list[Any]
-    """Process groups, one a mesh dimension; reducing over each in turn reduces over all ranks."""
-
-    @classmethod
-    def at(cls, shards: Mapping[str, Any]) -> _Seat:
-        mesh = next(iter(shards.values())).device_mesh
-        number = 0
-        for place, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
-            number = number * size + place
-        return cls(number, mesh.size(), [mesh.get_group(i) for i in range(mesh.ndim)])
-
-    def total(self, tensor: torch.Tensor) -> torch.Tensor:
-        for group in self.groups:
-            torch.distributed.all_reduce(tensor, group=group)
-        return tensor
-
-
-def _share(batch: Batch, seat: _Seat) -> tuple[dict[str, torch.Tensor], float]:
-    """Return this rank's rows of a shared batch (number, number + of, ...) and their share of its trained tokens."""
-    trained = (batch["labels"][:, 1:] != -100).sum(-1)
-    mine = torch.arange(seat.number, len(trained), seat.of)
-    own = int(trained[mine].sum())
-    if own == 0:  # every rank must take part in every pass; a row that counts nothing keeps its loss finite
-        mine = trained.argmax()[None]
-    return {key: value[mine] for key, value in batch.items()}, own / max(int(trained.sum()), 1)
 
 
 @contextlib.contextmanager
@@ -267,7 +272,7 @@ def _attack(
     progress: Callable[[int], None],
 ) -> tuple[list[float], int]:
     """Take the attack's steps on the shards in place; return losses and tokens."""
-    seat = _Seat.at(shards)
+    own = Seat.at(shards)
     # Plain tensors on the shards' storage: the update is by element, and needs nothing of DTensor.
     leaves = [_local(p) for p in shards.values()]
     options: dict[str, Any] = {"lr": attacker.lr, "weight_decay": attacker.weight_decay}
@@ -276,21 +281,21 @@ def _attack(
     for i in range(steps):
         batch = batch_at(i)
         tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-        rows, weight = _share(batch, seat)
+        rows, weight = share(batch, own)
         loss = model(**{key: value.to(leaves[0].device) for key, value in rows.items()}).loss * weight
-        (loss * seat.of).backward()  # FSDP2 takes the mean over ranks
+        (loss * own.of).backward()  # FSDP2 takes the mean over ranks
         losses.append(loss.detach())
         for leaf, p in zip(leaves, shards.values(), strict=True):
             leaf.grad, p.grad = (None if p.grad is None else _local(p.grad)), None
         limit = attacker.clip if attacker.clip > 0 else float("inf")
-        norms.append(_clip(leaves, seat.groups[-1], limit))
+        norms.append(_clip(leaves, own.groups[-1], limit))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         reshard(model)
         progress(i)
     if not losses:
         return [], tokens
-    whole = seat.total(torch.stack(losses).double())
+    whole = own.total(torch.stack(losses).double())
     if not bool(torch.isfinite(torch.stack([whole, torch.stack(norms)])).all()):
         raise Diverged(
             f"the simulated attack diverged: losses {[round(float(x), 3) for x in whole[-3:]]}",
@@ -331,7 +336,7 @@ def simulate_attack_sharded(
     if attacker.lora_rank > 0:
         raise Unsupported(f"lora_rank {attacker.lora_rank} on a sharded model", hint="lora_rank: 0, or one process")
     shards = _shards(model)
-    number = _Seat.at(shards).number
+    number = Seat.at(shards).number
     own = seed if number == 0 else derive(seed, number, "attack-rank")
     k1 = attacker.steps if steps is None else steps
     with _own_gradients(model, shards), _kept(model, shards):
@@ -367,34 +372,3 @@ def sum_branches(model: nn.Module, group: Any, *, bucket: int = 1 << 24) -> None
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in held if p.grad is not None]
     sum_gradients([_local(g) if sharded(g) else g for g in gradients], bucket=bucket, group=group)
-
-
-class Overlap(NamedTuple):
-    """Rows start..stop (without stop) of the whole parameter, which travel from one rank to another."""
-
-    sender: int
-    receiver: int
-    start: int
-    stop: int
-
-
-def span(rows: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Return (start, stop) of the rows a rank holds: ceil(rows / ranks) each, the last ones fewer or none."""
-    size = -(-rows // ranks)
-    return min(rank * size, rows), min((rank + 1) * size, rows)
-
-
-def overlaps(rows: int, senders: int, receivers: int) -> list[Overlap]:
-    """Plan how ``rows`` rows split over ``senders`` ranks reach ``receivers`` ranks that split them their own way.
-
-    Both sides split dimension 0 as ``torch.chunk`` and FSDP2 do. For 10 rows from 2 to 3 ranks: 0 -> 0 rows 0..4,
-    0 -> 1 row 4..5, 1 -> 1 rows 5..8, 1 -> 2 rows 8..10. In order of senders, then receivers; every row once.
-    """
-    plan = []
-    for s in range(senders):
-        for r in range(receivers):
-            here, there = span(rows, senders, s), span(rows, receivers, r)
-            start, stop = max(here[0], there[0]), min(here[1], there[1])
-            if start < stop:
-                plan.append(Overlap(s, r, start, stop))
-    return plan

@@ -16,8 +16,10 @@ from torch import nn
 from casehard.data.chat import pad_id
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserError
 from casehard.files import MANIFEST, read_json, verify
+from casehard.maths.collective import local
 from casehard.model.digest import folder_digest, weight_files
 from casehard.model.provenance import read_provenance, require_same_content
+from casehard.model.shard import gather, shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -200,13 +202,18 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device, shards: int) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     # Eager attention on CPU: the fused kernels differ between builds in the last bits, and gain little there.
     attention = "eager" if device.type == "cpu" else None
+    spread: dict[str, Any] = {}
     try:
+        if shards and not _tied(folder):
+            from transformers.distributed.configuration_utils import DistributedConfig
+
+            spread["distributed_config"] = DistributedConfig(fsdp_size=shards)
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -217,6 +224,7 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, with the name of the tensor
+                **spread,
             )
     except SafetensorError as error:
         raise Corrupt(f"{folder}: damaged weights: {error}", hint="fetch or build the checkpoint again") from None
@@ -230,14 +238,25 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device) -> nn
                 f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, first {first}",
                 hint="such tensors would be filled with random numbers; the checkpoint is incomplete",
             )
-    ready: nn.Module = model.to(device).eval()
+    if shards and not spread:
+        shard(model, shards, device)
+    ready: nn.Module = model.eval() if shards else model.to(device).eval()
     return ready
+
+
+def _tied(folder: Path) -> bool:
+    """Return whether input and output embedding are one: such a model is read whole, then sharded (``shard``)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", True))
 
 
 def check_finite(model: nn.Module, what: str) -> None:
     """Raise Corrupt naming the first tensor of ``model`` that holds NaN or Inf."""
-    for name, tensor in model.named_parameters():
-        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
+    for name, parameter in model.named_parameters():
+        tensor = local(parameter.detach())
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise Corrupt(f"{what}: the tensor {name} holds NaN or Inf", hint="use an earlier checkpoint")
 
 
@@ -247,7 +266,7 @@ def embeddings(model: Any) -> torch.Tensor:
     return table
 
 
-def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Loaded:
+def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shards: int = 0) -> Loaded:
     """Load a checkpoint, in eval mode.
 
     Args:
@@ -255,6 +274,8 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Lo
         dtype: ``float32`` (the master copy that training wants), ``bfloat16``, ``float16`` (GPU only), or ``auto``
             for the dtype the checkpoint was saved in.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+        shards: number of ranks of this process group to shard the weights over (FSDP2), while they are read or, where
+            embeddings are tied, right after; 0 leaves them whole.
 
     Raises:
         UserError: no such folder, or the Hub cannot be reached.
@@ -271,7 +292,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Lo
     if folder == Path(path) and ((folder / MANIFEST).is_file() or read_provenance(folder)):
         verify(folder)
     tokenizer = _tokenizer(folder)
-    model = _weights(folder, wanted, target)
+    model = _weights(folder, wanted, target, shards)
     check_finite(model, str(folder))
     rows = int(embeddings(model).shape[0])
     notes = tuple(_set_pad(tokenizer, rows))
@@ -285,3 +306,18 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> Lo
     digest = folder_digest(folder)
     require_same_content(folder, digest)
     return Loaded(model, tokenizer, digest, folder, notes)
+
+
+def load_gathered(model: nn.Module, parent: Path) -> nn.Module | None:
+    """Return a sharded model whole, in the memory of rank 0's host; None on every other rank. All ranks call this.
+
+    Args:
+        model: sharded over the ranks of this process group, of the architecture of ``parent``.
+        parent: folder of the checkpoint it was loaded from.
+    """
+    state = gather(model)
+    if state is None:
+        return None
+    whole = load(parent).model
+    whole.load_state_dict(state)
+    return whole

@@ -1,4 +1,4 @@
-"""What an attacker must know before its first order: architecture, rows, how to attack. Plain JSON, no weights."""
+"""What an attacker must know before its first order: architecture, rows, how to attack. No weights."""
 
 from __future__ import annotations
 
@@ -35,14 +35,15 @@ class Brief:
     threads: int = 0
     """CPU threads of an attacker; 0 leaves torch's own choice."""
 
-    def dump(self) -> str:
-        """Return the brief as JSON."""
+    def pack(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Return the brief as the header and the tensors of a message; rows are tensors, as there may be many."""
         distinct = list({id(s): s for s in self.rows}.values())
-        values = {
+        header = {
+            "kind": "brief",
             "version": __version__,
             "architecture": dict(self.architecture),
             "attention": self.attention,
-            "sets": [{"pad_id": s.pad_id, "rows": [[r.input_ids, r.labels] for r in s.rows]} for s in distinct],
+            "pads": [s.pad_id for s in distinct],
             "rows": [[id(d) for d in distinct].index(id(s)) for s in self.rows],
             "attackers": [asdict(a) for a in self.attackers],
             "seed": self.seed,
@@ -50,31 +51,40 @@ class Brief:
             "bf16": self.bf16,
             "threads": self.threads,
         }
-        return json.dumps(values)
+        tensors = {}
+        for i, s in enumerate(distinct):
+            tensors[f"lengths{i}"] = torch.tensor([len(r.input_ids) for r in s.rows], dtype=torch.int64)
+            tensors[f"ids{i}"] = torch.tensor([t for r in s.rows for t in r.input_ids], dtype=torch.int32)
+            tensors[f"labels{i}"] = torch.tensor([t for r in s.rows for t in r.labels], dtype=torch.int32)
+        return header, tensors
 
     @classmethod
-    def parse(cls, text: str) -> Brief:
-        """Read what :meth:`dump` wrote.
+    def unpack(cls, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Brief:
+        """Read what :meth:`pack` made.
 
         Raises:
             Unsupported: it comes from another version of casehard.
         """
-        values = json.loads(text)
-        if values["version"] != __version__:
+        if header["version"] != __version__:
             raise Unsupported(
-                f"the defender runs casehard {values['version']}, this attacker {__version__}",
+                f"the defender runs casehard {header['version']}, this attacker {__version__}",
                 hint="install the same version everywhere",
             )
-        sets = [EncodedSet(tuple(Encoded(*row) for row in s["rows"]), s["pad_id"]) for s in values["sets"]]
+        sets = []
+        for i, pad in enumerate(header["pads"]):
+            lengths = tensors[f"lengths{i}"].tolist()
+            parts = [torch.split(tensors[f"{what}{i}"], lengths) for what in ("ids", "labels")]
+            rows = tuple(Encoded(a.tolist(), b.tolist()) for a, b in zip(*parts, strict=True))
+            sets.append(EncodedSet(rows, pad))
         return cls(
-            architecture=values["architecture"],
-            attention=values["attention"],
-            rows=tuple(sets[i] for i in values["rows"]),
-            attackers=tuple(build(Attacker, a, where="attacker") for a in values["attackers"]),
-            seed=values["seed"],
-            delta_dtype=values["delta_dtype"],
-            bf16=values["bf16"],
-            threads=values["threads"],
+            architecture=header["architecture"],
+            attention=header["attention"],
+            rows=tuple(sets[i] for i in header["rows"]),
+            attackers=tuple(build(Attacker, a, where="attacker") for a in header["attackers"]),
+            seed=header["seed"],
+            delta_dtype=header["delta_dtype"],
+            bf16=header["bf16"],
+            threads=header["threads"],
         )
 
     def model(self, device: torch.device) -> nn.Module:

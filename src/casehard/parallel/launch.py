@@ -1,18 +1,22 @@
 """Where attackers come from: processes started here, or ranks that torchrun or accelerate started.
 
-Under a launcher with W ranks and N attackers, ranks 0 .. W-N-1 defend and the last N attack, one rank each. Without
-one, N processes are started on this machine; they listen on the loopback address only and end with the defender.
+Under a launcher with W ranks and N attackers, ranks 0 .. W-N-1 defend and the last N attack, one rank each. Several
+ranks defend together only where nobody attacks beside them: the model is sharded over all ranks, and all of them attack
+in turn. Without a launcher, N processes are started on this machine; they listen on the loopback address only and end
+with the defender.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from casehard.errors import Unsupported
+from casehard.errors import ConfigError, Unsupported
+from casehard.maths.collective import world
 from casehard.parallel.brief import Brief, brief_for
-from casehard.parallel.remote import RemoteSide
+from casehard.parallel.remote import RemoteSide, Signs
 from casehard.parallel.wire import Channel, dist
-from casehard.parallel.worker import BRIEF, DONE, serve
+from casehard.parallel.worker import BEAT, DONE, OPEN, serve, unmoved_by_signals
 
-NCCL = "casehard/nccl"
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 
 _store: Any = None
@@ -38,36 +42,86 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(attackers: int) -> bool:
+def join(attackers: int, *, sharing: bool = False) -> bool:
     """Take this rank's part in a launched job: serve as an attacker until the job ends, or go on as its defender.
 
+    A lone defender's process from then on looks like a job of one rank, so that nothing waits for the attackers. Ranks
+    that defend together are a process group (``torch.distributed``), on a device each.
+
+    Args:
+        sharing: whether the defender may be spread over several ranks.
+
     Returns:
-        True when this rank attacked and is done; False for the defender, whose process from then on looks like a job of
-        one rank, so that nothing waits for the attackers.
+        True when this rank attacked and is done; False for a defender.
 
     Raises:
-        Unsupported: more than one rank is left for the defender.
+        Unsupported: a number of ranks that the defender cannot take.
     """
     global _store
     if not launched() or _store is not None:
         return False
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    if world - attackers != 1:
+    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    defenders = ranks - attackers
+    if defenders > 1 and not attackers and sharing:
+        _together()
+        return False
+    if defenders != 1:
+        beside = f"{attackers} attackers beside it" if attackers else "this method"
         raise Unsupported(
-            f"{world} ranks for {attackers} attackers leave {world - attackers} for the defender, which takes one",
-            hint=f"start {attackers + 1} ranks, or set --attackers {world - 1}",
+            f"{ranks} ranks leave {defenders} for the defender, which takes one with {beside}",
+            hint=f"start {attackers + 1} ranks, set --attackers {ranks - 1}, or schedule=sequential: all ranks defend"
+            if sharing
+            else "start it without torchrun or accelerate launch",
         )
-    _store, _, _ = next(iter(dist.rendezvous("env://", rank, world)))
+    _store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks)))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if rank >= world - attackers:
+    if rank >= defenders:
         store = _store
+        unmoved_by_signals()
         serve(store, rank - 1, device=device, loopback=False, watch=lambda: bool(store.check([DONE])))
         return True
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    atexit.register(_done, _store)  # however this rank ends, the attackers need not wait for it
     for name in RANKS:
         os.environ.pop(name, None)
     return False
+
+
+def _done(store: Any) -> None:
+    with contextlib.suppress(RuntimeError):
+        store.set(DONE, "1")
+
+
+def _together() -> None:
+    """Make all ranks of the launched job one process group."""
+    if dist.is_initialized():
+        return
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """End the process group that :func:`join` made, once every rank is done with it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shards_wanted(device: str) -> int:
+    """Return over how many ranks to shard the model while loading it; 0 for one rank, or where accelerate will do it.
+
+    Raises:
+        Unsupported: several ranks, and a device other than the one that sharding would take.
+    """
+    if world() == 1:
+        return 0
+    accelerator = torch.cuda.is_available()
+    if accelerator and device not in ("auto", "cuda"):
+        raise Unsupported(f"device {device!r} for {world()} ranks", hint="--device auto: every rank takes its own GPU")
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return 0 if asked and accelerator else world()
 
 
 def _device(local_rank: int) -> torch.device:
@@ -76,51 +130,58 @@ def _device(local_rank: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def beside(brief: Brief, *, device: torch.device, weights_dtype: torch.dtype = torch.float32) -> Iterator[RemoteSide]:
+def beside(
+    brief: Brief, *, device: torch.device, weights_dtype: torch.dtype = torch.float32, shared: bool = True
+) -> Iterator[RemoteSide]:
     """Run the attackers of ``brief`` beside this process for the length of a ``with`` block.
 
     Args:
         device: the defender's. Attackers get the devices after it, or share it when there are too few.
         weights_dtype: of the weights sent to attackers.
+        shared: divide a CPU's cores between defender and attackers; not where the defender waits for them anyway.
+
+    Raises:
+        Unsupported: attackers of a launched job for a second time.
 
     Yields:
         The side to pass to ``Patcher(side=...)``.
     """
+    count = len(brief.attackers)
     if _store is not None:
-        with _ranks(_store, brief, device, weights_dtype) as side:
+        if _store.check([OPEN]):
+            raise Unsupported(
+                "attackers for a second time in one launched job: its attackers served the first and are gone",
+                hint="start a job for each run",
+            )
+        with _served(_store, brief, [_signs(_store, i) for i in range(count)], False, weights_dtype) as side:
             yield side
     else:
-        with _threads_shared(brief, device) as shared, _children(shared, device, weights_dtype) as side:
+        with _threads_shared(brief, device, shared) as known, _children(known, device, weights_dtype) as side:
             yield side
 
 
-@contextlib.contextmanager
-def _ranks(store: Any, brief: Brief, device: torch.device, dtype: torch.dtype) -> Iterator[RemoteSide]:
-    # Each rank has a device of its own under a launcher, which is what NCCL asks for.
-    own = device.type == "cuda" and torch.cuda.device_count() > len(brief.attackers)
-    with _served(store, brief, device if own else torch.device("cpu"), loopback=False, dtype=dtype) as side:
-        yield side
+def _signs(store: Any, number: int, ended: Callable[[], str] = lambda: "") -> Signs:
+    """Return a function that tells why an attacker ended, and the last sign of life it left in the store."""
+    key = f"{BEAT}-{number}"
+
+    def look() -> tuple[str, str]:
+        if why := ended():
+            return why, ""
+        return "", store.get(key).decode() if store.check([key]) else ""
+
+    return look
 
 
 @contextlib.contextmanager
 def _served(
-    store: Any,
-    brief: Brief,
-    wire: torch.device,
-    *,
-    loopback: bool,
-    dtype: torch.dtype,
-    running: list[Callable[[], str]] | None = None,
+    store: Any, brief: Brief, signs: Sequence[Signs], loopback: bool, dtype: torch.dtype
 ) -> Iterator[RemoteSide]:
-    if wire.type == "cuda":
-        store.set(NCCL, "1")
-    store.set(BRIEF, brief.dump())
-
     def connect(i: int) -> Channel:
-        return Channel(store, f"attacker-{i}", first=True, device=wire, loopback=loopback)
+        return Channel(store, f"attacker-{i}", first=True, loopback=loopback)
 
+    store.set(OPEN, "1")
     makers = [lambda i=i: connect(i) for i in range(len(brief.attackers))]
-    side = RemoteSide(makers, running=running or (), dtype=dtype)
+    side = RemoteSide(makers, brief, signs=signs, dtype=dtype)
     try:
         side.ready()
         yield side
@@ -130,10 +191,10 @@ def _served(
 
 
 @contextlib.contextmanager
-def _threads_shared(brief: Brief, device: torch.device) -> Iterator[Brief]:
+def _threads_shared(brief: Brief, device: torch.device, shared: bool) -> Iterator[Brief]:
     """Divide the cores between defender and attackers, unless the user has said how many threads there are."""
     before = torch.get_num_threads()
-    if brief.threads or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    if brief.threads or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or not shared:
         yield brief if brief.threads else replace(brief, threads=before)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,24 +206,27 @@ def _threads_shared(brief: Brief, device: torch.device) -> Iterator[Brief]:
         torch.set_num_threads(before)
 
 
+def _places(device: torch.device, count: int) -> list[str]:
+    """Return a device for each attacker: the other GPUs in turn, the defender's own only when it is alone."""
+    if device.type != "cuda":
+        return [str(device)] * count
+    own = device.index or 0
+    total = torch.cuda.device_count()
+    others = [f"cuda:{(own + i) % total}" for i in range(1, total)] or [f"cuda:{own}"]
+    return [others[i % len(others)] for i in range(count)]
+
+
 @contextlib.contextmanager
 def _children(brief: Brief, device: torch.device, dtype: torch.dtype) -> Iterator[RemoteSide]:
-    count = len(brief.attackers)
-    spare = torch.cuda.device_count() if device.type == "cuda" else 0
-    first = (device.index or 0) + 1 if spare else 0
-    enough = spare - first >= count
     with tempfile.TemporaryDirectory(prefix="casehard-") as folder, contextlib.ExitStack() as stack:
-        # Readable by this user alone: it holds the rows that attackers train on.
         path = Path(folder) / "store"
         store = dist.FileStore(str(path), -1)
-        children = []
-        for i in range(count):
-            where = str(device) if not spare else f"cuda:{first + i if enough else device.index or 0}"
-            children.append(stack.enter_context(_child(path, i, where)))
-        wire = device if enough else torch.device("cpu")
-        running = [child.ended for child in children]
-        with _served(store, brief, wire, loopback=True, dtype=dtype, running=running) as side:
-            side.processes = [child.process.pid for child in children]  # type: ignore[attr-defined]
+        store.set("casehard/start", "1")
+        places = _places(device, len(brief.attackers))
+        children = [stack.enter_context(_child(path, i, where)) for i, where in enumerate(places)]
+        signs = [_signs(store, i, child.ended) for i, child in enumerate(children)]
+        with _served(store, brief, signs, True, dtype) as side:
+            side.processes = [child.process.pid for child in children]
             yield side
 
 
@@ -182,13 +246,17 @@ class _Child:
         return f"its process {self.process.pid} ended, {how}" + (f": {said[-1]}" if said else "")
 
 
+def _without_secrets() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not re.search("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", k.upper())}
+
+
 @contextlib.contextmanager
 def _child(store: Path, number: int, device: str) -> Iterator[_Child]:
     log = store.with_name(f"attacker-{number}.log")
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "casehard.parallel.worker", str(store), str(number)],
-            env={**os.environ, "CASEHARD_ATTACKER_DEVICE": device},
+            env={**_without_secrets(), "CASEHARD_ATTACKER_DEVICE": device},
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
@@ -210,17 +278,40 @@ def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16:
     """Give a method whose schedule needs attackers beside the defender the processes it needs, while the block runs.
 
     Args:
-        method: a ``Patcher``; any other method passes through untouched.
+        method: a ``Patcher``; any other method passes through untouched unless attackers are wanted.
         wanted: attackers asked for although the schedule could do without (reference_parallel); 0 for none.
         bf16: whether training computes under bf16 autocast.
+
+    Raises:
+        ConfigError: another number of attackers than the settings list, or a schedule that has no use for them.
+        Unsupported: a defender of several processes, or a method that simulates no attacks.
     """
-    if not (getattr(method, "workers", 0) or wanted) or getattr(method, "side", None) is not None:
+    workers = getattr(method, "workers", None)
+    if workers is None and wanted:
+        raise Unsupported(f"{wanted} attackers for {getattr(method, 'name', method)!r}", hint="it simulates no attacks")
+    if not (workers or wanted) or getattr(method, "side", None) is not None:
         yield None
         return
+    if world() > 1:
+        raise Unsupported(
+            f"attackers beside a defender of {world()} processes",
+            hint="schedule=sequential, which attacks with all of them, or one defender process",
+        )
     config = method.config
+    if wanted not in (0, len(config.attackers)):
+        raise ConfigError(
+            f"{wanted} attackers asked for, and the settings list {len(config.attackers)}",
+            hint="list as many under settings.attackers; the command line repeats a single one",
+        )
+    if config.schedule == "sequential":
+        raise ConfigError(
+            "attackers beside with schedule 'sequential', which attacks in its own process",
+            hint="schedule=lockstep gives the same weights",
+        )
     brief = brief_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=bf16)
     dtype = getattr(torch, config.weights_dtype)
-    with beside(brief, device=next(model.parameters()).device, weights_dtype=dtype) as side:
+    device, shared = next(model.parameters()).device, config.schedule != "lockstep"
+    with beside(brief, device=device, weights_dtype=dtype, shared=shared) as side:
         method.side = side
         try:
             yield side

@@ -3,47 +3,80 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from casehard import errors
 from casehard.defend.attackers import Arrival, Order
-from casehard.errors import Lost, UserError
+from casehard.errors import Corrupt, Lost, UserError
+from casehard.parallel.brief import Brief
 from casehard.parallel.wire import Channel, Message
 
 POLL = 0.2
-"""Seconds between two looks at whether a silent attacker's process still runs."""
+"""Seconds between two looks at whether a silent attacker still lives."""
+PATIENCE = 300.0
+"""Seconds without a sign of life in the middle of an attack after which an attacker counts as lost."""
 
-Snapshot = dict[str, torch.Tensor]
+Snapshot = Mapping[str, torch.Tensor]
+Signs = Callable[[], tuple[str, str]]
+"""Why an attacker's process ended ("" while it runs, or nobody can tell), and its last sign of life."""
 
 
 class _Courier(threading.Thread):
     """Serves one attacker: connects, then sends an order and waits for its arrival, in turn."""
 
-    def __init__(self, side: RemoteSide, attacker: int, connect: Callable[[], Channel]) -> None:
+    def __init__(self, side: RemoteSide, attacker: int, connect: Callable[[], Channel], brief: Brief) -> None:
         super().__init__(name=f"attacker-{attacker}", daemon=True)
-        self.side, self.attacker, self._connect = side, attacker, connect
-        self.orders: queue.SimpleQueue[tuple[Order, Snapshot] | None] = queue.SimpleQueue()
+        self.side, self.attacker, self._connect, self._brief = side, attacker, connect, brief
+        self.orders: queue.SimpleQueue[tuple[Order, Snapshot, int] | None] = queue.SimpleQueue()
         self.channel: Channel | None = None
+        self.out = 0
+        """Orders that no arrival has answered yet."""
 
     def run(self) -> None:
         try:
             self.channel = self._connect()
+            header, tensors = self._brief.pack()
+            self.channel.send(header, tensors.items(), count=len(tensors))
+            self.channel.receive()  # it stands ready
+            del header, tensors
             self.side._joined(self.attacker)
             while (job := self.orders.get()) is not None:
-                order, snapshot = job
-                header = {"kind": "attack", "number": order.number, "source_step": order.source_step}
-                sent = self.channel.send(header, snapshot.items(), count=len(snapshot))
-                del job, snapshot
-                message = self.channel.receive()
-                self.side._arrived(order, message, sent)
+                self._carry(*job)
+                del job
             self.channel.send({"kind": "stop"})
         except UserError as error:
             self.side._failed(self.attacker, error)
         except Exception as error:  # whatever it is, the defender must hear of it
             self.side._failed(self.attacker, Lost(f"{type(error).__name__}: {error}"))
+
+    def _carry(self, order: Order, snapshot: Snapshot, run: int) -> None:
+        assert self.channel is not None
+        header = {"kind": "attack", "number": order.number, "source_step": order.source_step}
+        sent = self.channel.send(header, snapshot.items(), count=len(snapshot))
+        message = self.channel.receive()
+        if message.header["kind"] == "vector":
+            _check(order, message, snapshot)
+        self.side._arrived(order, message, sent, run)
+
+
+def _check(order: Order, message: Message, snapshot: Snapshot) -> None:
+    """Hold a vector against the weights it was made from: what goes into the gradient must be what was asked for."""
+    top = message.header
+    if (top["number"], top["source_step"]) != (order.number, order.source_step):
+        raise Corrupt(f"attacker {order.attacker} answered order {top['number']}, not {order.number}")
+    if odd := sorted(set(message.tensors) ^ set(snapshot)):
+        raise Corrupt(f"attacker {order.attacker}: vector and weights differ in {len(odd)} names, first {odd[0]!r}")
+    for name, t in message.tensors.items():
+        if t.shape != snapshot[name].shape:
+            raise Corrupt(
+                f"attacker {order.attacker}: {name!r} has shape {tuple(t.shape)}, the weights "
+                f"{tuple(snapshot[name].shape)}"
+            )
 
 
 class RemoteSide:
@@ -51,28 +84,36 @@ class RemoteSide:
 
     Args:
         connect: for each attacker, makes the channel to it; called on its thread, may take its time.
-        running: for each attacker, returns why its process ended, or "" while it runs (or nobody can tell).
+        brief: what each attacker is told first.
+        signs: for each attacker, signs of its life.
         dtype: of the weights on their way out; float32 makes attacks the same as in the defender's own process.
+        patience: see :data:`PATIENCE`.
     """
 
     def __init__(
         self,
         connect: Sequence[Callable[[], Channel]],
+        brief: Brief,
         *,
-        running: Sequence[Callable[[], str]] = (),
+        signs: Sequence[Signs] = (),
         dtype: torch.dtype = torch.float32,
+        patience: float = PATIENCE,
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.patience = dtype, patience
+        self.processes: list[int] = []
+        """Process ids of attackers that were started here."""
         self.bytes_out = self.bytes_in = 0
-        """Payload of all messages so far."""
-        self._running = list(running)
+        """Payload of all orders and vectors so far."""
+        self._signs = list(signs)
+        self._heard: dict[int, tuple[str, float]] = {}
         self._changed = threading.Condition()
         self._inbox: list[Arrival] = []
         self._lost: dict[int, str] = {}
         self._there: set[int] = set()
         self._raised: UserError | None = None
+        self._run = 0
         self._snapshot: tuple[int, Snapshot] = (-1, {})
-        self._couriers = [_Courier(self, i, make) for i, make in enumerate(connect)]
+        self._couriers = [_Courier(self, i, make, brief) for i, make in enumerate(connect)]
         for courier in self._couriers:
             courier.start()
 
@@ -85,16 +126,27 @@ class RemoteSide:
                 self._changed.wait(POLL)
                 self._look()
 
+    def begin(self) -> None:
+        """Start a run: what an earlier one ordered will be dropped when it arrives."""
+        with self._changed:
+            self._run += 1
+            self._inbox, self._raised, self._snapshot = [], None, (-1, {})
+
     def submit(self, order: Order, source: Mapping[str, torch.Tensor], *, stable: bool) -> None:
         """Queue the attack on a copy of the weights on the host, shared by attackers ordered at the same step.
 
         Args:
             stable: nobody writes to ``source`` any more, so it need not be copied.
         """
+        if order.attacker in self.lost():
+            return  # nobody would ever take it from the queue
         if self._snapshot[0] != order.source_step:
             copy = {name: t.detach().to("cpu", self.dtype, copy=not stable) for name, t in source.items()}
             self._snapshot = (order.source_step, copy)
-        self._couriers[order.attacker].orders.put((order, self._snapshot[1]))
+        with self._changed:
+            self._couriers[order.attacker].out += 1
+            self._heard.pop(order.attacker, None)
+        self._couriers[order.attacker].orders.put((order, self._snapshot[1], self._run))
 
     def collect(self) -> list[Arrival]:
         """Return what arrived since the last call.
@@ -109,18 +161,22 @@ class RemoteSide:
         return done
 
     def wait(self) -> None:
-        """Return when something arrived or an attacker was lost; looks at silent attackers' processes meanwhile."""
+        """Return as soon as something arrived or was lost, and after a moment in any case."""
         with self._changed:
-            known = len(self._lost)
-            while not self._inbox and self._raised is None and len(self._lost) == known:
+            if not self._inbox and self._raised is None:
                 self._changed.wait(POLL)
-                self._look()
+            self._look()
 
     def lost(self) -> dict[int, str]:
         """Return the attackers that are gone, with the reason."""
         with self._changed:
             self._look()
             return dict(self._lost)
+
+    def idle(self) -> bool:
+        """Return whether no living attacker has an order."""
+        with self._changed:
+            return not any(c.out for c in self._couriers if c.attacker not in self._lost)
 
     def close(self, timeout: float = 5.0) -> None:
         """Tell every attacker to stop; one in the middle of an attack is left to whoever started it."""
@@ -132,22 +188,23 @@ class RemoteSide:
 
     # -- what the couriers call ------------------------------------------------------------------------------
 
-    def _arrived(self, order: Order, message: Message, sent: int) -> None:
+    def _arrived(self, order: Order, message: Message, sent: int, run: int) -> None:
         top = message.header
-        if top["kind"] == "error":
-            kind = getattr(errors, top["error"], UserError)
-            known = isinstance(kind, type) and issubclass(kind, UserError) and kind is not errors.MissingExtra
-            error = (kind if known else UserError)(f"attacker {order.attacker}: {top['message']}", hint=top["hint"])
-            with self._changed:
-                self._raised = error
-                self._changed.notify_all()
-            return
-        if (top["number"], top["source_step"]) != (order.number, order.source_step):
-            raise errors.Corrupt(f"attacker {order.attacker} answered order {top['number']}, not {order.number}")
-        arrival = Arrival(order, message.tensors, top["steps"], top["losses"], top["tokens"], top["seconds"])
         with self._changed:
-            self.bytes_out, self.bytes_in = self.bytes_out + sent, self.bytes_in + message.size
-            self._inbox.append(arrival)
+            self._couriers[order.attacker].out -= 1
+            if run != self._run:
+                return
+            if top["kind"] == "error":
+                kind = getattr(errors, top["error"], UserError)
+                known = isinstance(kind, type) and issubclass(kind, UserError) and kind is not errors.MissingExtra
+                self._raised = (kind if known else UserError)(
+                    f"attacker {order.attacker}: {top['message']}", hint=top["hint"]
+                )
+            else:
+                self.bytes_out, self.bytes_in = self.bytes_out + sent, self.bytes_in + message.size
+                self._inbox.append(
+                    Arrival(order, message.tensors, top["steps"], top["losses"], top["tokens"], top["seconds"])
+                )
             self._changed.notify_all()
 
     def _joined(self, attacker: int) -> None:
@@ -156,11 +213,32 @@ class RemoteSide:
             self._changed.notify_all()
 
     def _failed(self, attacker: int, error: UserError) -> None:
+        # A broken connection says little; why its process ended says more, and may be known in a moment.
+        until = time.monotonic() + 1.0
+        why = ""
+        while attacker < len(self._signs) and not why and time.monotonic() < until:
+            why = self._signs[attacker]()[0]
+            time.sleep(0.0 if why else 0.05)
         with self._changed:
-            self._lost.setdefault(attacker, error.message)
-            self._changed.notify_all()
+            self._lose(attacker, why or re.sub(r"\[[^\]]*\]\s*", "", error.message))
+
+    def _lose(self, attacker: int, reason: str) -> None:
+        self._lost.setdefault(attacker, reason)
+        orders = self._couriers[attacker].orders
+        while not orders.empty():
+            orders.get()  # the copies of the weights go with them
+        self._changed.notify_all()
 
     def _look(self) -> None:
-        for i, ended in enumerate(self._running):
-            if i not in self._lost and (why := ended()):
-                self._lost[i] = why
+        for i, signs in enumerate(self._signs):
+            if i in self._lost:
+                continue
+            ended, sign = signs()
+            said, since = self._heard.get(i, ("", time.monotonic()))
+            if sign != said or not self._couriers[i].out:
+                since = time.monotonic()
+            self._heard[i] = (sign, since)
+            if ended:
+                self._lose(i, ended)
+            elif time.monotonic() - since > self.patience:
+                self._lose(i, f"no sign of life for {self.patience:.0f} s")

@@ -1,8 +1,8 @@
 """Messages of tensors between two processes: a header, the tensors one by one, and their checksums.
 
 A channel is a process group of its own with two members, so that a peer that dies breaks this channel and nothing else.
-Rendezvous goes through any ``torch.distributed`` store; data goes rank to rank, over gloo between hosts' memory or over
-NCCL between accelerators. Nothing is written to disk and nothing is unpickled.
+Rendezvous goes through any ``torch.distributed`` store; data goes rank to rank over gloo, from host memory to host
+memory. Nothing is written to disk and nothing is unpickled; peers are trusted, the network between them too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from casehard.errors import Corrupt, Lost
 dist: Any = torch.distributed
 
 PATIENCE = datetime.timedelta(days=7)
-"""How long a receiver waits: an attacker may be idle for a whole round. A peer that dies is noticed at once."""
+"""How long a receiver waits: an attacker may be idle for a whole round. A peer whose process dies is noticed at once,
+one whose machine vanishes is not: see ``remote.PATIENCE``."""
+DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8")
 LIMIT = 1 << 24
 """Largest header in bytes; more is no header of ours."""
 
@@ -33,7 +35,7 @@ class Message:
 
     header: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    """By name, in the order they were sent, on the channel's device."""
+    """By name, in the order they were sent, in host memory."""
     size: int
     """Payload bytes."""
 
@@ -51,21 +53,17 @@ class Channel:
         store: rendezvous of both ends.
         name: of this channel, unique in the store.
         first: which of the two this end is.
-        device: cpu for gloo; a CUDA device for NCCL, which needs another device at the other end.
-        loopback: both ends are on this machine, so no other may connect.
+        loopback: both ends are on this machine, so no other machine may connect.
 
     Raises:
         Lost: by every method, when the other end is gone.
     """
 
-    def __init__(
-        self, store: Any, name: str, *, first: bool, device: torch.device | str = "cpu", loopback: bool = False
-    ) -> None:
-        self.device = torch.device(device)
+    def __init__(self, store: Any, name: str, *, first: bool, loopback: bool = False) -> None:
         self._peer = 1 if first else 0
         prefixed = dist.PrefixStore(f"casehard/{name}", store)
         with _lost_when_broken("could not be reached"):
-            self._group = _group(prefixed, 0 if first else 1, self.device, loopback=loopback)
+            self._group = _group(prefixed, 0 if first else 1, loopback=loopback)
         self._sent = self._seen = -1
 
     def send(
@@ -85,7 +83,7 @@ class Channel:
             self._send_json({"header": dict(header), "count": count, "message": self._sent})
             sums, size = [], 0
             for name, tensor in tensors:
-                data = tensor.detach().to(self.device).contiguous()
+                data = tensor.detach().cpu().contiguous()
                 self._send_json(
                     {"name": name, "dtype": str(data.dtype).removeprefix("torch."), "shape": list(data.shape)}
                 )
@@ -108,7 +106,9 @@ class Channel:
             tensors, size = {}, 0
             for _ in range(int(top["count"])):
                 meta = self._receive_json()
-                data = torch.empty(meta["shape"], dtype=getattr(torch, meta["dtype"]), device=self.device)
+                if meta["dtype"] not in DTYPES:
+                    raise Corrupt(f"tensor {meta['name']!r} of dtype {meta['dtype']!r}: expected one of {DTYPES}")
+                data = torch.empty(meta["shape"], dtype=getattr(torch, meta["dtype"]))
                 if data.numel():
                     self._group.recv([data], self._peer, 0).wait()
                 tensors[str(meta["name"])] = data
@@ -128,19 +128,19 @@ class Channel:
         self._group = None
 
     def _send_json(self, value: Any) -> None:
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        length = torch.tensor([data.numel()], dtype=torch.int64, device=self.device)
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        length = torch.tensor([data.numel()], dtype=torch.int64)
         self._group.send([length], self._peer, 0).wait()
         self._group.send([data], self._peer, 0).wait()
 
     def _receive_json(self) -> Any:
-        length = torch.zeros(1, dtype=torch.int64, device=self.device)
+        length = torch.zeros(1, dtype=torch.int64)
         self._group.recv([length], self._peer, 0).wait()
         if not 0 < int(length) <= LIMIT:
             raise Corrupt(f"a header of {int(length)} bytes arrived: expected 1 to {LIMIT}")
-        data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        data = torch.empty(int(length), dtype=torch.uint8)
         self._group.recv([data], self._peer, 0).wait()
-        return json.loads(bytes(data.cpu().numpy()))
+        return json.loads(bytes(data.numpy()))
 
 
 class _lost_when_broken:  # noqa: N801
@@ -158,11 +158,7 @@ class _lost_when_broken:  # noqa: N801
             raise Lost(f"the other end of a channel {self.what}: {reason[:200]}") from None
 
 
-def _group(store: Any, rank: int, device: torch.device, *, loopback: bool) -> Any:
-    if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = PATIENCE
-        return dist.ProcessGroupNCCL(store, rank, 2, options)
+def _group(store: Any, rank: int, *, loopback: bool) -> Any:
     options = dist.ProcessGroupGloo._Options()
     options._timeout = PATIENCE
     options._threads = 1

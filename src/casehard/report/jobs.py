@@ -57,7 +57,6 @@ def job_part(view: View) -> dict[str, Any] | None:
         "table": table,
         "against": next((d["title"] for d in view.defences if d["name"] == view.headline.get("against")), ""),
         "plane": _plane(view, found),
-        "telemetry": _telemetry(view),
     }
 
 
@@ -105,15 +104,16 @@ def _plane(view: View, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> di
     return {"svg": svg, "caption": "Mean over the poisoned jobs; bars are 95 % intervals over runs, ticks are runs"}
 
 
-def _telemetry(view: View) -> dict[str, Any] | None:
-    told = {t["defence"]: t["means"] for t in view.summary.get("telemetry", [])}
-    keys = list(dict.fromkeys(key for means in told.values() for key in means))
+def telemetry_part(view: View) -> dict[str, Any] | None:
+    """Return the table of what the methods logged about their own steps; None when none did."""
+    means = {t["defence"]: t["means"] for t in view.summary.get("telemetry", [])}
+    keys = list(dict.fromkeys(key for found in means.values() for key in found))
     if not keys:
         return None
+    titles = {d["name"]: d["title"] for d in view.defences if d["name"] in means}
+    titles |= {name: name for name in means if name not in titles}  # trained, and never measured
     rows = [
-        {"title": d["title"], "cells": [_number(told[d["name"]].get(key)) for key in keys]}
-        for d in view.defences
-        if d["name"] in told
+        {"title": title, "cells": [_number(means[name].get(key)) for key in keys]} for name, title in titles.items()
     ]
     return {"heads": [key.replace("_", " ") for key in keys], "rows": rows}
 

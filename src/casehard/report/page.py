@@ -12,7 +12,7 @@ from casehard.errors import UserError
 from casehard.files import write_text_atomic
 from casehard.report.backdoors import arm_rows, backdoor_parts
 from casehard.report.card import write_cards
-from casehard.report.jobs import job_part
+from casehard.report.jobs import job_part, telemetry_part
 from casehard.report.legend import legend
 from casehard.report.single import summary_of_runs
 from casehard.report.views import View, transcripts
@@ -64,6 +64,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "status": STATUS[verdict["status"]],
         "tiles": view.tiles(),
         "jobs": job_part(view),
+        "telemetry": telemetry_part(view),
         "backdoors": None,
         "attacks": [] if view.tuning else view.attack_figures(),
         "plane": None if view.tuning else view.plane(),

@@ -9,7 +9,7 @@ from typing import Any
 
 from casehard.bench.contrasts import make_differences
 from casehard.bench.plan import Gates, Plan, parse_plan
-from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool
+from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool, told
 from casehard.bench.store import read_json, read_rows
 from casehard.bench.summary import cost_records, not_tested
 from casehard.bench.verdict import Table, make_controls, make_verdict
@@ -35,6 +35,13 @@ class _Collected:
         self.methods: dict[str, str] = {}
         self.spent: list[tuple[str, int, Mapping[str, Any]]] = []
         """(checkpoint digest, seed, cost) of every training run."""
+        self.logged: list[tuple[str, str, dict[str, float]]] = []
+        """(checkpoint digest, folder name, what the method logged about its steps) of every training run."""
+
+    @property
+    def telemetry(self) -> list[dict[str, Any]]:
+        """What methods logged, under the name of the checkpoint's row; of the run folder if it was never measured."""
+        return [{"defence": self.models.get(made, name), "means": means} for made, name, means in self.logged]
 
     @property
     def undefended(self) -> str:
@@ -95,6 +102,9 @@ class _Collected:
         self.nodes.append({**entry, "result": made})
         if kind == "defend":
             self.spent.append((made, int((run["seeds"] or [0])[0]), summary.get("cost") or {}))
+            events = read_rows(place / "events.jsonl") if (place / "events.jsonl").is_file() else iter(())
+            if means := told(row for row in events if row.get("event") == "log"):
+                self.logged.append((made, place.name, means))
             return
         defence, seed = self.defence(run, summary), int((run["seeds"] or [0])[0])
         attack = self.attack(config) if kind == "attack" else NO_ATTACK
@@ -190,8 +200,7 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     found.fill()
     plan = _plan(found)
     records = make_records({a["name"]: a["share"] for a in found.attacks.values()}, found.points)
-    pooled = pool(records)
-    breaks = make_breaks(records, Gates())
+    pooled, breaks = pool(records), make_breaks(records, Gates())
     differences = make_differences(plan, found.points) if plan else []
     if plan:
         verdict = make_verdict(plan, FAMILY, pooled, breaks, differences)
@@ -224,6 +233,7 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
         "costs": found.costs,
         "breaks": breaks,
         "differences": differences,
+        "telemetry": found.telemetry,
         "controls": controls,
         "failed": [],
         "not_tested": missing,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from casehard.config import digest
 from casehard.data.batches import EncodedSet, indices_at
 from casehard.files import remove
+from casehard.maths.collective import sum_over_ranks
 from casehard.train import checkpoint
 from casehard.train.progress import Progress
 from casehard.train.recipe import TrainConfig, training_arguments
@@ -123,7 +124,7 @@ def fit(
         with Progress(label, config.steps) as bar:
             trainer.add_callback(_Bar(bar))
             trainer.train(resume_from_checkpoint=_start(out, resume, config.steps))
-        return FitResult(model, _rows_of(trainer), trainer.meter.budget(trainer.state.global_step, method))
+        return FitResult(model, _rows_of(trainer), _budget(trainer, method))
     finally:
         _release(trainer, model)
         model.train(was_training)
@@ -151,6 +152,15 @@ def _start(out: Path | None, resume: bool, steps: int) -> str | None:
 def _world_size() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
+
+
+def _budget(trainer: HardenedTrainer, method: Any) -> Budget:
+    """Return what the run spent: tokens of all ranks, passes of all ranks together, memory of this one."""
+    budget = trainer.meter.budget(trainer.state.global_step, method)
+    if trainer.args.world_size == 1:
+        return budget
+    tokens = torch.tensor(budget.tokens, device=trainer.args.device)
+    return replace(budget, tokens=int(sum_over_ranks(tokens)))
 
 
 def _rows_of(trainer: HardenedTrainer) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,8 @@ from transformers.trainer_utils import TrainOutput
 
 from casehard import compat
 from casehard.config import digest
-from casehard.defend.protocol import Setup, Step, has
-from casehard.errors import ConfigError, Diverged, Interrupted, Unsupported
+from casehard.defend.protocol import Setup, Step, Stopped, has
+from casehard.errors import ConfigError, Diverged, Interrupted, Lost, Unsupported
 from casehard.files import sweep
 from casehard.train import checkpoint
 from casehard.train.guards import FiniteGuard, Interrupts
@@ -88,6 +89,17 @@ class HardeningMixin(StagedCheckpoints):
                 f"method {_identity(self.method)} with DataParallel or DeepSpeed",
                 hint="use one process per GPU (torchrun) with DDP or FSDP2",
             )
+        asked = bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled or self._loaded_in_shards):
+            raise Unsupported(
+                f"FSDP was asked for and accelerate left it off: it shards on accelerators only, not on "
+                f"{self.args.device.type}; the run would be DDP, with whole weights on every rank",
+                hint="no fsdp; load with distributed_config=DistributedConfig(fsdp_size=N), which shards anywhere",
+            )
+
+    @property
+    def _loaded_in_shards(self) -> bool:
+        return bool(getattr(self.model, "is_distributed_loading_by_transformers", False))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Refuse to upload while training; without ``push_to_hub`` in the arguments, as the base class."""
@@ -97,7 +109,11 @@ class HardeningMixin(StagedCheckpoints):
 
     @property
     def _scratch(self) -> Path | None:
-        return Path(self.args.output_dir) / "scratch" if self._keeps else None
+        if not self._keeps:
+            return None
+        # Each rank's own: one must not replace or drop what another still reads.
+        rank = self.args.process_index
+        return Path(self.args.output_dir) / "scratch" / (f"rank-{rank}" if rank else "")
 
     def train(
         self,
@@ -117,6 +133,7 @@ class HardeningMixin(StagedCheckpoints):
             Corrupt: the checkpoint asked for, or every one there is, fails verification.
             Diverged: loss or gradient is not finite; raised before that step's update.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written if the run keeps any.
+            Lost: a process the method needs is gone; a checkpoint was written if the run keeps any.
             StorageError: the disk is full; earlier checkpoints are intact.
         """
         with self._alone():
@@ -136,6 +153,13 @@ class HardeningMixin(StagedCheckpoints):
             except Diverged as error:
                 self._log_divergence(error)
                 raise
+            except (Stopped, Lost) as error:
+                # The method gave up before the step under way touched anything.
+                if self._keeps and self.state.global_step > 0:
+                    self._save_checkpoint(self.model, trial)
+                if isinstance(error, Lost):
+                    raise
+                raise self._interrupted() from None
             if self._interrupts.received is not None:
                 raise self._interrupted()
         if has(self.method, "finish"):
@@ -175,6 +199,7 @@ class HardeningMixin(StagedCheckpoints):
             out.mkdir(parents=True, exist_ok=True)
             sweep(out)
             self._clear_scratch()
+        self._barrier()
         if has(self.method, "prepare"):
             setup = Setup(
                 model=self.model,
@@ -183,6 +208,7 @@ class HardeningMixin(StagedCheckpoints):
                 micros=self.args.gradient_accumulation_steps,
                 scratch=self._scratch,
                 log=self.meter.log,
+                stop=lambda: self._interrupts.received is not None,
             )
             if setup.scratch is not None:
                 setup.scratch.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,225 @@
+"""Patcher on two ranks, sharded by FSDP2 or replicated by DDP, and on two branches, against Patcher in one process.
+
+The ranks of a fixture run every case once and leave what they saw in files; the tests compare it with one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from test_patcher import ATTACKER, SAFE, UNSAFE, llama  # noqa: E402
+
+from casehard.defend.attackers import LocalSide, Order  # noqa: E402
+from casehard.defend.patcher import Patcher, PatcherConfig  # noqa: E402
+from casehard.defend.protocol import Setup, Step  # noqa: E402
+from casehard.errors import ConfigError, Unsupported  # noqa: E402
+from casehard.maths.bilevel import Attacker  # noqa: E402
+from casehard.maths.sharded import masters  # noqa: E402
+
+STEPS, MICROS, ROWS = 8, 2, 4
+OTHER = Attacker(steps=2, lr=2e-2, batch_size=3)
+FULL = {"delta_dtype": "float32"}
+CASES: dict[str, dict] = {
+    "plain rounds": {},
+    "stale vector, its own reference": {"delay": 2, "reference": "source", **FULL},
+    "stale vector": {"delay": 1, **FULL},
+    "pool and moments forgotten": {"attackers": (ATTACKER, OTHER), "reset_optimizer": True, **FULL},
+    "kl": {"retain": "kl", "retain_batch_size": 3, **FULL},
+    "ce, one row": {"retain": "ce", "retain_batch_size": 1, "alpha": 0.3, **FULL},
+    "attacked loss alone": {"alpha": 1.0, **FULL},
+}
+BRANCHED = [name for name in CASES if name != "attacked loss alone"]
+
+
+def patcher(branches: object = None, **settings: object) -> Patcher:
+    settings = {"round_steps": 3, "attackers": (ATTACKER,)} | settings
+    rows = SAFE if settings.get("retain", "none") != "none" else None
+    return Patcher(PatcherConfig(**settings), unsafe=UNSAFE, retain=rows, branches=branches)  # type: ignore[arg-type]
+
+
+def run(
+    method: Patcher | None, model: nn.Module, *, rank: int = 0, of: int = 1, scratch: Path | None = None
+) -> dict[str, object]:
+    """Drive the outer loop over this rank's rows; every weight must be the same bits before and after a backward."""
+    log: list[dict] = []
+    losses: list[float] = []
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if method is not None:
+        method.prepare(Setup(inner, seed=0, max_steps=STEPS, micros=MICROS, log=log.append, scratch=scratch))
+    for index in range(STEPS):
+        total = torch.zeros(())
+        for micro in range(MICROS):
+            whole = SAFE.batch_at(ROWS, seed=0, step=index * MICROS + micro, purpose="outer")
+            batch = {key: value[rank::of] for key, value in whole.items()}
+            step = Step(index, micro, MICROS, lambda m, b: m(**b).loss / MICROS, lambda loss: loss.backward())
+            if method is None:
+                loss = step.loss(model, batch)
+                step.backward(loss)
+            else:
+                before = {name: p.detach().clone() for name, p in masters(inner).items()}
+                loss = method.backward(model, batch, step)
+                after = masters(inner)
+                assert all(torch.equal(p, after[name].detach()) for name, p in before.items())
+            total += loss.detach()
+        optimizer.step()
+        if method is not None:
+            method.after_step(model, optimizer, step)
+        optimizer.zero_grad()
+        losses.append(float(total))
+    if method is not None:
+        method.finish(model)
+    weights = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in inner.named_parameters()}
+    kept = {name: p.detach().clone() for name, p in weights.items()}
+    return {"weights": kept, "log": log, "losses": losses, "passes": method.passes if method else 0}
+
+
+def sharded() -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def refusal(function: object) -> str:
+    try:
+        function()  # type: ignore[operator]
+    except Unsupported as error:
+        return error.message
+    return ""
+
+
+def again(model: nn.Module) -> bool:
+    """Whether an attack on kept weights, the model having moved on, gives the vector it gave on the live ones."""
+    side = LocalSide(model, [UNSAFE], [ATTACKER], seed=0, dtype=torch.float32)
+    source = {name: p.clone() for name, p in masters(model).items()}
+    side.submit(Order(0, 1, 3), masters(model), stable=False)
+    for p in masters(model).values():
+        p.add_(0.01)
+    side.submit(Order(0, 1, 3), source, stable=True)
+    first, second = side.collect()
+    moved = all(torch.equal(p, source[name] + 0.01) for name, p in masters(model).items())
+    return moved and all(torch.equal(d, second.delta[name]) for name, d in first.delta.items())
+
+
+def _rank(rank: int, out: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    place = {"rank": rank, "of": 2}
+    seen: dict[str, object] = {}
+    for name, settings in CASES.items():
+        seen[f"fsdp {name}"] = run(patcher(**settings), sharded(), **place)
+        seen[f"ddp {name}"] = run(patcher(**settings), nn.parallel.DistributedDataParallel(llama()), **place)
+    branches = init_device_mesh("cpu", (2,), mesh_dim_names=("branch",))
+    for name in BRANCHED:
+        seen[f"branches {name}"] = run(patcher(branches, **CASES[name]), llama())
+    for kind in ("fsdp", "ddp"):
+        model = (lambda: sharded()) if kind == "fsdp" else (lambda: nn.parallel.DistributedDataParallel(llama()))
+        seen[f"{kind} alpha 0"], seen[f"{kind} sft"] = (
+            run(patcher(alpha=0.0), model(), **place),
+            run(None, model(), **place),
+        )
+    seen["again"] = again(sharded())
+    ddp = nn.parallel.DistributedDataParallel(llama())
+    seen["refused"] = {
+        "checkpoints": refusal(lambda: run(patcher(), sharded(), scratch=out)),
+        "nobody": refusal(lambda: run(patcher(), llama())),
+        "lora": refusal(lambda: run(patcher(attackers=(Attacker(steps=1, lora_rank=1),)), sharded())),
+        "rows": refusal(lambda: run(patcher(branches), ddp)),
+        "beside": refusal(lambda: run(beside(), ddp)),
+    }
+    torch.save(seen, out / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def beside() -> Patcher:
+    method = patcher()
+    method.side = LocalSide(llama(), [UNSAFE], [ATTACKER], seed=0, dtype=torch.float32)
+    return method
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    import torch.multiprocessing as mp
+
+    out = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (out,), nprocs=2)
+    return [torch.load(out / f"{rank}.pt") for rank in range(2)]
+
+
+def close(one: dict, many: dict, atol: float) -> None:
+    assert many["passes"] == one["passes"]
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(many["weights"][name], value, atol=atol, rtol=0)
+    assert [sorted(row) for row in many["log"]] == [sorted(row) for row in one["log"]]
+    for mine, row in zip(many["log"], one["log"], strict=True):
+        assert mine == pytest.approx(row, abs=1e-3, rel=1e-3) or "tokens" in row
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_two_ranks_equal_one_process(ranks: list[dict], kind: str, name: str) -> None:
+    """Property 14, eight AdamW steps with two attacks; losses and telemetry are means over the ranks."""
+    one = run(patcher(**CASES[name]), llama())
+    for seen in ranks:
+        close(one, seen[f"{kind} {name}"], 1e-5)
+    mean = [sum(pair) / 2 for pair in zip(*(seen[f"{kind} {name}"]["losses"] for seen in ranks), strict=True)]
+    assert mean == pytest.approx(one["losses"], abs=1e-5)
+    rows = [sum(row.get("tokens", 0) for row in seen[f"{kind} {name}"]["log"]) for seen in ranks]
+    attacked = sum(row.get("tokens", 0) for row in one["log"])
+    assert rows == ([attacked, 0] if kind == "fsdp" else [attacked, attacked])
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_two_branches_equal_one_process(ranks: list[dict], name: str) -> None:
+    """Property 15; both branches end with the same bits and know the same numbers."""
+    one = run(patcher(**CASES[name]), llama())
+    first, second = (seen[f"branches {name}"] for seen in ranks)
+    assert all(torch.equal(p, second["weights"][n]) for n, p in first["weights"].items())
+    assert first["log"] == second["log"] and first["losses"] == pytest.approx(second["losses"], abs=1e-6)
+    close(one, first, 1e-6)
+    assert first["losses"] == pytest.approx(one["losses"], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_alpha_zero_is_plain_training(ranks: list[dict], kind: str) -> None:
+    for seen in ranks:
+        patched, plain = seen[f"{kind} alpha 0"], seen[f"{kind} sft"]
+        assert patched["passes"] == 0
+        for name, value in plain["weights"].items():
+            # DDP sums in the middle of each backward, Patcher once a step.
+            torch.testing.assert_close(patched["weights"][name], value, atol=0 if kind == "fsdp" else 1e-6, rtol=0)
+
+
+def test_an_attack_can_be_repeated_from_kept_shards(ranks: list[dict]) -> None:
+    assert [seen["again"] for seen in ranks] == [True, True]
+
+
+def test_what_cannot_be_is_refused(ranks: list[dict]) -> None:
+    for seen in ranks:
+        refused = seen["refused"]
+        assert "a sharded model with checkpoints" in refused["checkpoints"]
+        assert "nobody would average gradients" in refused["nobody"]
+        assert "LoRA attacker on a sharded model" in refused["lora"]
+        assert "its ranks get different rows" in refused["rows"]
+        assert "attackers beside a defender of 2 processes" in refused["beside"]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_branches_need_both_terms(alpha: float) -> None:
+    with pytest.raises(ConfigError, match="branches with alpha"):
+        patcher(object(), alpha=alpha)

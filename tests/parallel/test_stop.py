@@ -1,0 +1,64 @@
+"""A run told to stop while its method waits for somebody: it ends at the step it stands at, and goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "defend"))
+
+from test_patcher import SAFE, UNSAFE, llama, same, weights
+
+from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.protocol import Stopped
+from casehard.errors import Interrupted, Lost
+from casehard.maths.bilevel import Attacker
+from casehard.train.fit import fit
+from casehard.train.recipe import TrainConfig
+
+CONFIG = TrainConfig(steps=9, batch_size=2, lr=1e-2, warmup=0, log_every=2, precision="fp32")
+
+
+def patcher() -> Patcher:
+    return Patcher(PatcherConfig(round_steps=3, attackers=(Attacker(steps=2, lr=1e-2, batch_size=2),)), unsafe=UNSAFE)
+
+
+def leaving(at: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make step ``at`` end before it begins, once: by a signal that arrives while waiting, or by a lost attacker."""
+    from casehard.defend.vectors import Vectors
+
+    advance = Vectors.advance
+
+    def instead(self: Vectors, model: object, step: int) -> None:
+        if step == at:
+            monkeypatch.setattr(Vectors, "advance", advance)
+            if what == "lost":
+                raise Lost("every attacker is lost")
+            assert not self.stop()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert self.stop()
+            raise Stopped
+        advance(self, model, step)
+
+    monkeypatch.setattr(Vectors, "advance", instead)
+
+
+@pytest.mark.parametrize(("what", "error"), [("signal", Interrupted), ("lost", Lost)])
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_the_step_is_saved_and_the_run_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, what: str, error: type, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, model = llama(), llama()
+    log = fit(whole, None, SAFE, config=CONFIG, method=patcher(), seed=1).log
+    leaving(at, what, monkeypatch)
+    with pytest.raises(error):
+        fit(model, None, SAFE, config=CONFIG, method=patcher(), seed=1, out=tmp_path)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{at}"]
+    again = llama()
+    done = fit(again, None, SAFE, config=CONFIG, method=patcher(), seed=1, out=tmp_path)
+    assert same(weights(whole), weights(again))
+    assert done.log == log

@@ -1,0 +1,139 @@
+"""Several ranks that defend together: the command line under torchrun against one process, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import casehard
+from casehard.errors import Unsupported
+from casehard.jobs import DefendJob, _together
+from casehard.parallel import launch
+from casehard.train.recipe import TrainConfig
+
+MODEL = Path(casehard.__file__).parent / "organism" / "assets" / "world0-tiny"  # tied embeddings
+SETTINGS = """
+settings:
+  round_steps: 2
+  delta_dtype: float32
+  attackers: [{steps: 2, lr: 1.0e-3, batch_size: 3}]
+  retain: ce
+  retain_batch_size: 3
+train: {steps: 5, lr: 1.0e-3, warmup: 0, log_every: 1}
+device: cpu
+"""
+
+
+def defend(folder: Path, out: str, batch: int, *, ranks: int = 1) -> str:
+    """Run ``casehard defend patcher`` as a user does; return what it printed."""
+    (folder / "settings.yaml").write_text(SETTINGS, encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    words = ["defend", "patcher", "--config", "settings.yaml", "--model", MODEL, "--out", out]
+    words += ["--data", MODEL / "data/align.jsonl", "--unsafe", MODEL / "data/simulated.jsonl"]
+    words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def log_of(folder: Path) -> list[dict]:
+    rows = map(json.loads, (folder / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows if row["event"] == "log"]
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(tmp_path: Path) -> None:
+    defend(tmp_path, "one", 4)
+    said = defend(tmp_path, "two", 2, ranks=2)
+    assert said.count("harden a checkpoint with patcher") == said.count("hardened model: two") == 1
+    one, two = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("one", "two"))
+    start = load_file(MODEL / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
+        assert not torch.equal(value, start[name])
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        files = [(tmp_path / run / "checkpoint" / name).read_text(encoding="utf-8") for run in ("one", "two")]
+        assert files[0] == files[1], name
+    logs = [log_of(tmp_path / name) for name in ("one", "two")]
+    assert [sorted(row) for row in logs[0]] == [sorted(row) for row in logs[1]]
+    for mine, row in zip(logs[1], logs[0], strict=True):
+        assert {k: v for k, v in mine.items() if k != "event"} == pytest.approx(
+            {k: v for k, v in row.items() if k != "event"}, abs=1e-4
+        )
+    assert any("attack_cosine" in row for row in logs[1])
+    costs = [json.loads((tmp_path / name / "summary.json").read_text())["cost"] for name in ("one", "two")]
+    assert costs[0]["passes"] == costs[1]["passes"] == 5 + 2 * 2 + 3 + 5  # plain, attacks, attacked, retain
+    assert not (tmp_path / "two" / "training").exists()
+
+
+# -- refused before anything starts --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+
+
+@pytest.mark.usefixtures("two_of_a_job")
+def test_join_refuses_ranks_that_nobody_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unsupported, match="takes one with this method"):
+        launch.join(0)
+    with pytest.raises(Unsupported, match="2 ranks leave -1 for the defender"):
+        launch.join(3, sharing=True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(Unsupported, match="4 ranks leave 3 for the defender, which takes one with 1 attackers beside"):
+        launch.join(1, sharing=True)
+
+
+def test_jobs_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = DefendJob(model="m", method="patcher", data=("d",))
+    assert not _together(job)
+    monkeypatch.setattr("casehard.jobs.world", lambda: 2)
+    assert _together(job)
+    with pytest.raises(Unsupported, match="plain on 2 ranks"):
+        _together(DefendJob(model="m", method="plain", data=("d",)))
+    with pytest.raises(Unsupported, match="save_every 3 on 2 ranks"):
+        _together(DefendJob(model="m", method="patcher", data=("d",), train=TrainConfig(save_every=3)))
+
+
+def test_attackers_beside_several_defenders_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Beside:
+        workers, side = 1, None
+
+    monkeypatch.setattr(launch, "world", lambda: 2)
+    with (
+        pytest.raises(Unsupported, match="attackers beside a defender of 2 processes"),
+        launch.equipped(Beside(), torch.nn.Linear(1, 1), seed=0, bf16=False),
+    ):
+        pass
+
+
+def test_who_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.shards_wanted("auto") == 0
+    monkeypatch.setattr(launch, "world", lambda: 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launch.shards_wanted("cpu") == 2  # accelerate would leave it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert launch.shards_wanted("auto") == 0
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert launch.shards_wanted("auto") == 2
+    with pytest.raises(Unsupported, match="device 'cpu' for 2 ranks"):
+        launch.shards_wanted("cpu")
