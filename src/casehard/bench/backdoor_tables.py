@@ -155,7 +155,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def canary_agreement(
     plan: BackdoorPlan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]], found: Measured, family: str
 ) -> float | None:
-    """Return the rank correlation, over cells that plant canaries, of what these and the attacker's trigger still do."""
+    """Return the rank correlation, over cells that plant canaries, of what canaries and attacker's trigger still do."""
     planting = {arm.name for arm in plan.defences if arm.kind == "mb" and arm.settings.get("stage1", True)}
     pairs = []
     for cell in matrix.cells:
