@@ -83,8 +83,9 @@ class Fake:
         rows = [self.row(rng, i, triggered, asr, cacc) for i in range(PROMPTS) for triggered in (False, True)]
         cost = {"steps": 1, "tokens": {"mb": 110}.get(arm, 100), "passes": 10, "seconds": 1.0, "peak_bytes": 1}
         told: dict[str, Any] = {"verdict": "PASS", "stage2": {"steps": 9}, "extra_passes": 0.1}
-        told["looks"] = {"stage2": {"active": [0, 8], "canary": [1, 4]}, "final": {"active": [0, 8], "canary": [0, 4]}}
-        return Outcome(rows=rows, cost=cost, facts={"mb": told} if arm == "mb" else {})
+        broken = {"active": [0, 8], "canary": [1 if arm == "mb" else 0, 4]}
+        told["looks"] = {"stage2": broken, "final": {"active": [0, 8], "canary": [0, 4]}}
+        return Outcome(rows=rows, cost=cost, facts={"mb": told} if arm in ("mb", "stage-2") else {})
 
     def row(self, rng: random.Random, i: int, triggered: bool, asr: float, cacc: float) -> dict[str, Any]:
         fires = triggered and rng.random() < asr
@@ -185,7 +186,7 @@ def test_a_defence_that_removes_deep_backdoors_meets_the_goals_and_the_merging_i
         entry["rate"] - found["token", "clean-ft", "asr"]["rate"]
     )
     assert ("mb", "stage-2", "token", "asr") in gaps and ("mb", "clean-sft", "token", "cacc") in gaps
-    own = next(c for c in table["canaries"] if c["attack"] == "token")
+    own = next(c for c in table["canaries"] if (c["attack"], c["defence"]) == ("token", "mb"))
     assert own["looks"]["stage2"] == {"active": [0, 24], "canary": [3, 12]}
     assert {c["defence"]: c["tokens_ratio"] for c in table["costs"]}["mb"] == pytest.approx(1.1)
 
@@ -225,6 +226,12 @@ def test_the_page_has_a_table_for_each_backdoor_and_can_be_made_again(tmp_path: 
     assert write_report(tmp_path / "run").read_text(encoding="utf-8") == page
     rows = (tmp_path / "run" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 30 * 2 * PROMPTS
+
+
+def test_canaries_that_were_never_planted_are_not_correlated_with_anything(tmp_path: Path) -> None:
+    table = run(tmp_path, Fake())["backdoors"][0]
+    assert {c["defence"] for c in table["canaries"]} == {"mb", "stage-2"}
+    assert table["canary_rank_correlation"] is None, "the canaries of the row that plants them have no spread"
 
 
 def test_rank_correlation_shares_ranks_and_says_nothing_without_spread() -> None:

@@ -155,14 +155,15 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def canary_agreement(
     plan: BackdoorPlan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]], found: Measured, family: str
 ) -> float | None:
-    """Return the rank correlation, over the cells of MB-Defense, of what canaries and attacker's trigger still do."""
+    """Return the rank correlation, over cells that plant canaries, of what canaries and attacker's trigger still do."""
+    planting = {arm.name for arm in plan.defences if arm.kind == "mb" and arm.settings.get("stage1", True)}
     pairs = []
     for cell in matrix.cells:
         told = done.get(cell.digest, {}).get("mb")
         rows = found.get((cell.defence, cell.attack), {}).get((cell.base, cell.seed), [])
         hits = [hit for row in rows if (hit := outcome(row, "asr")) is not None]
         look = (told or {}).get("looks", {}).get("stage2", {}).get("canary", (0, 0))
-        if cell.family == family and look[1] and hits:
+        if cell.family == family and cell.defence in planting and look[1] and hits:
             pairs.append((look[0] / look[1], sum(hits) / len(hits)))
     return rank_correlation(pairs)
 
