@@ -184,7 +184,7 @@ def test_commands_in_the_docs_exist(page, capsys):
             verb = [w for w in words[1:3] if re.fullmatch(r"[a-z]+", w)]
             depth = 2 if verb[:1] and verb[0] in ("organism", "buffer", "merge", "attack", "data", "scan") else 1
             assert main([*verb[:depth], "--help"]) == 0, f"{page.name}: {command}"
-            known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+            known = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
             used = {w.partition("=")[0] for w in words if w.startswith("--")} - {"--debug"}
             assert used <= known, f"{page.name}: {command}: no option {sorted(used - known)}"
 
