@@ -95,4 +95,4 @@ def test_ranks_that_nobody_needs_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert main(command(tmp_path / "out", "--schedule", "lockstep")) == 7
-    assert "4 ranks for 1 attackers leave 3 for the defender" in capsys.readouterr().err
+    assert "4 ranks leave 3 for the defender, which takes one with 1 attackers beside it" in capsys.readouterr().err

@@ -197,6 +197,8 @@ class Patcher:
             self._report()
             if self.config.reset_optimizer:
                 optimizer.state.clear()
+        if self.vectors is not None and self.vectors.ever and step.index + 1 == self.vectors.table.last:
+            self._log({"attack_age_oldest": float(self.vectors.oldest)})
 
     def finish(self, model: nn.Module) -> None:
         """Report the last, unfinished round and drop the attack vectors.
@@ -211,8 +213,6 @@ class Patcher:
                 "no attack finished before the run ended: this was plain fine-tuning",
                 hint="more train.steps, fewer attackers[].steps, or settings.max_age, which makes the defender wait",
             )
-        if self.vectors.ever:
-            self._log({"attack_age_oldest": float(self.vectors.oldest)})
         self.vectors.clear()
 
     def state(self) -> dict[str, StateValue]:
