@@ -62,3 +62,17 @@ def test_the_step_is_saved_and_the_run_goes_on_as_if_nothing_had_happened(
     done = fit(again, None, SAFE, config=CONFIG, method=patcher(), seed=1, out=tmp_path)
     assert same(weights(whole), weights(again))
     assert done.log == log
+
+
+def test_told_to_stop_before_a_resumed_run_caught_up_it_keeps_the_checkpoint_it_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, model = llama(), llama()
+    fit(whole, None, SAFE, config=CONFIG, method=patcher(), seed=1)
+    for _ in range(2):  # interrupted at step 4, resumed, and interrupted there again
+        leaving(4, "signal", monkeypatch)
+        with pytest.raises(Interrupted):
+            fit(model, None, SAFE, config=CONFIG, method=patcher(), seed=1, out=tmp_path)
+        model = llama()
+    fit(model, None, SAFE, config=CONFIG, method=patcher(), seed=1, out=tmp_path)
+    assert same(weights(whole), weights(model))

@@ -154,8 +154,10 @@ class HardeningMixin(StagedCheckpoints):
                 self._log_divergence(error)
                 raise
             except (Stopped, Lost) as error:
-                # The method gave up before the step under way touched anything.
-                if self._keeps and self.state.global_step > 0:
+                # The method gave up before the step under way touched anything. Right after a resume the checkpoint of
+                # this step is there, and whole, while the method may not have caught up with it yet.
+                there = Path(self.args.output_dir) / f"{checkpoint.PREFIX}{self.state.global_step}"
+                if self._keeps and self.state.global_step > 0 and not there.exists():
                     self._save_checkpoint(self.model, trial)
                 if isinstance(error, Lost):
                     raise
