@@ -44,7 +44,7 @@ def test_memory_in_bytes_a_parameter() -> None:
         (1, 80e9, 1.5e9, "schedule=sequential"),
         (1, 40e9, 1.5e9, "a second device"),
         (2, 80e9, 1.5e9, "schedule=async with --attackers 1"),
-        (8, 80e9, 8e9, "shard it over at least 3 devices"),
+        (8, 80e9, 8e9, "shard it over at least 4 devices"),
         (1, 24e9, 0, "schedule=sequential"),
     ],
 )

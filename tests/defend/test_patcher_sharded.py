@@ -216,7 +216,7 @@ def test_what_cannot_be_is_refused(ranks: list[dict]) -> None:
         assert "nobody would average gradients" in refused["nobody"]
         assert "LoRA attacker on a sharded model" in refused["lora"]
         assert "its ranks get different rows" in refused["rows"]
-        assert "attackers beside a defender of 2 processes" in refused["beside"]
+        assert "attackers beside a defender of 2 replicas" in refused["beside"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

@@ -11,6 +11,7 @@ import torch
 from casehard.defend.patcher import Patcher
 from casehard.errors import Lost
 from casehard.parallel.brief import brief_for
+from casehard.parallel.parts import channel_name
 from casehard.parallel.remote import RemoteSide
 from casehard.parallel.wire import Channel
 from casehard.parallel.worker import DONE, OPEN, serve
@@ -30,7 +31,8 @@ def threads(method: Patcher, model: torch.nn.Module, *, seed: int = 0) -> Iterat
     count = len(config.attackers)
     workers = [threading.Thread(target=attack, args=(i,), daemon=True) for i in range(count)]
     [w.start() for w in workers]
-    makers = [lambda i=i: Channel(store, f"attacker-{i}", first=True, loopback=True) for i in range(count)]
+    names = [channel_name(i, 0, 0) for i in range(count)]
+    makers = [lambda name=name: [Channel(store, name, first=True, loopback=True)] for name in names]
     side = RemoteSide(makers, brief, dtype=getattr(torch, config.weights_dtype))
     side.ready()
     method.side = side

@@ -92,7 +92,7 @@ def test_other_methods_have_no_attackers(tmp_path, capsys):
 
 
 def test_ranks_that_nobody_needs_are_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert main(command(tmp_path / "out", "--schedule", "lockstep")) == 7
-    assert "4 ranks leave 3 for the defender, which takes one with 1 attackers beside it" in capsys.readouterr().err
+    assert main(command(tmp_path / "out", "--schedule", "lockstep", "--attacker-ranks", "2")) == 7
+    assert "2 ranks leave 0 for the defender, with 2 that attack beside it" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def cut_after(side: object, messages: int, monkeypatch: pytest.MonkeyPatch) -> N
     seen, receive = [0], Channel.receive
 
     def counted(self: Channel) -> object:
-        if self is side._couriers[0].channel:  # type: ignore[attr-defined]
+        if self in side._couriers[0].channels:  # type: ignore[attr-defined]
             seen[0] += 1
             if seen[0] > messages:
                 self.close()
@@ -206,7 +206,7 @@ def deaf(patience: float) -> RemoteSide:
     threading.Thread(target=attacker, daemon=True).start()
     model = llama()
     brief = brief_for(model, [UNSAFE], [ATTACKER], seed=0, delta_dtype="float32", bf16=False)
-    connect = [lambda: Channel(store, "deaf", first=True, loopback=True)]
+    connect = [lambda: [Channel(store, "deaf", first=True, loopback=True)]]
     side = RemoteSide(connect, brief, signs=[lambda: ("", "the same sign")], patience=patience)
     side.ready()
     return side
@@ -243,12 +243,12 @@ def test_an_order_of_an_earlier_run_is_not_adopted_by_the_next() -> None:
 def test_a_vector_of_the_wrong_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from casehard.parallel import worker
 
-    honest = worker._emptied
-    monkeypatch.setattr(worker, "_emptied", lambda delta: ((n, t.flatten()[:1]) for n, t in honest(delta)))
+    honest = worker.cut
+    monkeypatch.setattr(worker, "cut", lambda *a: {name: t.flatten()[:1] for name, t in honest(*a).items()})
     method, model = patcher("async", max_age=4), llama()
     with (
         threads(method, model),
-        pytest.warns(UserWarning, match=r"has shape \(1,\), the weights"),
+        pytest.warns(UserWarning, match=r"has shape \(1,\), expected"),
         pytest.raises(Exception, match="every attacker was lost"),
     ):
         drive(method, model, 30)

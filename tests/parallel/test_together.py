@@ -31,13 +31,13 @@ device: cpu
 """
 
 
-def defend(folder: Path, out: str, batch: int, *, ranks: int = 1) -> str:
+def defend(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> str:
     """Run ``casehard defend patcher`` as a user does; return what it printed."""
     (folder / "settings.yaml").write_text(SETTINGS, encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     words = ["defend", "patcher", "--config", "settings.yaml", "--model", MODEL, "--out", out]
     words += ["--data", MODEL / "data/align.jsonl", "--unsafe", MODEL / "data/simulated.jsonl"]
-    words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}"]
+    words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}", *more]
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
         cwd=folder,
@@ -56,12 +56,23 @@ def log_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "time"} for row in rows if row["event"] == "log"]
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return a folder with the runs "one", of one process, and "two", of two, and what the latter printed."""
+    folder = tmp_path_factory.mktemp("together")
+    defend(folder, "one", 4)
+    return folder, defend(folder, "two", 2, ranks=2)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(tmp_path: Path) -> None:
-    defend(tmp_path, "one", 4)
-    said = defend(tmp_path, "two", 2, ranks=2)
+def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(runs: tuple[Path, str]) -> None:
+    tmp_path, said = runs
     assert said.count("harden a checkpoint with patcher") == said.count("hardened model: two") == 1
-    one, two = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("one", "two"))
+    one, two = (weights_of(tmp_path / name) for name in ("one", "two"))
     start = load_file(MODEL / "model.safetensors")
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -82,6 +93,30 @@ def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(tmp_path: P
     assert not (tmp_path / "two" / "training").exists()
 
 
+@pytest.mark.slow
+def test_two_ranks_with_an_attacker_of_two_beside_make_the_bytes_of_two_that_attack_themselves(
+    runs: tuple[Path, str],
+) -> None:
+    folder, _ = runs
+    said = defend(folder, "four", 2, "--schedule", "lockstep", "--attacker-ranks", "2", ranks=4)
+    assert "1 of 2 processes" in said and said.count("hardened model: four") == 1
+    two, four = (weights_of(folder / name) for name in ("two", "four"))
+    assert all(torch.equal(four[name], value) for name, value in two.items())
+    logs = [log_of(folder / name) for name in ("two", "four")]
+    assert logs[0] == logs[1]
+    costs = [json.loads((folder / name / "summary.json").read_text())["cost"] for name in ("two", "four")]
+    assert [(c["passes"], c["tokens"]) for c in costs[:1]] == [(c["passes"], c["tokens"]) for c in costs[1:]]
+
+
+@pytest.mark.slow
+def test_two_ranks_with_a_whole_attacker_beside_are_one_process_too(runs: tuple[Path, str]) -> None:
+    folder, _ = runs
+    defend(folder, "three", 2, "--schedule", "lockstep", ranks=3)
+    one, three = (weights_of(folder / name) for name in ("one", "three"))
+    for name, value in one.items():
+        torch.testing.assert_close(three[name], value, atol=1e-5, rtol=0)
+
+
 # -- refused before anything starts --------------------------------------------------------------------------
 
 
@@ -93,13 +128,15 @@ def two_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_of_a_job")
 def test_join_refuses_ranks_that_nobody_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Unsupported, match="takes one with this method"):
+    with pytest.raises(Unsupported, match="2 ranks leave 2 for the defender, with this method"):
         launch.join(0)
     with pytest.raises(Unsupported, match="2 ranks leave -1 for the defender"):
         launch.join(3, sharing=True)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(Unsupported, match="4 ranks leave 3 for the defender, which takes one with 1 attackers beside"):
-        launch.join(1, sharing=True)
+    with pytest.raises(Unsupported, match="2 ranks leave 0 for the defender, with 2 that attack beside it"):
+        launch.join(1, each=2, sharing=True)
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(Unsupported, match="attackers of 2 processes without a launcher"):
+        launch.join(1, each=2, sharing=True)
 
 
 def test_jobs_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,13 +150,13 @@ def test_jobs_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> N
         _together(DefendJob(model="m", method="patcher", data=("d",), train=TrainConfig(save_every=3)))
 
 
-def test_attackers_beside_several_defenders_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attackers_that_no_rank_was_set_aside_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Beside:
         workers, side = 1, None
 
     monkeypatch.setattr(launch, "world", lambda: 2)
     with (
-        pytest.raises(Unsupported, match="attackers beside a defender of 2 processes"),
+        pytest.raises(Unsupported, match="2 processes, which no rank was set aside for"),
         launch.equipped(Beside(), torch.nn.Linear(1, 1), seed=0, bf16=False),
     ):
         pass

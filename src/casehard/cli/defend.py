@@ -53,6 +53,9 @@ def defend(
         int | None,
         typer.Option(min=1, help="Attackers in processes of their own (patcher); alone it means --schedule async."),
     ] = None,
+    attacker_ranks: Annotated[
+        int, typer.Option(min=1, help="Under torchrun: ranks of each attacker, over which its model is sharded.")
+    ] = 1,
     device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -80,7 +83,7 @@ def defend(
         "seed": seed,
     }
     values = options.settings(config, sets, flags)
-    _run(values, select, out)
+    _run(values, select, out, attacker_ranks)
 
 
 def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | None:
@@ -110,7 +113,7 @@ def _check(values: dict[str, Any]) -> bool:
     return spec.adapter
 
 
-def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
+def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks: int) -> None:
     if _check(values):
         _multiply_attackers(values)
         _tune(values, select, out)
@@ -120,7 +123,9 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
     from casehard.maths.collective import rank, world
     from casehard.parallel.launch import join, leave
 
-    if join(count, sharing=values["method"] == "patcher"):
+    if attacker_ranks > 1 and not count:
+        raise ConfigError(f"--attacker-ranks {attacker_ranks} and no attackers beside", hint="--attackers 1")
+    if join(count, each=attacker_ranks, sharing=values["method"] == "patcher"):
         return  # this rank was an attacker
     if not rank():
         check_out(out, "defend")
@@ -144,7 +149,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path) -> None:
             "assets": job.assets or None,
             "preset": job.preset,
             "settings": dict(job.settings) or None,
-            "attackers beside": job.attackers or None,
+            "attackers beside": (f"{count} of {attacker_ranks} processes" if attacker_ranks > 1 else count) or None,
             "processes": world() if world() > 1 else None,
             "steps": job.train.steps,
             "batch": f"{job.train.batch_size} x {job.train.accumulation}",

@@ -43,6 +43,8 @@ class Cost:
 
 WEIGHTS, GRADIENT, MOMENTS, VECTOR = 4.0, 4.0, 8.0, 2.0
 """fp32 master weights and gradients, two AdamW moments, a bf16 attack vector."""
+SHARDED = 30.0
+"""Peak over all ranks of a sharded defender that attacks itself: see ``maths.sharded``."""
 
 
 def costs(k1: int, k2: int, *, attackers: int = 1, bf16: bool = True) -> list[Cost]:
@@ -81,7 +83,7 @@ def advice(k1: int, k2: int, *, devices: int, device_bytes: float, parameters: f
     sequential, _, beside, _, branches = costs(k1, k2, bf16=bf16)
     least = beside.defender + (0.0 if bf16 else beside.host)  # without a GPU the host's memory is the device's
     if parameters and parameters * least > device_bytes:
-        need = parameters * least / device_bytes
+        need = parameters * SHARDED / device_bytes
         return f"shard it over at least {int(need) + 1} devices (FSDP2), schedule sequential: one device is too small"
     if devices < 2:
         if parameters and parameters * sequential.defender > device_bytes:

@@ -247,16 +247,26 @@ class Patcher:
         if sharded and any(a.lora_rank for a in self.config.attackers):
             raise Unsupported("a LoRA attacker on a sharded model", hint="attackers[].lora_rank: 0, or one process")
 
+    def _servable(self, spread: Spread) -> None:
+        """Refuse attackers beside a defender whose processes do not each hold their own rows of every weight."""
+        if self.side is None:
+            return
+        place = spread.seat
+        mine = (place.number, place.of) if spread.sharded and len(place.groups) == 1 else (0, 1)
+        if spread.branch is not None or place.of > mine[1] or tuple(getattr(self.side, "part", (0, 1))) != mine:
+            what = "two branches" if spread.branch is not None else f"{place.of} replicas" if mine[1] == 1 else "shards"
+            raise Unsupported(
+                f"attackers beside a defender of {what}",
+                hint="one process, or FSDP2 over the ranks that parallel.launch.join left to the defender; "
+                "schedule=sequential attacks with all of them",
+            )
+
     def _begin(self, model: nn.Module, step: Step) -> None:
         """Start an optimiser step: see how the model is spread, and take the vector that is due."""
         if self._spread is None:
             spread = Spread.of(model, Branch.of(self.branches) if self.branches is not None else None)
             self._sharable(spread.sharded, self._copies.scratch)
-            if self.side is not None and (spread.seat.of > 1 or spread.branch is not None):
-                raise Unsupported(
-                    f"attackers beside a defender of {max(spread.seat.of, 2)} processes",
-                    hint="schedule=sequential, which attacks with all of them, or one defender process",
-                )
+            self._servable(spread)
             # The loop may have replaced the model it prepared.
             self._spread, self._local.model = spread, spread.model
         self._held.clear()

@@ -51,7 +51,9 @@ class Setup:
     log: Callable[[Mapping[str, float]], None] = lambda values: None
     """Record telemetry; numbers only."""
     stop: Callable[[], bool] = lambda: False
-    """Whether the run was asked to stop. A method that waits for others asks it, and raises :class:`Stopped`."""
+    """Whether the run was asked to stop. A method that waits for others asks it, and raises :class:`Stopped`.
+
+    Of several ranks all ask together, and get the same answer."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Vectors:
         current: whether a vector is measured from the weights at adoption (else from those the attack began with).
         count: number of attackers.
         log: telemetry.
-        stop: whether the run was asked to stop; looked at while waiting.
+        stop: whether the run was asked to stop; looked at while waiting, by all processes of the defender alike.
     """
 
     def __init__(
@@ -204,8 +204,10 @@ class Vectors:
         """Return whether nothing more will come for the round; do here what a lost attacker of lockstep left undone."""
         lost = self.side.lost()
         absent = [order for order in unit.orders(entry) if order not in self.arrived]
-        stands_in = self.table.schedule == "lockstep" and not self.stop()
-        if stands_in and absent and all(order.attacker in lost for order in absent):
+        if not absent:
+            return True
+        left = self.table.schedule == "lockstep" and all(order.attacker in lost for order in absent)
+        if left and not self.stop():
             source = self.copies.tensors(entry.source, model)
             for order in absent:
                 self.local.submit(order, source, stable=True)

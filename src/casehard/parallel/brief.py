@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from casehard.config import build
 from casehard.data.batches import Encoded, EncodedSet
 from casehard.errors import Unsupported
 from casehard.maths.bilevel import Attacker
+from casehard.model.shard import shard
+from casehard.parallel.parts import heights
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Brief:
     """Compute under bf16 autocast."""
     threads: int = 0
     """CPU threads of an attacker; 0 leaves torch's own choice."""
+    heights: Mapping[str, int] = field(default_factory=dict)
+    """Rows of every whole weight by name (``parallel.parts``)."""
 
     def pack(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Return the brief as the header and the tensors of a message; rows are tensors, as there may be many."""
@@ -50,6 +54,7 @@ class Brief:
             "delta_dtype": self.delta_dtype,
             "bf16": self.bf16,
             "threads": self.threads,
+            "heights": dict(self.heights),
         }
         tensors = {}
         for i, s in enumerate(distinct):
@@ -85,10 +90,15 @@ class Brief:
             delta_dtype=header["delta_dtype"],
             bf16=header["bf16"],
             threads=header["threads"],
+            heights=header["heights"],
         )
 
-    def model(self, device: torch.device) -> nn.Module:
-        """Build the architecture in fp32 on ``device``, in training mode; its weights mean nothing yet."""
+    def model(self, device: torch.device, ranks: int = 1) -> nn.Module:
+        """Build the architecture in fp32 on ``device``, in training mode; its weights mean nothing yet.
+
+        Args:
+            ranks: processes of this attacker, over which it is sharded; all of them make the call.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         settings = dict(self.architecture)
@@ -98,7 +108,11 @@ class Brief:
             config, attn_implementation=self.attention or None, dtype=torch.float32
         )
         model.config.use_cache = False
-        model = model.to(device).train()
+        if ranks > 1:
+            shard(model, ranks, device)
+        else:
+            model = model.to(device)
+        model.train()
         if self.bf16:
             model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
         return model  # type: ignore[no-any-return]
@@ -126,5 +140,6 @@ def brief_for(
             hint="schedule=sequential attacks in the defender's own process",
         )
     values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("distributed_config", None)  # how the defender is spread is no part of the architecture
     attention = str(getattr(config, "_attn_implementation", "") or "")
-    return Brief(values, attention, tuple(rows), tuple(attackers), seed, delta_dtype, bf16, threads)
+    return Brief(values, attention, tuple(rows), tuple(attackers), seed, delta_dtype, bf16, threads, heights(model))

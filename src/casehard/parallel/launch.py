@@ -1,9 +1,9 @@
 """Where attackers come from: processes started here, or ranks that torchrun or accelerate started.
 
-Under a launcher with W ranks and N attackers, ranks 0 .. W-N-1 defend and the last N attack, one rank each. Several
-ranks defend together only where nobody attacks beside them: the model is sharded over all ranks, and all of them attack
-in turn. Without a launcher, N processes are started on this machine; they listen on the loopback address only and end
-with the defender.
+Under a launcher with W ranks and N attackers of Q ranks each, ranks 0 .. W-NQ-1 defend and the last N Q attack. Several
+ranks of a defender, or of an attacker, are a process group of their own, over which the model is sharded (FSDP2).
+Without a launcher, N processes are started on this machine; they listen on the loopback address only and end with the
+defender.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,30 @@ from torch import nn
 
 from casehard.errors import ConfigError, Unsupported
 from casehard.maths.collective import world
+from casehard.parallel.agreed import AgreedSide
 from casehard.parallel.brief import Brief, brief_for
+from casehard.parallel.parts import Part, channel_name
 from casehard.parallel.remote import RemoteSide, Signs
-from casehard.parallel.wire import Channel, dist
+from casehard.parallel.wire import Channel, dist, group
 from casehard.parallel.worker import BEAT, DONE, OPEN, serve, unmoved_by_signals
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 
-_store: Any = None
-"""The launcher's store, once :func:`join` has found this process to be one of several ranks."""
+
+@dataclass
+class _Job:
+    """A launched job, as :func:`join` found it from a rank of the defender."""
+
+    store: Any
+    part: Part
+    """This rank's part of the defender."""
+    each: int
+    """Ranks of an attacker."""
+    used: bool = False
+    """Whether the attackers served a run already; they are gone after it."""
+
+
+_job: _Job | None = None
 
 
 def launched() -> bool:
@@ -42,13 +57,15 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(attackers: int, *, sharing: bool = False) -> bool:
+def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
     """Take this rank's part in a launched job: serve as an attacker until the job ends, or go on as its defender.
 
     A lone defender's process from then on looks like a job of one rank, so that nothing waits for the attackers. Ranks
     that defend together are a process group (``torch.distributed``), on a device each.
 
     Args:
+        attackers: N, beside the defender; the last ranks.
+        each: ranks of an attacker, over which its model is sharded.
         sharing: whether the defender may be spread over several ranks.
 
     Returns:
@@ -57,50 +74,79 @@ def join(attackers: int, *, sharing: bool = False) -> bool:
     Raises:
         Unsupported: a number of ranks that the defender cannot take.
     """
-    global _store
-    if not launched() or _store is not None:
+    global _job
+    if _job is not None:
+        return False
+    if not launched():
+        if attackers and each > 1:
+            raise Unsupported(
+                f"attackers of {each} processes without a launcher",
+                hint=f"torchrun --nproc-per-node {attackers * each + 1} ..., or leave out --attacker-ranks",
+            )
         return False
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    defenders = ranks - attackers
-    if defenders > 1 and not attackers and sharing:
-        _together()
-        return False
-    if defenders != 1:
-        beside = f"{attackers} attackers beside it" if attackers else "this method"
+    defenders = ranks - attackers * each
+    if defenders < 1 or (defenders > 1 and not sharing):
+        beside = f"{attackers * each} that attack beside it" if attackers else "this method"
         raise Unsupported(
-            f"{ranks} ranks leave {defenders} for the defender, which takes one with {beside}",
-            hint=f"start {attackers + 1} ranks, set --attackers {ranks - 1}, or schedule=sequential: all ranks defend"
+            f"{ranks} ranks leave {defenders} for the defender, with {beside}",
+            hint=f"start at least {attackers * each + 1} ranks"
             if sharing
             else "start it without torchrun or accelerate launch",
         )
-    _store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks)))
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if rank >= defenders:
-        store = _store
-        unmoved_by_signals()
-        serve(store, rank - 1, device=device, loopback=False, watch=lambda: bool(store.check([DONE])))
-        return True
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    atexit.register(_done, _store)  # however this rank ends, the attackers need not wait for it
-    for name in RANKS:
-        os.environ.pop(name, None)
+    if not attackers:
+        if not dist.is_initialized():
+            dist.init_process_group(_backend(device))
+        return False
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks)))
+    if rank >= defenders:
+        number, place = divmod(rank - defenders, each)
+        _attack(store, number, Part(place, each), defenders, device)
+        return True
+    atexit.register(_done, store)  # however this rank ends, the attackers need not wait for it
+    _alone_with(defenders)
+    if defenders > 1:
+        group = dist.PrefixStore("casehard/defender", store)
+        dist.init_process_group(_backend(device), store=group, rank=rank, world_size=defenders)
+    _job = _Job(store, Part(rank, defenders), each)
     return False
+
+
+def _attack(store: Any, number: int, part: Part, defenders: int, device: torch.device) -> None:
+    unmoved_by_signals()
+    if part.of > 1:
+        group = dist.PrefixStore(f"casehard/attackers-{number}", store)
+        dist.init_process_group(_backend(device), store=group, rank=part.number, world_size=part.of)
+
+    def watch() -> bool:
+        return bool(store.check([DONE]))
+
+    serve(store, number, device=device, loopback=False, watch=watch, part=part, defenders=defenders)
+    leave()
+
+
+def _alone_with(defenders: int) -> None:
+    """Make the environment that of a job of the defender's ranks alone."""
+    if defenders == 1:
+        for name in RANKS:
+            os.environ.pop(name, None)
+        return
+    os.environ["WORLD_SIZE"] = str(defenders)
+    first = int(os.environ["RANK"]) - int(os.environ.get("LOCAL_RANK", "0"))  # of this machine
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", defenders))
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(local, defenders - first))
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _done(store: Any) -> None:
     with contextlib.suppress(RuntimeError):
         store.set(DONE, "1")
-
-
-def _together() -> None:
-    """Make all ranks of the launched job one process group."""
-    if dist.is_initialized():
-        return
-    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def leave() -> None:
@@ -132,7 +178,7 @@ def _device(local_rank: int) -> torch.device:
 @contextlib.contextmanager
 def beside(
     brief: Brief, *, device: torch.device, weights_dtype: torch.dtype = torch.float32, shared: bool = True
-) -> Iterator[RemoteSide]:
+) -> Iterator[RemoteSide | AgreedSide]:
     """Run the attackers of ``brief`` beside this process for the length of a ``with`` block.
 
     Args:
@@ -146,18 +192,23 @@ def beside(
     Yields:
         The side to pass to ``Patcher(side=...)``.
     """
-    count = len(brief.attackers)
-    if _store is not None:
-        if _store.check([OPEN]):
-            raise Unsupported(
-                "attackers for a second time in one launched job: its attackers served the first and are gone",
-                hint="start a job for each run",
-            )
-        with _served(_store, brief, [_signs(_store, i) for i in range(count)], False, weights_dtype) as side:
-            yield side
-    else:
+    if _job is None:
         with _threads_shared(brief, device, shared) as known, _children(known, device, weights_dtype) as side:
             yield side
+        return
+    if _job.used:
+        raise Unsupported(
+            "attackers for a second time in one launched job: its attackers served the first and are gone",
+            hint="start a job for each run",
+        )
+    _job.used = True
+    signs = [_signs(_job.store, i) for i in range(len(brief.attackers))]
+    with _served(_job.store, brief, signs, weights_dtype, part=_job.part, each=_job.each) as side:
+        if _job.part.of == 1:
+            yield side
+        else:
+            store = dist.PrefixStore("casehard/agreed", _job.store)
+            yield AgreedSide(side, group(store, *_job.part), len(brief.attackers))
 
 
 def _signs(store: Any, number: int, ended: Callable[[], str] = lambda: "") -> Signs:
@@ -174,14 +225,22 @@ def _signs(store: Any, number: int, ended: Callable[[], str] = lambda: "") -> Si
 
 @contextlib.contextmanager
 def _served(
-    store: Any, brief: Brief, signs: Sequence[Signs], loopback: bool, dtype: torch.dtype
+    store: Any,
+    brief: Brief,
+    signs: Sequence[Signs],
+    dtype: torch.dtype,
+    *,
+    part: Part = Part(),
+    each: int = 1,
+    loopback: bool = False,
 ) -> Iterator[RemoteSide]:
-    def connect(i: int) -> Channel:
-        return Channel(store, f"attacker-{i}", first=True, loopback=loopback)
+    def connect(i: int) -> list[Channel]:
+        names = [channel_name(i, q, part.number) for q in range(each)]
+        return [Channel(store, name, first=True, loopback=loopback) for name in names]
 
     store.set(OPEN, "1")
     makers = [lambda i=i: connect(i) for i in range(len(brief.attackers))]
-    side = RemoteSide(makers, brief, signs=signs, dtype=dtype)
+    side = RemoteSide(makers, brief, signs=signs, dtype=dtype, part=part)
     try:
         side.ready()
         yield side
@@ -225,7 +284,7 @@ def _children(brief: Brief, device: torch.device, dtype: torch.dtype) -> Iterato
         places = _places(device, len(brief.attackers))
         children = [stack.enter_context(_child(path, i, where)) for i, where in enumerate(places)]
         signs = [_signs(store, i, child.ended) for i, child in enumerate(children)]
-        with _served(store, brief, signs, True, dtype) as side:
+        with _served(store, brief, signs, dtype, loopback=True) as side:
             side.processes = [child.process.pid for child in children]
             yield side
 
@@ -274,7 +333,7 @@ def _child(store: Path, number: int, device: str) -> Iterator[_Child]:
 
 
 @contextlib.contextmanager
-def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16: bool) -> Iterator[RemoteSide | None]:
+def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16: bool) -> Iterator[Any]:
     """Give a method whose schedule needs attackers beside the defender the processes it needs, while the block runs.
 
     Args:
@@ -292,10 +351,10 @@ def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16:
     if not (workers or wanted) or getattr(method, "side", None) is not None:
         yield None
         return
-    if world() > 1:
+    if world() > 1 and (_job is None or _job.part.of != world()):
         raise Unsupported(
-            f"attackers beside a defender of {world()} processes",
-            hint="schedule=sequential, which attacks with all of them, or one defender process",
+            f"attackers beside a defender of {world()} processes, which no rank was set aside for",
+            hint="parallel.launch.join(attackers) on every rank before anything else; or schedule=sequential",
         )
     config = method.config
     if wanted not in (0, len(config.attackers)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,8 @@ from casehard import errors
 from casehard.defend.attackers import Arrival, Order
 from casehard.errors import Corrupt, Lost, UserError
 from casehard.parallel.brief import Brief
-from casehard.parallel.wire import Channel, Message
+from casehard.parallel.parts import Part, cut, put_together
+from casehard.parallel.wire import Channel
 
 POLL = 0.2
 """Seconds between two looks at whether a silent attacker still lives."""
@@ -27,79 +27,82 @@ Signs = Callable[[], tuple[str, str]]
 
 
 class _Courier(threading.Thread):
-    """Serves one attacker: connects, then sends an order and waits for its arrival, in turn."""
+    """Serves one attacker: connects to its processes, then sends an order and waits for its arrival, in turn."""
 
-    def __init__(self, side: RemoteSide, attacker: int, connect: Callable[[], Channel], brief: Brief) -> None:
+    def __init__(self, side: RemoteSide, attacker: int, connect: Callable[[], list[Channel]], brief: Brief) -> None:
         super().__init__(name=f"attacker-{attacker}", daemon=True)
         self.side, self.attacker, self._connect, self._brief = side, attacker, connect, brief
         self.orders: queue.SimpleQueue[tuple[Order, Snapshot, int] | None] = queue.SimpleQueue()
-        self.channel: Channel | None = None
+        self.channels: list[Channel] = []
         self.out = 0
         """Orders that no arrival has answered yet."""
 
     def run(self) -> None:
         try:
-            self.channel = self._connect()
+            self.channels = self._connect()
             header, tensors = self._brief.pack()
-            self.channel.send(header, tensors.items(), count=len(tensors))
-            self.channel.receive()  # it stands ready
+            for channel in self.channels:
+                channel.send(header, tensors.items(), count=len(tensors))
+            for channel in self.channels:
+                channel.receive()  # it stands ready
             del header, tensors
             self.side._joined(self.attacker)
             while (job := self.orders.get()) is not None:
                 self._carry(*job)
                 del job
-            self.channel.send({"kind": "stop"})
+            for channel in self.channels:
+                channel.send({"kind": "stop"})
         except UserError as error:
             self.side._failed(self.attacker, error)
         except Exception as error:  # whatever it is, the defender must hear of it
             self.side._failed(self.attacker, Lost(f"{type(error).__name__}: {error}"))
 
     def _carry(self, order: Order, snapshot: Snapshot, run: int) -> None:
-        assert self.channel is not None
         header = {"kind": "attack", "number": order.number, "source_step": order.source_step}
-        sent = self.channel.send(header, snapshot.items(), count=len(snapshot))
-        message = self.channel.receive()
-        if message.header["kind"] == "vector":
-            _check(order, message, snapshot)
-        self.side._arrived(order, message, sent, run)
-
-
-def _check(order: Order, message: Message, snapshot: Snapshot) -> None:
-    """Hold a vector against the weights it was made from: what goes into the gradient must be what was asked for."""
-    top = message.header
-    if (top["number"], top["source_step"]) != (order.number, order.source_step):
-        raise Corrupt(f"attacker {order.attacker} answered order {top['number']}, not {order.number}")
-    if odd := sorted(set(message.tensors) ^ set(snapshot)):
-        raise Corrupt(f"attacker {order.attacker}: vector and weights differ in {len(odd)} names, first {odd[0]!r}")
-    for name, t in message.tensors.items():
-        if t.shape != snapshot[name].shape:
-            raise Corrupt(
-                f"attacker {order.attacker}: {name!r} has shape {tuple(t.shape)}, the weights "
-                f"{tuple(snapshot[name].shape)}"
-            )
+        sent, mine = 0, self.side.part
+        for number, channel in enumerate(self.channels):
+            pieces = cut(snapshot, self._brief.heights, mine, Part(number, len(self.channels)))
+            sent += channel.send(header, pieces.items(), count=len(pieces))
+        messages = [channel.receive() for channel in self.channels]
+        top = messages[0].header
+        if top["kind"] == "error":
+            self.side._refused(order, top, run)
+            return
+        whence = f"attacker {order.attacker}"
+        for message in messages:
+            named = (message.header.get("number"), message.header.get("source_step"))
+            if named != (order.number, order.source_step):
+                raise Corrupt(f"{whence} answered order {named[0]} of step {named[1]}, not {order}")
+        size = sum(message.size for message in messages)
+        delta = put_together([message.tensors for message in messages], snapshot, whence)
+        tokens = top["tokens"] if mine.number == 0 else 0  # of the whole attack: one process counts them
+        arrival = Arrival(order, delta, top["steps"], top["losses"], tokens, top["seconds"])
+        self.side._arrived(arrival, sent, size, run)
 
 
 class RemoteSide:
     """Attackers in other processes, as ``defend.attackers.AttackSide``.
 
     Args:
-        connect: for each attacker, makes the channel to it; called on its thread, may take its time.
+        connect: for each attacker, makes the channels to its processes; called on its thread, may take its time.
         brief: what each attacker is told first.
         signs: for each attacker, signs of its life.
         dtype: of the weights on their way out; float32 makes attacks the same as in the defender's own process.
         patience: see :data:`PATIENCE`.
+        part: what this process holds of every weight, when the defender is several (``parallel.agreed``).
     """
 
     def __init__(
         self,
-        connect: Sequence[Callable[[], Channel]],
+        connect: Sequence[Callable[[], list[Channel]]],
         brief: Brief,
         *,
         signs: Sequence[Signs] = (),
         dtype: torch.dtype = torch.float32,
         patience: float = PATIENCE,
+        part: Part = Part(),
     ) -> None:
-        self.dtype, self.patience = dtype, patience
+        self.dtype, self.patience, self.part = dtype, patience, part
         self.processes: list[int] = []
         """Process ids of attackers that were started here."""
         self.bytes_out = self.bytes_in = 0
@@ -188,24 +191,24 @@ class RemoteSide:
 
     # -- what the couriers call ------------------------------------------------------------------------------
 
-    def _arrived(self, order: Order, message: Message, sent: int, run: int) -> None:
-        top = message.header
+    def _arrived(self, arrival: Arrival, sent: int, received: int, run: int) -> None:
+        with self._changed:
+            self._couriers[arrival.order.attacker].out -= 1
+            if run == self._run:
+                self.bytes_out, self.bytes_in = self.bytes_out + sent, self.bytes_in + received
+                self._inbox.append(arrival)
+                self._changed.notify_all()
+
+    def _refused(self, order: Order, top: Mapping[str, str], run: int) -> None:
         with self._changed:
             self._couriers[order.attacker].out -= 1
-            if run != self._run:
-                return
-            if top["kind"] == "error":
+            if run == self._run:
                 kind = getattr(errors, top["error"], UserError)
                 known = isinstance(kind, type) and issubclass(kind, UserError) and kind is not errors.MissingExtra
                 self._raised = (kind if known else UserError)(
                     f"attacker {order.attacker}: {top['message']}", hint=top["hint"]
                 )
-            else:
-                self.bytes_out, self.bytes_in = self.bytes_out + sent, self.bytes_in + message.size
-                self._inbox.append(
-                    Arrival(order, message.tensors, top["steps"], top["losses"], top["tokens"], top["seconds"])
-                )
-            self._changed.notify_all()
+                self._changed.notify_all()
 
     def _joined(self, attacker: int) -> None:
         with self._changed:
@@ -220,7 +223,7 @@ class RemoteSide:
             why = self._signs[attacker]()[0]
             time.sleep(0.0 if why else 0.05)
         with self._changed:
-            self._lose(attacker, why or re.sub(r"\[[^\]]*\]\s*", "", error.message))
+            self._lose(attacker, why or error.message)
 
     def _lose(self, attacker: int, reason: str) -> None:
         self._lost.setdefault(attacker, reason)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Channel:
         self._peer = 1 if first else 0
         prefixed = dist.PrefixStore(f"casehard/{name}", store)
         with _lost_when_broken("could not be reached"):
-            self._group = _group(prefixed, 0 if first else 1, loopback=loopback)
+            self._group = group(prefixed, 0 if first else 1, 2, loopback=loopback)
         self._sent = self._seen = -1
 
     def send(
@@ -154,14 +155,20 @@ class _lost_when_broken:  # noqa: N801
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError | AttributeError):  # the latter: this end was closed
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise Lost(f"the other end of a channel {self.what}: {reason[:200]}") from None
+            raise Lost(f"the other end of a channel {self.what}: {why(error)}") from None
 
 
-def _group(store: Any, rank: int, *, loopback: bool) -> Any:
+def why(error: BaseException) -> str:
+    """Return what a broken group said, without where in gloo's source it said it."""
+    first = re.sub(r"\[[^\]]*\]\s*", "", str(error).partition("\n")[0])
+    return first.partition(". This is typically")[0][:200] or type(error).__name__
+
+
+def group(store: Any, rank: int, size: int, *, loopback: bool = False) -> Any:
+    """Make a gloo process group by hand, beside whatever groups ``torch.distributed`` knows of."""
     options = dist.ProcessGroupGloo._Options()
     options._timeout = PATIENCE
     options._threads = 1
     local = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
     options._devices = [local if loopback else dist.ProcessGroupGloo.create_default_device()]
-    return dist.ProcessGroupGloo(store, rank, 2, options)
+    return dist.ProcessGroupGloo(store, rank, size, options)

@@ -210,7 +210,7 @@ class HardeningMixin(StagedCheckpoints):
                 micros=self.args.gradient_accumulation_steps,
                 scratch=self._scratch,
                 log=self.meter.log,
-                stop=lambda: self._interrupts.received is not None,
+                stop=self._asked_to_stop,
             )
             if setup.scratch is not None:
                 setup.scratch.mkdir(parents=True, exist_ok=True)
