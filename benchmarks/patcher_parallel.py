@@ -9,10 +9,7 @@ for each r = k1 / k2 of --ratio (keys end in _k1_<r>k2):
     ideal                  (2 k2 + k1) / max(2 k2, k1)
     mean_age               outer steps, of the vectors the async side used
     bytes_sent_per_round   weights to the attacker and vectors back, per k2 outer steps
-    extra_bytes_per_param  peak of the async defender minus peak of plain training, fp32 on a CPU. The formula says 12:
-                           a vector in use (2) and one arriving (2), the composed view (4), the copy on its way out (4);
-                           only with llama25m is the model large enough for resident memory to tell
-Needs two idle cores: on one, both sides share what the sequential side has alone.
+Memory: patcher_memory.py. Needs two idle cores: on one, both sides share what the sequential side has alone.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import statistics
 import time
 
 import torch
-from patcher_step import BATCHES, Loop, build, peak
+from patcher_step import BATCHES, Loop, build
 
 from casehard.defend.patcher import Patcher, PatcherConfig
 from casehard.maths.bilevel import Attacker
@@ -47,10 +44,6 @@ def compare(name: str, k1: int, k2: int, rounds: int, blocks: int) -> dict[str, 
     sequential = Patcher(PatcherConfig(round_steps=k2, attackers=(attacker,)), unsafe=rows)
     method = Patcher(PatcherConfig(schedule="async", round_steps=k2, attackers=(attacker,)), unsafe=rows)
     brief = brief_for(twin, [rows], [attacker], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
-    plain = Loop(model, rows, size, None)
-    plain.step()
-    base = min(peak(plain.step, "cpu") for _ in range(3))
-    del plain
     with beside(brief, device=torch.device("cpu")) as side:
         method.side = side
         one, two = Loop(model, rows, size, sequential), Loop(twin, rows, size, method)
@@ -72,9 +65,6 @@ def compare(name: str, k1: int, k2: int, rounds: int, blocks: int) -> dict[str, 
             took["async"].append(block(two, rounds * k2))
         sent = side.bytes_out + side.bytes_in - sent
         age = method.vectors.drain_ages()["attack_age"]
-        top = peak(lambda: [two.step() for _ in range(2 * k2)] and None, "cpu")
-    parameters = sum(p.numel() for p in model.parameters())
-    resident = 20 * parameters  # the sequential side's weights, gradients, moments and vector are there all along
     return {
         "speedup_vs_sequential": statistics.median(
             a / b for a, b in zip(took["sequential"], took["async"], strict=True)
@@ -82,7 +72,6 @@ def compare(name: str, k1: int, k2: int, rounds: int, blocks: int) -> dict[str, 
         "ideal": (2 * k2 + k1) / max(2 * k2, k1),
         "mean_age": age,
         "bytes_sent_per_round": sent / (blocks * rounds),
-        "extra_bytes_per_param": (top - base - resident) / parameters,
         "sequential_s": statistics.median(took["sequential"]),
         "async_s": statistics.median(took["async"]),
     }

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "defend": BOTTOM | {"data", "model"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
-    "parallel": BOTTOM | {"data", "defend"},
+    "parallel": BOTTOM | {"data", "model", "defend"},
     "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer", "parallel"},
     "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
@@ -55,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
 ONLY: dict[tuple[str, str], set[str]] = {
     ("train", "defend"): {"casehard.defend.protocol", "casehard.defend.plain"},
     ("defend", "model"): {"casehard.model.lora_files"},
+    ("parallel", "model"): {"casehard.model.shard"},
     ("organism", "evaluate"): {"casehard.evaluate.judge"},
     ("evaluate", "organism"): {"casehard.organism.judge"},
     ("evaluate", "train"): {"casehard.train.progress"},
