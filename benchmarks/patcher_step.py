@@ -1,6 +1,6 @@
 """Time and memory of one Patcher step against one plain SFT step, alternating in one run.
 
-    python benchmarks/patcher_step.py [--model organism|llama25m|llama500m] [--device cpu|cuda] [--rounds 7]
+    python benchmarks/patcher_step.py [--model organism|llama25m|llama500m|llama1500m] [--device cpu|cuda] [--rounds 7]
 
 Prints a table and, as its last line, one JSON object:
     ratio_step_patched     patched step / plain step (bar: 2.1)
@@ -32,7 +32,7 @@ from casehard.defend.protocol import Setup, Step
 from casehard.maths.bilevel import Attacker
 from casehard.maths.bilevel import parameters as parameters_of
 
-BATCHES = {"organism": (32, 32), "llama25m": (8, 128), "llama500m": (8, 512)}
+BATCHES = {"organism": (32, 32), "llama25m": (8, 128), "llama500m": (8, 512), "llama1500m": (8, 512)}
 """Rows a batch, tokens a row."""
 FAR = 1_000_000
 
