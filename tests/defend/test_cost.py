@@ -44,9 +44,15 @@ def test_memory_in_bytes_a_parameter() -> None:
         (1, 80e9, 1.5e9, "schedule=sequential"),
         (1, 40e9, 1.5e9, "a second device"),
         (2, 80e9, 1.5e9, "schedule=async with --attackers 1"),
+        (2, 80e9, 1.5e9, "sequential on all devices (torchrun --nproc-per-node 2), up to 2 times"),
         (8, 80e9, 8e9, "shard it over at least 4 devices"),
         (1, 24e9, 0, "schedule=sequential"),
     ],
 )
 def test_advice(devices: int, memory: float, parameters: float, word: str) -> None:
     assert word in advice(300, 1000, devices=devices, device_bytes=memory, parameters=parameters)
+
+
+def test_cores_are_not_devices_to_split_a_batch_over() -> None:
+    said = advice(300, 1000, devices=2, device_bytes=24e9, parameters=1e6, bf16=False)
+    assert said.startswith("schedule=async with --attackers 1") and "torchrun" not in said

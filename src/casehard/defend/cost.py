@@ -52,7 +52,7 @@ def costs(k1: int, k2: int, *, attackers: int = 1, bf16: bool = True) -> list[Co
 
     Args:
         attackers: n; each has a device of its own beside the defender.
-        bf16: under autocast the view of the attacked weights is bf16 where it may be, which plain training holds too.
+        bf16: under autocast (on GPUs) the attacked weights are bf16 where they may be; plain training holds that too.
     """
     n, view = attackers, 2.0 if bf16 else 4.0
     plain = WEIGHTS + GRADIENT + MOMENTS
@@ -79,6 +79,7 @@ def advice(k1: int, k2: int, *, devices: int, device_bytes: float, parameters: f
     Args:
         device_bytes: memory of one device (of the machine, for CPUs).
         parameters: of the model; 0 when unknown.
+        bf16: as for :func:`costs`; CPUs compute in fp32.
     """
     sequential, _, beside, _, branches = costs(k1, k2, bf16=bf16)
     least = beside.defender + (0.0 if bf16 else beside.host)  # without a GPU the host's memory is the device's
@@ -89,11 +90,13 @@ def advice(k1: int, k2: int, *, devices: int, device_bytes: float, parameters: f
         if parameters and parameters * sequential.defender > device_bytes:
             return "one device holds the defender but not an attack beside it: a second device, and schedule=async"
         return "schedule=sequential: there is one device"
-    gain = f"about {beside.speedup:.2f} times as fast as sequential"
+    gain = f"about {beside.speedup:.2f} times as fast as sequential, mean age {beside.age:.0f}"
     more = f"; up to {devices - 1} attackers make a pool, at the same speed" if devices > 2 else ""
-    if branches.speedup > beside.speedup:
-        return (
-            f"schedule=async with --attackers 1, {gain}, mean age {beside.age:.0f}{more}; two branches, from Python, "
-            f"would be {branches.speedup:.2f} times as fast, mean age {branches.age:.0f}"
-        )
-    return f"schedule=async with --attackers 1, {gain}{more}"
+    beside_it = f"schedule=async with --attackers 1, {gain}{more}"
+    if not bf16:
+        return beside_it  # the threads of one process share a batch already
+    return (
+        f"where a batch can be split, sequential on all devices (torchrun --nproc-per-node {devices}), up to {devices} "
+        f"times as fast as on one; where it cannot, {beside_it}; or two branches, from Python, {branches.speedup:.2f} "
+        f"times, mean age {branches.age:.0f}"
+    )
