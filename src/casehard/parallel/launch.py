@@ -109,8 +109,8 @@ def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
     atexit.register(_done, store)  # however this rank ends, the attackers need not wait for it
     _alone_with(defenders)
     if defenders > 1:
-        group = dist.PrefixStore("casehard/defender", store)
-        dist.init_process_group(_backend(device), store=group, rank=rank, world_size=defenders)
+        own = dist.PrefixStore("casehard/defender", store)
+        dist.init_process_group(_backend(device), store=own, rank=rank, world_size=defenders)
     _job = _Job(store, Part(rank, defenders), each)
     return False
 
@@ -118,8 +118,8 @@ def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
 def _attack(store: Any, number: int, part: Part, defenders: int, device: torch.device) -> None:
     unmoved_by_signals()
     if part.of > 1:
-        group = dist.PrefixStore(f"casehard/attackers-{number}", store)
-        dist.init_process_group(_backend(device), store=group, rank=part.number, world_size=part.of)
+        own = dist.PrefixStore(f"casehard/attackers-{number}", store)
+        dist.init_process_group(_backend(device), store=own, rank=part.number, world_size=part.of)
 
     def watch() -> bool:
         return bool(store.check([DONE]))
