@@ -181,19 +181,25 @@ class HardeningMixin(StagedCheckpoints):
     def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
         """Return the verified checkpoint to start from and its step."""
         out = Path(self.args.output_dir)
-        ranks = self.args.world_size
         if not wanted:
             if self._keeps and checkpoint.checkpoints(out):
                 raise ConfigError(
                     f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
                 )
             return None, 0
+        # One rank reads every byte, and decides for all.
+        found = self._together(lambda: self._verified(wanted, last) if self.args.should_save else 0)
+        step = self._largest(found)
+        return (out / f"{checkpoint.PREFIX}{step}" if wanted is True else Path(str(wanted))), step
+
+    def _verified(self, wanted: str | bool, last: int) -> int:
+        out, ranks = Path(self.args.output_dir), self.args.world_size
         folder = checkpoint.newest(out, last_step=last, world_size=ranks) if wanted is True else Path(str(wanted))
         if folder is None:
             raise ConfigError(f"nothing to resume from in {out}", hint="start without resume_from_checkpoint")
         step = checkpoint.require_complete(folder, world_size=ranks)
         checkpoint.ShellState.read(folder).require_same(self.identity, folder)
-        return folder, step
+        return step
 
     def _prepare_method(self, last: int) -> None:
         if self._keeps and self.args.should_save:
@@ -225,16 +231,20 @@ class HardeningMixin(StagedCheckpoints):
         self.meter.start()
         if self._resumed is None:
             return
-        shell = checkpoint.ShellState.read(self._resumed)
+        own = self._own(self._resumed)
+        shell = checkpoint.ShellState.read(own)
         self.meter.restore(shell.meter)
         self._tr_loss = torch.tensor(shell.loss_sum, device=self.args.device)
         self._globalstep_last_logged = shell.logged_step
         if has(self.method, "restore"):
-            self.method.restore(checkpoint.load_method(self._resumed, self._scratch))
+            self.method.restore(checkpoint.load_method(own, self._scratch))
 
     def _load_finished(self, step: int) -> TrainOutput:
         """Take over a run that was stopped after its last step; the stock loop would add one more."""
         assert self._resumed is not None
+        if self.is_fsdp_enabled:
+            # accelerate shards the model on its way into training only.
+            self._prepare_for_training(step, self.get_train_dataloader(), None)
         self._load_from_checkpoint(str(self._resumed))
         self.state = TrainerState.load_from_json(str(self._resumed / checkpoint.TRAINER_STATE))
         self._begin()
