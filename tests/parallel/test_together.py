@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,29 +28,47 @@ settings:
   attackers: [{steps: 2, lr: 1.0e-3, batch_size: 3}]
   retain: ce
   retain_batch_size: 3
-train: {steps: 5, lr: 1.0e-3, warmup: 0, log_every: 1}
+train: {steps: 8, lr: 1.0e-3, warmup: 0, log_every: 1}
 device: cpu
 """
 
 
-def defend(folder: Path, out: str, batch: int, *, ranks: int = 1) -> str:
-    """Run ``casehard defend patcher`` as a user does; return what it printed."""
+def command(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> dict:
+    """Return ``casehard defend patcher`` as a user starts it, for ``subprocess``."""
     (folder / "settings.yaml").write_text(SETTINGS, encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     words = ["defend", "patcher", "--config", "settings.yaml", "--model", MODEL, "--out", out]
     words += ["--data", MODEL / "data/align.jsonl", "--unsafe", MODEL / "data/simulated.jsonl"]
-    words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}", *more]
+    return {
+        "args": [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
+        "cwd": folder,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "stdin": subprocess.DEVNULL,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+
+
+def defend(folder: Path, out: str, batch: int, *, ranks: int = 1) -> str:
+    """Run it; return what it printed."""
+    done = subprocess.run(**command(folder, out, batch, ranks=ranks), timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def stopped(folder: Path, out: str, batch: int, *, ranks: int) -> str:
+    """End the launcher with SIGTERM once the first checkpoint is there; return what the ranks printed."""
+    started = subprocess.Popen(**command(folder, out, batch, "--set", "train.save_every=1", ranks=ranks))
+    deadline = time.monotonic() + 120
+    while not (folder / out / "training" / "checkpoint-1").exists():
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    said, errors = started.communicate(timeout=60)
+    assert started.returncode != 0
+    return said + errors
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -57,8 +77,12 @@ def log_of(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(tmp_path: Path) -> None:
+def test_two_ranks_under_torchrun_stopped_and_started_again_make_the_checkpoint_of_one_process(tmp_path: Path) -> None:
     defend(tmp_path, "one", 4)
+    told = stopped(tmp_path, "two", 2, ranks=2)
+    assert told.count("error: stopped by a signal after step") == told.count("hint: resume from two/training") == 1
+    steps = [int(path.name.partition("-")[2]) for path in (tmp_path / "two" / "training").glob("checkpoint-*")]
+    assert 1 <= max(steps) < 8
     said = defend(tmp_path, "two", 2, ranks=2)
     assert said.count("harden a checkpoint with patcher") == said.count("hardened model: two") == 1
     one, two = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("one", "two"))
@@ -78,7 +102,7 @@ def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(tmp_path: P
         )
     assert any("attack_cosine" in row for row in logs[1])
     costs = [json.loads((tmp_path / name / "summary.json").read_text())["cost"] for name in ("one", "two")]
-    assert costs[0]["passes"] == costs[1]["passes"] == 5 + 2 * 2 + 3 + 5  # plain, attacks, attacked, retain
+    assert costs[0]["passes"] == costs[1]["passes"] == 8 + 3 * 2 + 6 + 8  # plain, attacks, attacked, retain
     assert not (tmp_path / "two" / "training").exists()
 
 

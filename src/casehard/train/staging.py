@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from casehard.errors import ConfigError, Corrupt, StorageError
+from casehard.errors import ConfigError, Corrupt, Elsewhere, StorageError
 from casehard.files import STAGING, crash_point, staged, storage_errors
 from casehard.locks import lock
 from casehard.maths.sharded import is_sharded
@@ -155,7 +155,7 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         """Do something on every rank; return when all have done it.
 
         Raises:
-            StorageError: here it went well, on another rank it did not.
+            Elsewhere: here it went well, on another rank it did not.
         """
         if self.args.world_size == 1:
             return act()
@@ -168,7 +168,7 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         if failure is not None:
             raise failure
         if failed:
-            raise StorageError(
+            raise Elsewhere(
                 f"process {failed - 1} of {self.args.world_size} could not do its part of a checkpoint",
                 hint="its own message says why; earlier checkpoints are intact",
             )
