@@ -178,29 +178,6 @@ class HardeningMixin(StagedCheckpoints):
         with torch.random.fork_rng(devices=[]):
             return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
-    def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
-        """Return the verified checkpoint to start from and its step."""
-        out = Path(self.args.output_dir)
-        if not wanted:
-            if self._keeps and checkpoint.checkpoints(out):
-                raise ConfigError(
-                    f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
-                )
-            return None, 0
-        # One rank reads every byte, and decides for all.
-        found = self._together(lambda: self._verified(wanted, last) if self.args.should_save else 0)
-        step = self._largest(found)
-        return (out / f"{checkpoint.PREFIX}{step}" if wanted is True else Path(str(wanted))), step
-
-    def _verified(self, wanted: str | bool, last: int) -> int:
-        out, ranks = Path(self.args.output_dir), self.args.world_size
-        folder = checkpoint.newest(out, last_step=last, world_size=ranks) if wanted is True else Path(str(wanted))
-        if folder is None:
-            raise ConfigError(f"nothing to resume from in {out}", hint="start without resume_from_checkpoint")
-        step = checkpoint.require_complete(folder, world_size=ranks)
-        checkpoint.ShellState.read(folder).require_same(self.identity, folder)
-        return step
-
     def _prepare_method(self, last: int) -> None:
         if self._keeps and self.args.should_save:
             out = Path(self.args.output_dir)

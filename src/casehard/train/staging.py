@@ -60,6 +60,8 @@ def _admitted(model: Any, arguments: Any) -> Iterator[bool | None]:
 class StagedCheckpoints(_Base):  # type: ignore[misc]
     """Stage what the base class saves; subclasses add their own files in :meth:`_save_own`."""
 
+    identity: dict[str, str]
+    """What must be the same when a run goes on."""
     _staging: Path | None = None
     _saved_step = -1
 
@@ -100,6 +102,32 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
                 yield
         else:
             yield
+
+    def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
+        """Return the verified checkpoint to start from and its step."""
+        out = Path(self.args.output_dir)
+        if not wanted:
+            if self._keeps and checkpoint.checkpoints(out):
+                raise ConfigError(
+                    f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
+                )
+            return None, 0
+        # One rank reads every byte, and decides for all.
+        found = self._together(lambda: self._verified(wanted, last) if self.args.should_save else 0)
+        step = self._largest(found)
+        return (out / f"{checkpoint.PREFIX}{step}" if wanted is True else Path(str(wanted))), step
+
+    def _verified(self, wanted: str | bool, last: int) -> int:
+        out, ranks = Path(self.args.output_dir), self.args.world_size
+        if wanted is not True:
+            folder = Path(str(wanted))
+            step = checkpoint.require_complete(folder, world_size=ranks)
+        elif found := checkpoint.newest(out, last_step=last, world_size=ranks):
+            folder, step = found, int(found.name.removeprefix(checkpoint.PREFIX))
+        else:
+            raise ConfigError(f"nothing to resume from in {out}", hint="start without resume_from_checkpoint")
+        checkpoint.ShellState.read(folder).require_same(self.identity, folder)
+        return step
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
