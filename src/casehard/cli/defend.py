@@ -181,7 +181,7 @@ def _help(job: Any, out: Path) -> None:
     """Train a shard of rank 0's model, which says and saves everything; say only what went wrong here alone."""
     import warnings
 
-    from casehard.errors import Elsewhere, Interrupted
+    from casehard.errors import Elsewhere, Interrupted, Lost
     from casehard.jobs import run_defend
     from casehard.parallel.launch import leave
     from casehard.train.progress import set_quiet
@@ -191,7 +191,7 @@ def _help(job: Any, out: Path) -> None:
         warnings.simplefilter("ignore")
         try:
             run_defend(job, out)
-        except (Elsewhere, Interrupted) as error:
+        except (Elsewhere, Interrupted, Lost) as error:
             raise typer.Exit(error.exit_code) from None
     leave()
 

@@ -24,7 +24,7 @@ from casehard.defend.protocol import Setup, Step, Stopped, has
 from casehard.errors import ConfigError, Diverged, Interrupted, Lost, Unsupported
 from casehard.files import sweep
 from casehard.train import checkpoint
-from casehard.train.guards import FiniteGuard, Interrupts
+from casehard.train.guards import FiniteGuard, Interrupts, told_of_peers
 from casehard.train.meter import Meter
 from casehard.train.staging import StagedCheckpoints
 
@@ -133,10 +133,11 @@ class HardeningMixin(StagedCheckpoints):
             Corrupt: the checkpoint asked for, or every one there is, fails verification.
             Diverged: loss or gradient is not finite; raised before that step's update.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written if the run keeps any.
-            Lost: a process the method needs is gone; a checkpoint was written if the run keeps any.
+            Lost: a process the method needs is gone; a checkpoint was written if the run keeps any. Where it is another
+                rank, the last one stands.
             StorageError: the disk is full; earlier checkpoints are intact.
         """
-        with self._alone():
+        with told_of_peers(), self._alone():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
