@@ -18,7 +18,7 @@ from torch import nn
 
 from casehard.defend.copies import CleanCopies
 from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.errors import ConfigError, Interrupted, StorageError
+from casehard.errors import ConfigError, Interrupted, StorageError, Unsupported
 from casehard.maths.bilevel import Attacker
 from casehard.maths.collective import local
 from casehard.maths.sharded import masters
@@ -76,13 +76,19 @@ def full_disk(out: Path) -> str:
     return ""
 
 
-def empty_shards(out: Path) -> list[bool]:
-    """One output row for two ranks: save, change everything, load."""
+def little(mesh: object = None) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
     small = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    fully_shard(small)
+    fully_shard(small, mesh=mesh)
+    return small
+
+
+def round_trip(out: Path, mesh: object = None) -> list[bool]:
+    """Save, take a step, load, take it again; of a layer with one row, of two ranks that shard it one has none."""
+    out.mkdir()
+    small = little(mesh)
     optimizer = torch.optim.AdamW(small.parameters(), lr=0.1, fused=True)
 
     def step() -> None:
@@ -121,6 +127,40 @@ def empty_shards(out: Path) -> list[bool]:
     ]
 
 
+def refusals(out: Path, mesh: object) -> list[str]:
+    """What does not fit: shards of another mesh, a state that is no number, groups of another recipe."""
+    small = little(mesh)
+    odd = torch.optim.SGD(small.parameters(), lr=0.1)
+    odd.state[next(small.parameters())]["history"] = [1, 2]
+    groups = torch.optim.SGD([{"params": [p]} for p in small.parameters()], lr=0.1)
+    said = []
+    for attempt in (
+        lambda: shards.load_weights(small, out),
+        lambda: shards.save_optimizer(small, odd, out),
+        lambda: shards.load_optimizer(small, groups, out),
+    ):
+        try:
+            attempt()
+        except (ConfigError, Unsupported) as error:
+            said.append(error.message)
+    return said
+
+
+def plain_sgd(out: Path) -> dict:
+    """An optimiser without any state, a whole number kept as such, and a rate that a schedule has lowered."""
+    small = little()
+    first, second = (torch.optim.SGD(small.parameters(), lr=0.1) for _ in range(2))
+    first.param_groups[0]["lr"] = 0.1 / 3
+    out.mkdir()
+    shards.save_optimizer(small, first, out)
+    shards.load_optimizer(small, second, out)
+    empty = len(second.state)
+    first.state[next(small.parameters())]["step"] = 7
+    shards.save_optimizer(small, first, out)
+    shards.load_optimizer(small, second, out)
+    return {"empty": empty, "step": second.state[next(small.parameters())]["step"], "lr": second.param_groups[0]["lr"]}
+
+
 def damage(out: Path) -> None:
     """Take a rank's part away from the newest checkpoint and change a byte of a part of the one before."""
     (out / f"checkpoint-{STEPS}/shards/rank-1-of-2/weights-00000.safetensors").unlink()
@@ -152,10 +192,14 @@ def _rank(rank: int, out: Path) -> None:
         seen["older"] = run(out / "straight", save_every=2)
     seen["told"] = [str(w.message) for w in told if "skipped" in str(w.message)]
     seen["disk"] = full_disk(out / "full")
-    small = out / f"small-{rank}"
-    small.mkdir()
-    seen["empty"] = empty_shards(small)
     seen["needs"] = checkpoint.bytes_needed(model())
+    replicas = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    seen["two shards"] = round_trip(out / f"shards-{rank}")
+    shards._CHUNK = 1  # a file for each tensor
+    seen["two replicas"] = round_trip(out / f"replicas-{rank}", replicas)
+    seen["needs little"] = [checkpoint.bytes_needed(little(mesh)) for mesh in (None, replicas)]
+    seen["refused"] = refusals(out / f"shards-{rank}", replicas)
+    seen["sgd"] = plain_sgd(out / f"sgd-{rank}")
     torch.save(seen, out / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -223,8 +267,24 @@ def test_one_rank_that_cannot_write_stops_all(two) -> None:
 
 
 def test_a_rank_without_rows_keeps_its_state(two) -> None:
-    assert two[1][0]["empty"] == [False, True, True, True]
-    assert two[1][1]["empty"] == [True, True, True, True]
+    assert [seen["two shards"] for seen in two[1]] == [[False, True, True, True], [True, True, True, True]]
+
+
+def test_replicas_of_shards_keep_theirs_in_as_many_files_as_it_takes(two) -> None:
+    out, both = two
+    assert [seen["two replicas"] for seen in both] == [[False, True, True, True]] * 2
+    assert len(list((out / "replicas-1").glob("weights-*.safetensors"))) == 4
+    once, twice = both[0]["needs little"]
+    assert (once, twice) == (11 * 4 * 3, 2 * 11 * 4 * 3)
+
+
+def test_what_an_optimiser_may_keep(two) -> None:
+    for seen in two[1]:
+        assert seen["sgd"] == {"empty": 0, "step": 7, "lr": 0.1 / 3}
+        mesh, state, groups = seen["refused"]
+        assert "parameter/0.bias is (1,) of torch.float32, and (2,) of torch.float32 on this rank" in mesh
+        assert "optimiser state history/0.weight is a list" in state
+        assert "holds 1 parameter groups, this optimiser has 4" in groups
 
 
 def test_another_number_of_processes_is_refused(two) -> None:

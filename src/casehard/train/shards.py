@@ -73,9 +73,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             if there is None:
                 raise _odd(folder, key)
             if (stored.shape, stored.dtype) != (there.shape, there.dtype):
+                saved, here = (f"{tuple(t.shape)} of {t.dtype}" for t in (stored, there))
                 raise ConfigError(
-                    f"{folder} holds {tuple(stored.shape)} of {stored.dtype} of {key}, this rank {tuple(there.shape)} "
-                    f"of {there.dtype}",
+                    f"{folder}: {key} is {saved}, and {here} on this rank",
                     hint="go on with the mesh and the precision that the run began with",
                 )
             there.copy_(stored)
