@@ -27,6 +27,7 @@ from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 from fakes import tiny_llama, tiny_rows
 
+pytestmark = pytest.mark.slow
 STEPS, STOP = 6, 3
 ROWS, UNSAFE, RETAIN = tiny_rows(24, vocab=63, seed=1), tiny_rows(8, vocab=63, seed=2), tiny_rows(9, vocab=63, seed=3)
 

@@ -221,7 +221,7 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the base class; into a checkpoint that is being staged each rank of a sharded model writes its shards."""
+        """Save as the base class does; of a sharded model each rank writes its shards into a staged checkpoint."""
         if self._staging is None or output_dir is None or not self._in_shards:
             super().save_model(output_dir, _internal_call)
             return
