@@ -44,6 +44,10 @@ class StorageError(UserError):
     exit_code = 5
 
 
+class Elsewhere(StorageError):
+    """Another process of the run could not write or read its part, and said why; this one stops with it."""
+
+
 class Corrupt(UserError):
     """A file does not match its manifest; the message names file, expected and actual digest."""
 

@@ -212,7 +212,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     that folder is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
 
     In a process group of several ranks all of them make the same call. The model is sharded over them (FSDP2), each has
-    ``train.batch_size`` rows of a micro-batch, rank 0 gathers and saves, and an interrupted run starts over.
+    ``train.batch_size`` rows of a micro-batch, and rank 0 gathers and saves. An interrupted run goes on with as many.
 
     Raises:
         UserError: any setting, row or file is unusable; nothing half-written is left.
@@ -230,7 +230,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     data = encoded.pop("data")
     method = _method(spec, job, encoded)
     assets = {"assets": assets_digest(job.assets)} if job.assets else {}
-    training = None if together else out / "training"
+    training = out / "training"
     bf16 = uses_bf16(job.train.precision, next(loaded.model.parameters()).device)
     beside = equipped(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
     with _guarded(method, loaded, job.system), beside:
@@ -262,7 +262,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
             "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
         },
     )
-    if training is not None and not job.train.save_every:
+    if not job.train.save_every:
         remove(training)
     return DefendResult(checkpoint, cost, result.log)
 
@@ -283,11 +283,6 @@ def _together(job: DefendJob) -> bool:
         return False
     if job.method != "patcher":
         raise Unsupported(f"{job.method} on {world()} ranks", hint="start it without torchrun or accelerate launch")
-    if job.train.save_every:
-        raise Unsupported(
-            f"train.save_every {job.train.save_every} on {world()} ranks: a sharded run keeps no checkpoints",
-            hint="train.save_every=0; rank 0 saves the gathered model at the end",
-        )
     return True
 
 

@@ -35,6 +35,7 @@ CASES: dict[str, dict] = {
     "ce, one row": {"retain": "ce", "retain_batch_size": 1, "alpha": 0.3, **FULL},
     "attacked loss alone": {"alpha": 1.0, **FULL},
 }
+FOUR = {"round_steps": 1, "retain": "kl", "retain_batch_size": 3, **FULL}
 BRANCHED = [name for name in CASES if name != "attacked loss alone"]
 
 
@@ -45,7 +46,7 @@ def patcher(branches: object = None, **settings: object) -> Patcher:
 
 
 def run(
-    method: Patcher | None, model: nn.Module, *, rank: int = 0, of: int = 1, scratch: Path | None = None
+    method: Patcher | None, model: nn.Module, *, rank: int = 0, of: int = 1, steps: int = STEPS
 ) -> dict[str, object]:
     """Drive the outer loop over this rank's rows; every weight must be the same bits before and after a backward."""
     log: list[dict] = []
@@ -53,8 +54,8 @@ def run(
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if method is not None:
-        method.prepare(Setup(inner, seed=0, max_steps=STEPS, micros=MICROS, log=log.append, scratch=scratch))
-    for index in range(STEPS):
+        method.prepare(Setup(inner, seed=0, max_steps=steps, micros=MICROS, log=log.append))
+    for index in range(steps):
         total = torch.zeros(())
         for micro in range(MICROS):
             whole = SAFE.batch_at(ROWS, seed=0, step=index * MICROS + micro, purpose="outer")
@@ -81,13 +82,13 @@ def run(
     return {"weights": kept, "log": log, "losses": losses, "passes": method.passes if method else 0}
 
 
-def sharded() -> nn.Module:
+def sharded(mesh: object = None) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     model = llama()
     for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 
@@ -135,7 +136,6 @@ def _rank(rank: int, out: Path) -> None:
     seen["again"] = again(sharded())
     ddp = nn.parallel.DistributedDataParallel(llama())
     seen["refused"] = {
-        "checkpoints": refusal(lambda: run(patcher(), sharded(), scratch=out)),
         "nobody": refusal(lambda: run(patcher(), llama())),
         "lora": refusal(lambda: run(patcher(attackers=(Attacker(steps=1, lora_rank=1),)), sharded())),
         "rows": refusal(lambda: run(patcher(branches), ddp)),
@@ -212,7 +212,6 @@ def test_an_attack_can_be_repeated_from_kept_shards(ranks: list[dict]) -> None:
 def test_what_cannot_be_is_refused(ranks: list[dict]) -> None:
     for seen in ranks:
         refused = seen["refused"]
-        assert "a sharded model with checkpoints" in refused["checkpoints"]
         assert "nobody would average gradients" in refused["nobody"]
         assert "LoRA attacker on a sharded model" in refused["lora"]
         assert "its ranks get different rows" in refused["rows"]
@@ -223,3 +222,32 @@ def test_what_cannot_be_is_refused(ranks: list[dict]) -> None:
 def test_branches_need_both_terms(alpha: float) -> None:
     with pytest.raises(ConfigError, match="branches with alpha"):
         patcher(object(), alpha=alpha)
+
+
+def _one_of_four(rank: int, out: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("branch", "shard"))
+    method = patcher(mesh["branch"], **FOUR)
+    torch.save(run(method, sharded(mesh["shard"]), rank=rank % 2, of=2, steps=3), out / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_branches_of_two_shards_equal_one_process(tmp_path: Path) -> None:
+    """Three steps, attacks before the second and the third; ranks 0 and 1 run the plain passes, 2 and 3 the others."""
+    import torch.multiprocessing as mp
+
+    mp.spawn(_one_of_four, (tmp_path,), nprocs=4)
+    one = run(patcher(**FOUR), llama(), steps=3)
+    seen = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    for many in seen:
+        close(one, many, 1e-5)
+        assert all(torch.equal(p, many["weights"][name]) for name, p in seen[0]["weights"].items())
+    for branch in (seen[:2], seen[2:]):
+        mean = [sum(pair) / 2 for pair in zip(*(many["losses"] for many in branch), strict=True)]
+        assert mean == pytest.approx(one["losses"], abs=1e-5)

@@ -9,11 +9,11 @@ import signal
 import pytest
 import torch
 
-from casehard.errors import Diverged, Interrupted, StorageError
+from casehard.errors import Diverged, Interrupted, Lost, StorageError
 from casehard.files import verify
 from casehard.train.checkpoint import checkpoints
 from casehard.train.fit import fit
-from casehard.train.guards import FiniteGuard, require_finite
+from casehard.train.guards import FiniteGuard, require_finite, told_of_peers
 from casehard.train.recipe import TrainConfig
 from fakes import Averaging, largest_difference, tiny_llama, tiny_rows, weights
 
@@ -206,3 +206,15 @@ def test_an_interrupt_without_checkpoints_says_so():
     with pytest.raises(Interrupted, match="kept no checkpoints") as caught:
         fit(tiny_llama(), None, ROWS, config=config(), seed=0, on_step=hook)
     assert caught.value.exit_code == 143
+
+
+def test_a_dead_peer_is_told_as_such_and_other_errors_are_left_alone():
+    """What gloo raises is a plain RuntimeError; NCCL's has a class."""
+    for said in (
+        RuntimeError("[x/gloo/transport/tcp/pair.cc:537] Read error"),
+        torch.distributed.DistBackendError("n"),
+    ):
+        with pytest.raises(Lost, match="another process of this job is gone"), told_of_peers():
+            raise said
+    with pytest.raises(RuntimeError, match="size mismatch"), told_of_peers():
+        raise RuntimeError("size mismatch")

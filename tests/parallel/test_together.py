@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,29 +28,49 @@ settings:
   attackers: [{steps: 2, lr: 1.0e-3, batch_size: 3}]
   retain: ce
   retain_batch_size: 3
-train: {steps: 5, lr: 1.0e-3, warmup: 0, log_every: 1}
+train: {steps: 8, lr: 1.0e-3, warmup: 0, log_every: 1}
 device: cpu
 """
 
 
-def defend(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> str:
-    """Run ``casehard defend patcher`` as a user does; return what it printed."""
+def command(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> dict:
+    """Return ``casehard defend patcher`` as a user starts it, for ``subprocess``."""
     (folder / "settings.yaml").write_text(SETTINGS, encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     words = ["defend", "patcher", "--config", "settings.yaml", "--model", MODEL, "--out", out]
     words += ["--data", MODEL / "data/align.jsonl", "--unsafe", MODEL / "data/simulated.jsonl"]
     words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}", *more]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+    return {
+        "args": [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
+        "cwd": folder,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "stdin": subprocess.DEVNULL,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+
+
+def defend(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> str:
+    """Run it; return what it printed."""
+    done = subprocess.run(**command(folder, out, batch, *more, ranks=ranks), timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def stopped(folder: Path, out: str, batch: int, *more: str, ranks: int) -> str:
+    """End the launcher with SIGTERM once the first checkpoint is there; return what the ranks printed."""
+    started = subprocess.Popen(**command(folder, out, batch, "--set", "train.save_every=1", *more, ranks=ranks))
+    deadline = time.monotonic() + 120
+    while not (folder / out / "training" / "checkpoint-1").exists():
+        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    said, errors = started.communicate(timeout=60)
+    assert started.returncode != 0
+    steps = [int(path.name.partition("-")[2]) for path in (folder / out / "training").glob("checkpoint-*")]
+    assert 1 <= max(steps) < 8
+    return said + errors
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -57,11 +79,11 @@ def log_of(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Return a folder with the runs "one", of one process, and "two", of two, and what the latter printed."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Return a folder with the runs "one", of one process, and "two", of two, and what it said, stopped and resumed."""
     folder = tmp_path_factory.mktemp("together")
     defend(folder, "one", 4)
-    return folder, defend(folder, "two", 2, ranks=2)
+    return folder, stopped(folder, "two", 2, ranks=2), defend(folder, "two", 2, ranks=2)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,8 +91,11 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(runs: tuple[Path, str]) -> None:
-    tmp_path, said = runs
+def test_two_ranks_under_torchrun_stopped_and_started_again_make_the_checkpoint_of_one_process(
+    runs: tuple[Path, str, str],
+) -> None:
+    tmp_path, told, said = runs
+    assert told.count("error: stopped by a signal after step") == told.count("hint: resume from two/training") == 1
     assert said.count("harden a checkpoint with patcher") == said.count("hardened model: two") == 1
     one, two = (weights_of(tmp_path / name) for name in ("one", "two"))
     start = load_file(MODEL / "model.safetensors")
@@ -89,15 +114,15 @@ def test_two_ranks_under_torchrun_make_the_checkpoint_of_one_process(runs: tuple
         )
     assert any("attack_cosine" in row for row in logs[1])
     costs = [json.loads((tmp_path / name / "summary.json").read_text())["cost"] for name in ("one", "two")]
-    assert costs[0]["passes"] == costs[1]["passes"] == 5 + 2 * 2 + 3 + 5  # plain, attacks, attacked, retain
+    assert costs[0]["passes"] == costs[1]["passes"] == 8 + 3 * 2 + 6 + 8  # plain, attacks, attacked, retain
     assert not (tmp_path / "two" / "training").exists()
 
 
 @pytest.mark.slow
 def test_two_ranks_with_an_attacker_of_two_beside_make_the_bytes_of_two_that_attack_themselves(
-    runs: tuple[Path, str],
+    runs: tuple[Path, str, str],
 ) -> None:
-    folder, _ = runs
+    folder, _, _ = runs
     said = defend(folder, "four", 2, "--schedule", "lockstep", "--attacker-ranks", "2", ranks=4)
     assert "1 of 2 processes" in said and said.count("hardened model: four") == 1
     two, four = (weights_of(folder / name) for name in ("two", "four"))
@@ -109,8 +134,9 @@ def test_two_ranks_with_an_attacker_of_two_beside_make_the_bytes_of_two_that_att
 
 
 @pytest.mark.slow
-def test_two_ranks_with_a_whole_attacker_beside_are_one_process_too(runs: tuple[Path, str]) -> None:
-    folder, _ = runs
+def test_with_a_whole_attacker_beside_they_stop_and_go_on_as_one_process_too(runs: tuple[Path, str, str]) -> None:
+    folder, _, _ = runs
+    stopped(folder, "three", 2, "--schedule", "lockstep", ranks=3)
     defend(folder, "three", 2, "--schedule", "lockstep", ranks=3)
     one, three = (weights_of(folder / name) for name in ("one", "three"))
     for name, value in one.items():
@@ -146,8 +172,7 @@ def test_jobs_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert _together(job)
     with pytest.raises(Unsupported, match="plain on 2 ranks"):
         _together(DefendJob(model="m", method="plain", data=("d",)))
-    with pytest.raises(Unsupported, match="save_every 3 on 2 ranks"):
-        _together(DefendJob(model="m", method="patcher", data=("d",), train=TrainConfig(save_every=3)))
+    assert _together(DefendJob(model="m", method="patcher", data=("d",), train=TrainConfig(save_every=3)))
 
 
 def test_attackers_that_no_rank_was_set_aside_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

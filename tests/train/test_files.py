@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casehard import files
 from casehard.errors import Corrupt, StorageError, UserError
 from casehard.files import (
     CRASH_EXIT,
     MANIFEST,
     inside,
     is_full,
+    read_manifest,
     staged,
     storage_errors,
     sweep,
@@ -114,6 +116,21 @@ def _odd_manifest(folder):
 def test_every_harm_is_found(folder, harm):
     harm(folder)
     with pytest.raises(Corrupt):
+        verify(folder)
+
+
+def test_large_files_are_hashed_side_by_side_with_the_same_result(folder, monkeypatch):
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    plain = read_manifest(folder)
+    monkeypatch.setattr(files, "_LARGE", 0)  # every file is large
+    assert len(plain) > 1
+    write_manifest(folder)
+    assert read_manifest(folder) == plain
+    verify(folder)
+    harmed = folder / max(plain)
+    harmed.write_bytes(harmed.read_bytes() + b"!")
+    with pytest.raises(Corrupt, match=f"{max(plain)} differs from the manifest"):
         verify(folder)
 
 

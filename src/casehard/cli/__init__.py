@@ -74,6 +74,8 @@ def _run(arguments: list[str]) -> int:
         console.fail("stopped by SIGTERM" if code == TERMINATED else "interrupted")
         return code
     except UserError as error:
+        # A launcher ends its other processes just when the first one leaves with an error; the code is decided.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if console.debugging():
             traceback.print_exc()
         console.fail(error.message, error.hint)

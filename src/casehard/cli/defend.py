@@ -183,9 +183,10 @@ def _age_rows(log: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _help(job: Any, out: Path) -> None:
-    """Train a shard of rank 0's model, which says and saves everything."""
+    """Train a shard of rank 0's model, which says and saves everything; say only what went wrong here alone."""
     import warnings
 
+    from casehard.errors import Elsewhere, Interrupted, Lost
     from casehard.jobs import run_defend
     from casehard.parallel.launch import leave
     from casehard.train.progress import set_quiet
@@ -193,7 +194,10 @@ def _help(job: Any, out: Path) -> None:
     set_quiet()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run_defend(job, out)
+        try:
+            run_defend(job, out)
+        except (Elsewhere, Interrupted, Lost) as error:
+            raise typer.Exit(error.exit_code) from None
     leave()
 
 

@@ -130,7 +130,7 @@ class Patcher:
                 hint="casehard defend patcher --attackers 1, or parallel.launch.equipped(...) in Python",
             )
         masters(setup.model)
-        self._sharable(is_sharded(setup.model), setup.scratch)
+        self._sharable(is_sharded(setup.model))
         self._castable = linear_only(setup.model)
         self._seed, self._log = setup.seed, setup.log
         self._copies = CleanCopies(setup.scratch, "patcher")
@@ -238,12 +238,7 @@ class Patcher:
 
     # -- passes --------------------------------------------------------------------------------------------
 
-    def _sharable(self, sharded: bool, scratch: Path | None) -> None:
-        if sharded and scratch is not None:
-            raise Unsupported(
-                "a sharded model with checkpoints: clean weights to resume from are kept for whole models only",
-                hint="save_strategy='no' (train.save_every: 0), and save the gathered model at the end",
-            )
+    def _sharable(self, sharded: bool) -> None:
         if sharded and any(a.lora_rank for a in self.config.attackers):
             raise Unsupported("a LoRA attacker on a sharded model", hint="attackers[].lora_rank: 0, or one process")
 
@@ -265,7 +260,7 @@ class Patcher:
         """Start an optimiser step: see how the model is spread, and take the vector that is due."""
         if self._spread is None:
             spread = Spread.of(model, Branch.of(self.branches) if self.branches is not None else None)
-            self._sharable(spread.sharded, self._copies.scratch)
+            self._sharable(spread.sharded)
             self._servable(spread)
             # The loop may have replaced the model it prepared.
             self._spread, self._local.model = spread, spread.model

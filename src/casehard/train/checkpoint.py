@@ -1,12 +1,14 @@
 """Training checkpoints: what is in one, which one to resume from, which ones to keep.
 
 A checkpoint is the folder the stock Trainer writes, staged and renamed, plus ``shell.json`` (our counters and the
-identity of the run), the method's state, and ``args.json`` in place of the pickled arguments.
+identity of the run), the method's state, and ``args.json`` in place of the pickled arguments. Of a sharded model each
+rank writes its own part (:mod:`casehard.train.shards`) instead of weights and optimiser.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from casehard.errors import ConfigError, Corrupt, Unsupported
 from casehard.files import inside, read_json, remove, verify
+from casehard.maths.collective import sharded
 from casehard.secrets import REDACTED, redact
+from casehard.train import shards
 
 PREFIX = "checkpoint-"
 SHELL = "shell.json"
@@ -38,22 +42,43 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
 
+def lacking(folder: Path, ranks: int) -> list[str]:
+    """Return the names of what a resume on so many ranks needs and a folder lacks."""
+    states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    missing = [name for name in (TRAINER_STATE, SHELL, "scheduler.pt", *states) if not (folder / name).is_file()]
+    if shards.saved_by(folder):
+        missing += shards.lacking(folder, ranks)
+    elif not any(folder.glob("optimizer*")):
+        missing.append("optimizer.pt")
+    return missing
+
+
+def _require_ranks(folder: Path, ranks: int) -> None:
+    """Refuse another number of ranks than saved a checkpoint, where the files tell."""
+    single = (folder / "rng_state.pth").is_file()
+    wrote = shards.saved_by(folder) or (1 if single else len(list(folder.glob("rng_state_*.pth"))))
+    if wrote in (0, ranks) or (not shards.saved_by(folder) and 1 < ranks < wrote):
+        return
+    how = f"torchrun --nproc-per-node {wrote} on one machine" if wrote > 1 else "without torchrun"
+    raise ConfigError(
+        f"{folder} was saved by a run of {wrote} process{'es' if wrote > 1 else ''}, this one has {ranks}",
+        hint=f"go on with {wrote} ({how}), or begin anew in another folder",
+    )
+
+
 def require_complete(folder: Path, *, world_size: int = 1) -> int:
     """Verify a checkpoint and return its step. No torch file is opened before this passed.
 
     Raises:
         Corrupt: it does not match its manifest, lacks a file that a resume needs, or its name and content disagree.
+        ConfigError: it is complete, and another number of processes saved it.
     """
     verify(folder)
-    ranks = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    needed = [TRAINER_STATE, SHELL, "scheduler.pt", *ranks]
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if not any(folder.glob("optimizer*")):
-        missing.append("optimizer.pt")
-    if missing:
+    _require_ranks(folder, world_size)
+    if missing := lacking(folder, world_size):
         raise Corrupt(
             f"{folder}: cannot be resumed from, it lacks {', '.join(missing)}",
-            hint="it was saved without them or by another number of processes; use another checkpoint",
+            hint="it was saved without them; use another checkpoint",
         )
     step = int(_object(folder / TRAINER_STATE, "global_step")["global_step"])
     if folder.name.startswith(PREFIX) and folder.name != f"{PREFIX}{step}":
@@ -71,6 +96,7 @@ def newest(out: Path, *, last_step: int, world_size: int = 1) -> Path | None:
 
     Raises:
         Corrupt: there are checkpoints and not one is complete.
+        ConfigError: another number of processes saved the newest complete one.
     """
     skipped = []
     for step, folder in checkpoints(out):
@@ -109,8 +135,16 @@ def prune(out: Path, *, keep: int, protect: str | None = None) -> None:
 
 
 def bytes_needed(model: torch.nn.Module) -> int:
-    """Estimate the size of a checkpoint: the weights, and two moments for each trainable one."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+    """Estimate the size of a checkpoint: the weights, and two moments for each trainable one, of all ranks together."""
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) * _replicas(p) for p in model.parameters())
+
+
+def _replicas(p: Any) -> int:
+    """Return how often a weight is written: once, or by each group of ranks that shards it anew."""
+    if not sharded(p):
+        return 1
+    sizes = zip(p.device_mesh.shape, p.placements, strict=True)
+    return math.prod(size for size, place in sizes if not place.is_shard())
 
 
 def _is_json(value: object) -> bool:

@@ -123,7 +123,7 @@ def fit(
     try:
         with Progress(label, config.steps) as bar:
             trainer.add_callback(_Bar(bar))
-            trainer.train(resume_from_checkpoint=_start(out, resume, config.steps))
+            trainer.train(resume_from_checkpoint=_start(trainer, out, resume))
         return FitResult(model, _rows_of(trainer), _budget(trainer, method))
     finally:
         _release(trainer, model)
@@ -137,21 +137,15 @@ def _identity(config: TrainConfig, rows: EncodedSet, seed: int, *, bf16: bool) -
     return {"recipe": digest(recipe), "rows": rows.digest, "seed": str(seed), "bf16": str(bf16)}
 
 
-def _start(out: Path | None, resume: bool, steps: int) -> str | None:
-    """Return the checkpoint to continue from; with ``resume=False`` clear the way instead."""
+def _start(trainer: HardenedTrainer, out: Path | None, resume: bool) -> bool | None:
+    """Return whether there is something to continue from; with ``resume=False`` clear the way instead."""
     if out is None:
         return None
-    if resume:
-        found = checkpoint.newest(out, last_step=steps, world_size=_world_size())
-        return str(found) if found else None
-    for _, folder in checkpoint.checkpoints(out):
-        remove(folder)
-    return None
-
-
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
+    if not resume and trainer.args.should_save:
+        for _, folder in checkpoint.checkpoints(out):
+            remove(folder)
+    trainer._barrier()
+    return bool(checkpoint.checkpoints(out))
 
 
 def _budget(trainer: HardenedTrainer, method: Any) -> Budget:

@@ -1,16 +1,18 @@
-"""What stops a run: a number that is not finite, a signal."""
+"""What stops a run: a number that is not finite, a signal, another process that is gone."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
-from casehard.errors import Diverged
+from casehard.errors import Diverged, Lost
 
 _HINT = "lower the learning rate, check the data for empty or damaged rows, or use fp32"
 
@@ -29,6 +31,25 @@ def require_finite(value: torch.Tensor | float, what: str, *, step: int) -> None
     fine = bool(torch.isfinite(value).all()) if isinstance(value, torch.Tensor) else math.isfinite(value)
     if not fine:
         raise Diverged(f"{what} is not finite at step {step + 1}; stopped before the update", hint=_HINT)
+
+
+@contextlib.contextmanager
+def told_of_peers() -> Iterator[None]:
+    """Turn what torch says in a block when another process of the job has died into a message for users.
+
+    Raises:
+        Lost: a collective failed, over gloo or NCCL.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises a plain RuntimeError that names its source file.
+        if not isinstance(error, getattr(torch.distributed, "DistError", ())) and "gloo/transport" not in str(error):
+            raise
+        raise Lost(
+            f"another process of this job is gone: {str(error).splitlines()[0][:120]}",
+            hint="its own message, or the launcher's, says why; start again to go on from the last checkpoint",
+        ) from error
 
 
 class FiniteGuard:

@@ -24,7 +24,7 @@ from casehard.defend.protocol import Setup, Step, Stopped, has
 from casehard.errors import ConfigError, Diverged, Interrupted, Lost, Unsupported
 from casehard.files import sweep
 from casehard.train import checkpoint
-from casehard.train.guards import FiniteGuard, Interrupts
+from casehard.train.guards import FiniteGuard, Interrupts, told_of_peers
 from casehard.train.meter import Meter
 from casehard.train.staging import StagedCheckpoints
 
@@ -133,10 +133,11 @@ class HardeningMixin(StagedCheckpoints):
             Corrupt: the checkpoint asked for, or every one there is, fails verification.
             Diverged: loss or gradient is not finite; raised before that step's update.
             Interrupted: SIGINT or SIGTERM; a checkpoint was written if the run keeps any.
-            Lost: a process the method needs is gone; a checkpoint was written if the run keeps any.
+            Lost: a process the method needs is gone; a checkpoint was written if the run keeps any. Where it is another
+                rank, the last one stands.
             StorageError: the disk is full; earlier checkpoints are intact.
         """
-        with self._alone():
+        with told_of_peers(), self._alone():
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: Any) -> TrainOutput:
@@ -178,23 +179,6 @@ class HardeningMixin(StagedCheckpoints):
         with torch.random.fork_rng(devices=[]):
             return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
-    def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
-        """Return the verified checkpoint to start from and its step."""
-        out = Path(self.args.output_dir)
-        ranks = self.args.world_size
-        if not wanted:
-            if self._keeps and checkpoint.checkpoints(out):
-                raise ConfigError(
-                    f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
-                )
-            return None, 0
-        folder = checkpoint.newest(out, last_step=last, world_size=ranks) if wanted is True else Path(str(wanted))
-        if folder is None:
-            raise ConfigError(f"nothing to resume from in {out}", hint="start without resume_from_checkpoint")
-        step = checkpoint.require_complete(folder, world_size=ranks)
-        checkpoint.ShellState.read(folder).require_same(self.identity, folder)
-        return folder, step
-
     def _prepare_method(self, last: int) -> None:
         if self._keeps and self.args.should_save:
             out = Path(self.args.output_dir)
@@ -225,16 +209,20 @@ class HardeningMixin(StagedCheckpoints):
         self.meter.start()
         if self._resumed is None:
             return
-        shell = checkpoint.ShellState.read(self._resumed)
+        own = self._own(self._resumed)
+        shell = checkpoint.ShellState.read(own)
         self.meter.restore(shell.meter)
         self._tr_loss = torch.tensor(shell.loss_sum, device=self.args.device)
         self._globalstep_last_logged = shell.logged_step
         if has(self.method, "restore"):
-            self.method.restore(checkpoint.load_method(self._resumed, self._scratch))
+            self.method.restore(checkpoint.load_method(own, self._scratch))
 
     def _load_finished(self, step: int) -> TrainOutput:
         """Take over a run that was stopped after its last step; the stock loop would add one more."""
         assert self._resumed is not None
+        if self.is_fsdp_enabled:
+            # accelerate shards the model on its way into training only.
+            self._prepare_for_training(step, self.get_train_dataloader(), None)
         self._load_from_checkpoint(str(self._resumed))
         self.state = TrainerState.load_from_json(str(self._resumed / checkpoint.TRAINER_STATE))
         self._begin()

@@ -1,22 +1,30 @@
-"""Checkpoints of a ``transformers.Trainer`` that are complete or absent: written beside, renamed, then pruned."""
+"""Checkpoints of a ``transformers.Trainer`` that are complete or absent: written beside, renamed, then pruned.
+
+Of several ranks number 0 opens and publishes the folder. Each adds its generator state and, where the model is sharded,
+its own part (:mod:`casehard.train.shards`); whether accelerate sharded it or it was loaded in shards is all the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from casehard.errors import Corrupt
-from casehard.files import STAGING, crash_point, staged
+from casehard.errors import ConfigError, Corrupt, Elsewhere, StorageError
+from casehard.files import STAGING, crash_point, staged, storage_errors
 from casehard.locks import lock
-from casehard.train import adapters, checkpoint
+from casehard.maths.sharded import is_sharded
+from casehard.train import adapters, checkpoint, shards
 
+R = TypeVar("R")
+
+_SCHEDULER = "scheduler.pt"
 # A mixin over any Trainer subclass; what it calls on ``super()`` and ``self`` belongs to that class.
 _Base: Any = object
 
@@ -33,14 +41,53 @@ def _refused_pickles(folder: str | None) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def _admitted(model: Any, arguments: Any) -> Iterator[bool | None]:
+    """Let a Trainer be made for a model that was loaded in shards and keeps checkpoints; yield what to set again.
+
+    transformers refuses the two together, unless only the model is saved, because it could not resume; here it can.
+    """
+    if arguments is None or not getattr(model, "is_distributed_loading_by_transformers", False):
+        yield None
+        return
+    asked, arguments.save_only_model = arguments.save_only_model, True
+    try:
+        yield asked
+    finally:
+        arguments.save_only_model = asked
+
+
 class StagedCheckpoints(_Base):  # type: ignore[misc]
     """Stage what the base class saves; subclasses add their own files in :meth:`_save_own`."""
 
+    identity: dict[str, str]
+    """What must be the same when a run goes on."""
     _staging: Path | None = None
     _saved_step = -1
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _admitted(
+            *(kwargs.get(name, (*args, None, None)[i]) for i, name in enumerate(("model", "args")))
+        ) as asked:
+            super().__init__(*args, **kwargs)
+        if asked is not None:
+            self.args.save_only_model = asked
+
     def _save_own(self, folder: Path) -> None:
-        """Add further files to a checkpoint that is being staged."""
+        """Add further files to a checkpoint that is being staged, or to a rank's own part of it."""
+
+    @property
+    def _in_shards(self) -> bool:
+        """Whether each rank writes its own shards, instead of rank 0 the whole model."""
+        return not self.args.save_only_model and is_sharded(self.model)
+
+    def _own(self, folder: Path) -> Path:
+        """Return where this rank's own state is in a checkpoint: rank 0's at the top, which others share if alike."""
+        alone = self._in_shards and self.args.process_index > 0
+        return self._part(folder) if alone else folder
+
+    def _part(self, folder: Path | str) -> Path:
+        return shards.part(Path(folder), self.args.process_index, self.args.world_size)
 
     @property
     def _keeps(self) -> bool:
@@ -56,6 +103,32 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         else:
             yield
 
+    def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
+        """Return the verified checkpoint to start from and its step."""
+        out = Path(self.args.output_dir)
+        if not wanted:
+            if self._keeps and checkpoint.checkpoints(out):
+                raise ConfigError(
+                    f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
+                )
+            return None, 0
+        # One rank reads every byte, and decides for all.
+        found = self._together(lambda: self._verified(wanted, last) if self.args.should_save else 0)
+        step = self._largest(found)
+        return (out / f"{checkpoint.PREFIX}{step}" if wanted is True else Path(str(wanted))), step
+
+    def _verified(self, wanted: str | bool, last: int) -> int:
+        out, ranks = Path(self.args.output_dir), self.args.world_size
+        if wanted is not True:
+            folder = Path(str(wanted))
+            step = checkpoint.require_complete(folder, world_size=ranks)
+        elif found := checkpoint.newest(out, last_step=last, world_size=ranks):
+            folder, step = found, int(found.name.removeprefix(checkpoint.PREFIX))
+        else:
+            raise ConfigError(f"nothing to resume from in {out}", hint="start without resume_from_checkpoint")
+        checkpoint.ShellState.read(folder).require_same(self.identity, folder)
+        return step
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
@@ -67,30 +140,75 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         out = Path(super()._get_output_dir(trial))
         final = out / f"{checkpoint.PREFIX}{step}"
         try:
-            with self._staged(final) as folder:
+            with contextlib.ExitStack() as stack:
+                # Where one rank fails, all of them stop; the rest would wait for it without end.
+                folder = self._together(lambda: self._open(stack, final))
                 self._staging = folder.parent
-                super()._save_checkpoint(model, trial)
-                self._barrier()
-                if self.args.should_save:
-                    self._keep_best(folder, final)
-                    self._save_own(folder)
+                self._together(lambda: self._fill(folder, model, trial))
+                self._together(lambda: self._complete(folder, final))
+                self._together(stack.close)
         finally:
             self._staging = None
-        self._barrier()
         self._saved_step = step
         if self.args.should_save and self.args.save_total_limit:
             checkpoint.prune(out, keep=self.args.save_total_limit, protect=self.state.best_model_checkpoint)
 
-    @contextlib.contextmanager
-    def _staged(self, final: Path) -> Iterator[Path]:
-        # Every rank writes its generator state into the folder that rank 0 opened and will publish.
+    def _open(self, stack: contextlib.ExitStack, final: Path) -> Path:
+        """Open the staging folder; closing the stack makes it ``final``, an error that unwinds it leaves nothing."""
+        needs = checkpoint.bytes_needed(self.model)
         if self.args.should_save:
-            with staged(final, needs=checkpoint.bytes_needed(self.model), tag="run") as folder:
-                self._barrier()
-                yield folder
-        else:
-            self._barrier()
-            yield final.parent / f"{STAGING}{final.name}-run" / final.name
+            return stack.enter_context(staged(final, needs=needs, tag="run"))
+        # Every rank writes into the folder that rank 0 opened and will publish.
+        stack.enter_context(storage_errors(final.parent, needs=needs))
+        return final.parent / f"{STAGING}{final.name}-run" / final.name
+
+    def _fill(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._own(folder) != folder:
+            self._save_own(self._own(folder))
+
+    def _complete(self, folder: Path, final: Path) -> None:
+        if not self.args.should_save:
+            return
+        self._keep_best(folder, final)
+        self._save_own(folder)
+        ranks = self.args.world_size
+        if self._in_shards and (missing := checkpoint.lacking(folder, ranks)):
+            raise StorageError(
+                f"{folder}: written by {ranks} processes, and it lacks {', '.join(missing)}",
+                hint="the output folder must be on a disk that all of them share",
+            )
+
+    def _together(self, act: Callable[[], R]) -> R:
+        """Do something on every rank; return when all have done it.
+
+        Raises:
+            Elsewhere: here it went well, on another rank it did not.
+        """
+        if self.args.world_size == 1:
+            return act()
+        failure: Exception | None = None
+        try:
+            done = act()
+        except Exception as error:  # raised below, once the others know
+            failure = error
+        failed = self._largest(0 if failure is None else 1 + self.args.process_index)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise Elsewhere(
+                f"process {failed - 1} of {self.args.world_size} could not do its part of a checkpoint",
+                hint="its own message says why; earlier checkpoints are intact",
+            )
+        return done
+
+    def _largest(self, number: int) -> int:
+        """Return the largest of the numbers that the ranks bring."""
+        if self.args.world_size == 1:
+            return number
+        held = torch.tensor(number, device=self.args.device)
+        torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+        return int(held)
 
     def _barrier(self) -> None:
         if self.args.world_size > 1:
@@ -101,6 +219,16 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
             # The base class looked for it beside the staging folder.
             self.state.best_model_checkpoint = str(final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}"))
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the base class does; of a sharded model each rank writes its shards into a staged checkpoint."""
+        if self._staging is None or output_dir is None or not self._in_shards:
+            super().save_model(output_dir, _internal_call)
+            return
+        shards.save_weights(self.model, self._part(output_dir))
+        if self.args.should_save:
+            checkpoint.save_arguments(self.args, Path(output_dir))
+        crash_point("save:after_weights")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # The base class pickles the arguments; the token must not be in them even for a moment.
@@ -118,12 +246,21 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         crash_point("save:after_weights")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self._in_shards:
+            shards.save_optimizer(self.model, self.optimizer, self._part(output_dir))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / _SCHEDULER)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         crash_point("save:after_optimizer")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _refused_pickles(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or not self._in_shards:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            shards.load_optimizer(self.model, self.optimizer, self._part(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A tied weight is saved once, under its other name; the base class calls it missing.
@@ -141,7 +278,23 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if adapters.is_peft(target) and not self.is_fsdp_enabled:
-            adapters.load_adapters(target, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        if bool(shards.saved_by(folder)) != is_sharded(target):
+            kinds = ("a whole model", "a sharded one")
+            saved, here = (kinds[x] for x in (bool(shards.saved_by(folder)), is_sharded(target)))
+            raise ConfigError(
+                f"{folder} is of {saved}, this run trains {here}", hint="go on as the run began, or in another folder"
+            )
+        if is_sharded(target):
+            shards.load_weights(target, self._part(folder))
+        elif adapters.is_peft(target) and not self.is_fsdp_enabled:
+            adapters.load_adapters(target, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if shards.saved_by(best):
+            shards.load_weights(self.model, self._part(best))
+        else:
+            super()._load_best_model()

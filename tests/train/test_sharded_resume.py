@@ -1,0 +1,297 @@
+"""A model sharded over two gloo ranks stops and goes on: each rank writes its own shards, and nothing is lost or bent.
+
+The two ranks run every case once and leave what they saw in files. The tied embedding has 63 rows, which two ranks
+share as 32 and 31, and one small model leaves a rank without a row.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from casehard.defend.copies import CleanCopies
+from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.errors import ConfigError, Interrupted, StorageError, Unsupported
+from casehard.maths.bilevel import Attacker
+from casehard.maths.collective import local
+from casehard.maths.sharded import masters
+from casehard.train import checkpoint, shards
+from casehard.train.fit import fit
+from casehard.train.recipe import TrainConfig
+from fakes import tiny_llama, tiny_rows
+
+pytestmark = pytest.mark.slow
+STEPS, STOP = 6, 3
+ROWS, UNSAFE, RETAIN = tiny_rows(24, vocab=63, seed=1), tiny_rows(8, vocab=63, seed=2), tiny_rows(9, vocab=63, seed=3)
+
+
+def model():
+    from casehard.model.shard import shard
+
+    whole = tiny_llama(vocab=63, dropout=0.1)
+    whole.config.tie_word_embeddings = True
+    whole.tie_weights()
+    if torch.distributed.is_initialized():
+        shard(whole, 2, torch.device("cpu"))
+    return whole
+
+
+def run(out: Path | None, *, save_every: int = 0, on_step=None) -> dict:
+    """Harden a fresh model, or go on in ``out``; log rows of four steps, so that a stop at step 3 falls inside one."""
+    settings = {"round_steps": 2, "attackers": (Attacker(steps=2, lr=1e-2, batch_size=3),), "retain": "kl"}
+    patcher = Patcher(PatcherConfig(**settings, delta_dtype="float32"), unsafe=UNSAFE, retain=RETAIN)
+    config = TrainConfig(steps=STEPS, batch_size=2, lr=1e-3, warmup=2, save_every=save_every, keep=3, log_every=4)
+    done = fit(model(), None, ROWS, config=config, method=patcher, seed=0, out=out, on_step=on_step)
+    weights = {name: p.clone() for name, p in masters(done.model).items()}
+    return {"weights": weights, "log": done.log, "tokens": done.budget.tokens, "passes": done.budget.passes}
+
+
+def stop_one(inner: nn.Module, step: int) -> None:
+    """A signal that reaches one rank only."""
+    if step == STOP and torch.distributed.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def full_disk(out: Path) -> str:
+    """Rank 1 cannot write its optimiser; return what this rank hears."""
+    kept = shards.save_optimizer
+
+    def refuse(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if torch.distributed.get_rank() == 1:
+        shards.save_optimizer = refuse
+    try:
+        run(out, save_every=2)
+    except StorageError as error:
+        return error.message
+    finally:
+        shards.save_optimizer = kept
+    return ""
+
+
+def little(mesh: object = None) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    fully_shard(small, mesh=mesh)
+    return small
+
+
+def round_trip(out: Path, mesh: object = None) -> list[bool]:
+    """Save, take a step, load, take it again; of a layer with one row, of two ranks that shard it one has none."""
+    out.mkdir()
+    small = little(mesh)
+    optimizer = torch.optim.AdamW(small.parameters(), lr=0.1, fused=True)
+
+    def step() -> None:
+        small(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def state() -> dict[str, torch.Tensor]:
+        found = {name: p.clone() for name, p in masters(small).items()}
+        for name, p in small.named_parameters():
+            found |= {f"{name} {key}": local(value).clone() for key, value in optimizer.state[p].items()}
+        return found
+
+    def same(one: dict, other: dict) -> bool:
+        return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+    step()
+    shards.save_weights(small, out)
+    shards.save_optimizer(small, optimizer, out)
+    copies = CleanCopies(out, "test")
+    kept = copies.keep("all", small, in_memory=True)
+    assert isinstance(kept, Path)
+    before = state()
+    step()
+    after = state()
+    shards.load_weights(small, out)
+    shards.load_optimizer(small, optimizer, out)
+    back = state()
+    again = copies.tensors(kept, small)
+    step()
+    return [
+        any(t.numel() == 0 for t in before.values()),
+        same(back, before) and not same(before, after),
+        all(torch.equal(again[name], before[name]) for name in masters(small)),
+        same(state(), after),
+    ]
+
+
+def refusals(out: Path, mesh: object) -> list[str]:
+    """What does not fit: shards of another mesh, a state that is no number, groups of another recipe."""
+    small = little(mesh)
+    odd = torch.optim.SGD(small.parameters(), lr=0.1)
+    odd.state[next(small.parameters())]["history"] = [1, 2]
+    groups = torch.optim.SGD([{"params": [p]} for p in small.parameters()], lr=0.1)
+    said = []
+    for attempt in (
+        lambda: shards.load_weights(small, out),
+        lambda: shards.save_optimizer(small, odd, out),
+        lambda: shards.load_optimizer(small, groups, out),
+    ):
+        try:
+            attempt()
+        except (ConfigError, Unsupported) as error:
+            said.append(error.message)
+    return said
+
+
+def plain_sgd(out: Path) -> dict:
+    """An optimiser without any state, a whole number kept as such, and a rate that a schedule has lowered."""
+    small = little()
+    first, second = (torch.optim.SGD(small.parameters(), lr=0.1) for _ in range(2))
+    first.param_groups[0]["lr"] = 0.1 / 3
+    out.mkdir()
+    shards.save_optimizer(small, first, out)
+    shards.load_optimizer(small, second, out)
+    empty = len(second.state)
+    first.state[next(small.parameters())]["step"] = 7
+    shards.save_optimizer(small, first, out)
+    shards.load_optimizer(small, second, out)
+    return {"empty": empty, "step": second.state[next(small.parameters())]["step"], "lr": second.param_groups[0]["lr"]}
+
+
+def damage(out: Path) -> None:
+    """Take a rank's part away from the newest checkpoint and change a byte of a part of the one before."""
+    (out / f"checkpoint-{STEPS}/shards/rank-1-of-2/weights-00000.safetensors").unlink()
+    file = out / "checkpoint-4/shards/rank-1-of-2/optimizer-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _rank(rank: int, out: Path) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group stands already
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    seen: dict[str, object] = {"memory": run(None), "straight": run(out / "straight", save_every=2)}
+    try:
+        run(out / "stopped", on_step=stop_one)
+    except Interrupted as error:
+        seen["code"] = error.exit_code
+    seen["resumed"] = run(out / "stopped")
+    seen["finished"] = run(out / "straight")
+    if rank == 0:
+        damage(out / "straight")
+    dist.barrier()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        seen["older"] = run(out / "straight", save_every=2)
+    seen["told"] = [str(w.message) for w in told if "skipped" in str(w.message)]
+    seen["disk"] = full_disk(out / "full")
+    seen["needs"] = checkpoint.bytes_needed(model())
+    replicas = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    seen["two shards"] = round_trip(out / f"shards-{rank}")
+    shards._CHUNK = 1  # a file for each tensor
+    seen["two replicas"] = round_trip(out / f"replicas-{rank}", replicas)
+    seen["needs little"] = [checkpoint.bytes_needed(little(mesh)) for mesh in (None, replicas)]
+    seen["refused"] = refusals(out / f"shards-{rank}", replicas)
+    seen["sgd"] = plain_sgd(out / f"sgd-{rank}")
+    torch.save(seen, out / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, list[dict]]:
+    import torch.multiprocessing as mp
+
+    out = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (out,), nprocs=2)
+    return out, [torch.load(out / f"{rank}.pt") for rank in range(2)]
+
+
+def test_a_sharded_run_goes_on_as_if_it_had_never_stopped(two) -> None:
+    """R1 and R7 for shards: stopped by a signal to one rank in the middle of a round and of a log row."""
+    for seen in two[1]:
+        assert seen["code"] == 143
+        for kind in ("straight", "resumed", "finished", "older"):
+            for name, value in seen["memory"]["weights"].items():
+                assert torch.equal(value, seen[kind]["weights"][name]), (kind, name)
+            assert (seen[kind]["tokens"], seen[kind]["passes"]) == (seen["memory"]["tokens"], seen["memory"]["passes"])
+    first, second = (seen["memory"]["weights"] for seen in two[1])
+    assert sorted({(a.shape[0], second[n].shape[0]) for n, a in first.items() if a.shape != second[n].shape}) == [
+        (32, 31)
+    ]
+    log = two[1][0]["memory"]["log"]
+    assert len(log) == 2 and "attack_norm" in log[0]
+    for kind in ("straight", "resumed", "finished", "older"):
+        assert two[1][0][kind]["log"] == log, kind
+
+
+def test_a_part_that_is_missing_or_changed_makes_the_older_checkpoint_the_newest(two) -> None:
+    """R3 and R4: rank 0 reads and tells; the other ranks follow."""
+    (told,) = two[1][0]["told"]
+    assert "resuming from" in told and "checkpoint-2; skipped" in told
+    assert "rank-1-of-2/weights-00000.safetensors is missing" in told
+    assert "rank-1-of-2/optimizer-00000.safetensors differs from the manifest" in told
+    assert two[1][1]["told"] == []
+
+
+def test_what_is_in_a_sharded_checkpoint(two) -> None:
+    """R13 and R22: tensors and numbers; of the method the clean weights that its attack in use began with."""
+    out, seen = two
+    folder = out / "straight" / "checkpoint-6"
+    torch_files = {"scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"}
+    for file in folder.rglob("*"):
+        assert file.is_dir() or file.name in torch_files or file.suffix in (".json", ".safetensors"), file
+    assert not list(folder.glob("*.safetensors"))  # nobody gathered the model
+    sizes = [f.stat().st_size for f in (folder / "shards").rglob("*.safetensors") if "method" not in str(f)]
+    assert 0.9 < sum(sizes) / seen[0]["needs"] < 1.3  # headers weigh something with so small a model
+    part = out / "straight" / "checkpoint-4" / "shards" / "rank-1-of-2"
+    then = {n.partition("/")[2]: t for n, t in load_file(part / "weights-00000.safetensors").items()}
+    later = out / "straight" / "checkpoint-6" / "shards" / "rank-1-of-2"
+    (source,) = (f for f in later.rglob("method_files/*/*.safetensors") if "source-4" in f.name)
+    assert all(torch.equal(t, then[n]) for n, t in load_file(source).items())
+
+
+def test_one_rank_that_cannot_write_stops_all(two) -> None:
+    """R5: no rank waits for ever, and nothing half-written is left."""
+    out, seen = two
+    assert "process 1 of 2 could not do its part of a checkpoint" in seen[0]["disk"]
+    assert "cannot write to" in seen[1]["disk"] and "needed" in seen[1]["disk"]
+    assert not list((out / "full").glob("checkpoint-*")) and not list((out / "full").glob(".staging-*"))
+
+
+def test_a_rank_without_rows_keeps_its_state(two) -> None:
+    assert [seen["two shards"] for seen in two[1]] == [[False, True, True, True], [True, True, True, True]]
+
+
+def test_replicas_of_shards_keep_theirs_in_as_many_files_as_it_takes(two) -> None:
+    out, both = two
+    assert [seen["two replicas"] for seen in both] == [[False, True, True, True]] * 2
+    assert len(list((out / "replicas-1").glob("weights-*.safetensors"))) == 4
+    once, twice = both[0]["needs little"]
+    assert (once, twice) == (11 * 4 * 3, 2 * 11 * 4 * 3)
+
+
+def test_what_an_optimiser_may_keep(two) -> None:
+    for seen in two[1]:
+        assert seen["sgd"] == {"empty": 0, "step": 7, "lr": 0.1 / 3}
+        mesh, state, groups = seen["refused"]
+        assert "parameter/0.bias is (1,) of torch.float32, and (2,) of torch.float32 on this rank" in mesh
+        assert "optimiser state history/0.weight is a list" in state
+        assert "holds 1 parameter groups, this optimiser has 4" in groups
+
+
+def test_another_number_of_processes_is_refused(two) -> None:
+    out, _ = two
+    with pytest.raises(ConfigError, match=r"checkpoint-6 was saved by a run of 2 processes, this one has 4"):
+        checkpoint.newest(out / "straight", last_step=STEPS, world_size=4)
+    with pytest.raises(ConfigError, match="of 2 processes, this one has 1") as refused:
+        run(out / "straight")
+    assert "torchrun --nproc-per-node 2" in refused.value.hint
