@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,3 +62,9 @@ def sum_gradients(gradients: Sequence[torch.Tensor], *, bucket: int = 1 << 24, g
             held = []
         if gradient is not None:
             held.append(gradient)
+
+
+def why(error: BaseException) -> str:
+    """Return what a broken process group said, without where in gloo's source it said it."""
+    first = re.sub(r"\[[^\]]*\]\s*", "", str(error).partition("\n")[0])
+    return first.partition(". This is typically")[0][:200] or type(error).__name__

@@ -15,9 +15,10 @@ import torch
 
 from casehard.defend.attackers import Arrival, Order
 from casehard.errors import Lost, UserError
+from casehard.maths.collective import why
 from casehard.parallel.parts import Part
 from casehard.parallel.remote import RemoteSide
-from casehard.parallel.wire import dist, why
+from casehard.parallel.wire import dist
 
 
 class AgreedSide:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from casehard.errors import Corrupt, Lost
+from casehard.maths.collective import why
 
 # Its names for groups made by hand are real, but torch does not list them for type checkers.
 dist: Any = torch.distributed
@@ -156,12 +156,6 @@ class _lost_when_broken:  # noqa: N801
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError | AttributeError):  # the latter: this end was closed
             raise Lost(f"the other end of a channel {self.what}: {why(error)}") from None
-
-
-def why(error: BaseException) -> str:
-    """Return what a broken group said, without where in gloo's source it said it."""
-    first = re.sub(r"\[[^\]]*\]\s*", "", str(error).partition("\n")[0])
-    return first.partition(". This is typically")[0][:200] or type(error).__name__
 
 
 def group(store: Any, rank: int, size: int, *, loopback: bool = False) -> Any:

@@ -18,10 +18,11 @@ from torch import nn
 
 from casehard.defend.attackers import Arrival, Order, carry_out
 from casehard.errors import Corrupt, Lost, UserError
+from casehard.maths.collective import why
 from casehard.maths.sharded import masters
 from casehard.parallel.brief import Brief
 from casehard.parallel.parts import Part, channel_name, cut, put_together
-from casehard.parallel.wire import Channel, Message, dist, why
+from casehard.parallel.wire import Channel, Message, dist
 
 OPEN = "casehard/open"
 DONE = "casehard/done"

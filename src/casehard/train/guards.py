@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from casehard.errors import Diverged, Lost
+from casehard.maths.collective import why
 
 _HINT = "lower the learning rate, check the data for empty or damaged rows, or use fp32"
 
@@ -47,7 +48,7 @@ def told_of_peers() -> Iterator[None]:
         if not isinstance(error, getattr(torch.distributed, "DistError", ())) and "gloo/transport" not in str(error):
             raise
         raise Lost(
-            f"another process of this job is gone: {str(error).splitlines()[0][:120]}",
+            f"another process of this job is gone: {why(error)}",
             hint="its own message, or the launcher's, says why; start again to go on from the last checkpoint",
         ) from error
 
