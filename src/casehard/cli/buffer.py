@@ -10,7 +10,7 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, cost_rows, run_folder
 from casehard.errors import ConfigError
 from casehard.locks import lock
 
@@ -206,7 +206,6 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     options.need(values, "assets", "--assets")
     check_out(out, "tune")
     from casehard.buffer.job import CustomerJob, method_of, run_job
-    from casehard.cli.defend import cost_rows
     from casehard.config import build, to_dict
 
     job = build(CustomerJob, values, where="tune")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, cost_rows, run_folder
 from casehard.errors import ConfigError
 
 Specs = list[str] | None
@@ -243,14 +243,3 @@ def _used(job: Any) -> str | None:
         return "all"
     few = job.select.k if job.select.k is not None else f"{job.select.share:.0%} of the data"
     return f"{few}, chosen by {job.select.strategy} (--all-safe takes all)"
-
-
-def cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the cost of a run as table rows with units."""
-    return [
-        ("wall time", f"{cost['seconds']:.1f} s"),
-        ("optimiser steps", f"{cost['steps']:,}"),
-        ("forward-backward passes", f"{cost['passes']:,}"),
-        ("tokens", f"{cost['tokens']:,}"),
-        ("peak memory", f"{cost['peak_bytes'] / 2**20:,.0f} MiB"),
-    ]

@@ -93,3 +93,14 @@ def _remove_record(out: Path) -> None:
 def data_digest(spec: str) -> str:
     """Return the SHA-256 of the file behind a data spec; "" for a hub spec."""
     return "" if spec.startswith("hub:") else file_digest(Path(spec.partition("?")[0]))
+
+
+def cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the cost of a run as table rows with units."""
+    return [
+        ("wall time", f"{cost['seconds']:.1f} s"),
+        ("optimiser steps", f"{cost['steps']:,}"),
+        ("forward-backward passes", f"{cost['passes']:,}"),
+        ("tokens", f"{cost['tokens']:,}"),
+        ("peak memory", f"{cost['peak_bytes'] / 2**20:,.0f} MiB"),
+    ]
