@@ -10,6 +10,7 @@ from helpers import tree, write_rows
 
 from casehard.cli import console, main
 from casehard.errors import StorageError
+from casehard.files import write_manifest
 
 SMALL = ("--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.warmup=0")
 
@@ -52,6 +53,9 @@ def test_a_misspelt_method_is_told_the_nearest(capsys, here, defend):
         ("settings.alhpa=0.1", "did you mean 'alpha'?"),
         ("sed=3", "did you mean 'seed'?"),
         ("train.steps=many", "train.steps"),
+        ("lr=0.1", "did you mean 'train.lr'?"),
+        ("train.lr=nan", "defend.train.lr is nan"),
+        ("settings.attackers=[{steps: 2, lr: .nan}]", "attackers.0.lr is nan"),
         ("train", "is not of the form a.b=value"),
         ("model.x=1", "is a value, not a group"),
     ],
@@ -158,6 +162,14 @@ def test_nothing_is_overwritten(capsys, here, defend, organism):
     assert "already exists" in fails(capsys, 2, "data", "surrogate", rows, "--out", rows)
     assert "not empty" in fails(capsys, 2, "organism", "build", "--out", "out")
     assert tree(here) == {"out", "out/thesis.txt", "other", "other/run.json", "r.jsonl"}
+
+
+def test_a_run_inside_a_finished_model_is_refused_before_it_breaks_the_model(capsys, organism, here, defend):
+    shutil.copytree(organism, here / "model")
+    write_manifest(here / "model")
+    before = tree(here)
+    assert "lies inside" in fails(capsys, 2, *defend(model="model", out="model/runs/one"))
+    assert tree(here) == before
 
 
 def test_verify_finds_what_changed(capsys, organism, here):
