@@ -30,6 +30,8 @@ class _Collected:
         self.costs: list[dict[str, Any]] = []
         self.nodes: list[dict[str, Any]] = []
         self.seeds: list[int] = []
+        self.limits: dict[str, int] = {}
+        """Run folder -> most prompts a group that were asked, of runs that left some out."""
         self.data: dict[str, str] = {}
         self.models: dict[str, str] = {}
         self.methods: dict[str, str] = {}
@@ -89,7 +91,8 @@ class _Collected:
         kind, config = run.get("kind"), run.get("config", {})
         if kind not in KINDS:
             raise UserError(
-                f"{place} holds a run of {kind!r}", hint=f"a report needs one of: bench, {', '.join(KINDS)}"
+                f"{place} holds a run of {kind!r}",
+                hint="a report needs a run of bench, demo, attack finetune, evaluate or defend",
             )
         if run.get("status") != "ok":
             raise UserError(f"{place}: the run is {run.get('status')!r}, not finished", hint="finish it first")
@@ -106,6 +109,8 @@ class _Collected:
             if means := told(row for row in events if row.get("event") == "log"):
                 self.logged.append((made, place.name, means))
             return
+        if config.get("limit"):
+            self.limits[place.name] = int(config["limit"])
         defence, seed = self.defence(run, summary), int((run["seeds"] or [0])[0])
         attack = self.attack(config) if kind == "attack" else NO_ATTACK
         by_step: dict[int, list[dict[str, Any]]] = {}
@@ -222,6 +227,10 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
             "details": [],
         }
         controls, missing = [], ["Everything that needs a control: nothing on this page is a comparison."]
+    if found.limits:
+        asked = ", ".join(f"{limit} in {name}" for name, limit in found.limits.items())
+        look = f"The whole suite: of each group at most so many prompts were asked (a look, not a result): {asked}."
+        verdict["details"], missing = [*verdict["details"], look], [*missing, look]
     last = read_json(Path(folders[-1]) / "run.json")
     return {
         "kind": "runs",
