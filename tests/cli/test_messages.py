@@ -189,6 +189,36 @@ def test_verify_finds_what_changed(capsys, organism, here):
     assert "no manifest.json" in fails(capsys, 6, "verify", here / "run" / "a" / "data")
 
 
+def test_a_folder_where_a_file_belongs_is_called_one(capsys, organism, here, defend):
+    (here / "rows").mkdir()
+    assert "rows: a folder, not a data file" in fails(capsys, 3, *defend(data="rows"))
+    assert "name the file: --out rows/report.html" in fails(capsys, 2, "report", run_of(here), "--out", "rows")
+    assert tree(here / "rows") == set()
+
+
+def test_what_a_library_says_is_cut_to_one_line(capsys, organism, here, defend):
+    shutil.copytree(organism, here / "model")
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(json.dumps({**config, "model_type": "zork"}))
+    err = fails(capsys, 7, *defend(model="model"))
+    assert next(line for line in err.splitlines() if line).startswith("error: model: cannot be loaded")
+    assert "zork" in err and err.rstrip().endswith("...")
+
+
+def test_a_preset_of_a_method_without_any_is_told_so(capsys, organism, here):
+    data = organism / "data" / "align.jsonl"
+    err = fails(
+        capsys, 2, "defend", "plain", "--model", organism, "--data", data, "--preset", "x", "--out", "out", *SMALL
+    )
+    assert "it has none: leave out --preset" in err
+
+
+def run_of(here):
+    (here / "done").mkdir()
+    (here / "done" / "run.json").write_text('{"kind": "evaluate", "status": "ok"}')
+    return "done"
+
+
 def test_tracebacks_are_for_those_who_ask(capsys, monkeypatch, here):
     monkeypatch.setenv("CASEHARD_DEBUG", "1")
     assert main(["verify", "gone"]) == 2

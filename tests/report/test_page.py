@@ -193,7 +193,9 @@ def test_runs_of_single_verbs_make_a_comparison_only_with_a_control(tmp_path: Pa
 def test_a_look_at_few_prompts_is_called_one(tmp_path: Path) -> None:
     runs = [attack_run(tmp_path / name, name, name, limit=8) for name in ("none", "patcher")]
     found = summary_of_runs(runs)
-    assert any("at most so many prompts were asked (a look, not a result): 8 in none" in d for d in found["not_tested"])
+    assert any(
+        "at most so many prompts a group were asked (a look, not a result): 8 in none" in d for d in found["not_tested"]
+    )
     assert found["not_tested"][-1] in found["verdict"]["details"]
     text = write_report(runs, tmp_path / "both.html").read_text()
     assert "a look, not a result" in text

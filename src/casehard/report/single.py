@@ -46,6 +46,13 @@ class _Collected:
         return [{"defence": self.models.get(made, name), "means": means} for made, name, means in self.logged]
 
     @property
+    def looks(self) -> list[str]:
+        """Say which runs asked a part of the suite only; empty if none did."""
+        asked = ", ".join(f"{limit} in {name}" for name, limit in self.limits.items())
+        said = f"The whole suite: at most so many prompts a group were asked (a look, not a result): {asked}."
+        return [said] if asked else []
+
+    @property
     def undefended(self) -> str:
         """Name of the undefended control, empty if there is none.
 
@@ -220,17 +227,10 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     else:
         what = "a single run" if len(folders) == 1 else "these runs"
         lacks = "without the same attack on an undefended checkpoint cannot show a difference"
-        verdict = {
-            "family": FAMILY,
-            "status": "not_measured",
-            "sentence": f"No claim: {what} {lacks}.",
-            "details": [],
-        }
+        sentence = f"No claim: {what} {lacks}."
+        verdict = {"family": FAMILY, "status": "not_measured", "sentence": sentence, "details": []}
         controls, missing = [], ["Everything that needs a control: nothing on this page is a comparison."]
-    if found.limits:
-        asked = ", ".join(f"{limit} in {name}" for name, limit in found.limits.items())
-        look = f"The whole suite: of each group at most so many prompts were asked (a look, not a result): {asked}."
-        verdict["details"], missing = [*verdict["details"], look], [*missing, look]
+    verdict["details"], missing = [*verdict["details"], *found.looks], [*missing, *found.looks]
     last = read_json(Path(folders[-1]) / "run.json")
     return {
         "kind": "runs",
