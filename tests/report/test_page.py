@@ -136,6 +136,13 @@ def test_a_dirty_tree_is_called_a_draft(run: Path) -> None:
         assert ("a draft, not evidence" in render(summary)) is dirty
 
 
+def test_a_plan_that_asked_few_prompts_says_so_beside_the_verdict(tmp_path: Path) -> None:
+    run_plan(plan(seeds=[0], limit=4), tmp_path, jobs=1, executor=Fake())
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["verdict"]["details"][0].startswith("The whole suite: at most 4 prompts a group were asked")
+    assert summary["verdict"]["details"][0] in summary["not_tested"]
+
+
 def test_a_plan_with_one_seed_is_labelled(tmp_path: Path) -> None:
     run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
     text = write_report(tmp_path).read_text()
