@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -37,12 +38,38 @@ def check_keys(values: Mapping[str, Any], known: Iterable[str], *, where: str) -
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}", hint=hint)
+            listed = f"known keys: {', '.join(known)}" if known else "there are no settings here"
+            raise ConfigError(f"{where}: unknown key {key!r}", hint=f"did you mean {near[0]!r}?" if near else listed)
+
+
+def _one_level_down(fields: Mapping[str, Any], key: str) -> str:
+    """Return ``group.key`` where a group of settings has that very key (people leave out the group), else ""."""
+    for name, hint in fields.items():
+        inner = _nested(hint)
+        if isinstance(hint, type) and inner is not None and key in _fields(inner):
+            return f"{name}.{key}"
+    return ""
+
+
+def _refuse_nan(value: Any, where: str) -> None:
+    """Raise ConfigError where a value is NaN: no setting means it, and comparisons with limits let it through."""
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{where} is nan", hint="give a number")
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for name, item in items:
+        _refuse_nan(item, f"{where}.{name}")
 
 
 def _check_tree(kind: type, values: Mapping[str, Any], where: str) -> None:
     fields = _fields(kind)
+    for key in values:
+        inside = "" if key in fields else _one_level_down(fields, str(key))
+        if inside:
+            raise ConfigError(f"{where}: unknown key {key!r}", hint=f"did you mean {inside!r}?")
     check_keys(values, fields, where=where)
     for name, value in values.items():
         inner = _nested(fields[name])
@@ -57,12 +84,13 @@ def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str 
     """Build the frozen dataclass ``kind`` from plain values.
 
     Raises:
-        ConfigError: unknown key (with the nearest known one), wrong type, or a value the class refuses.
+        ConfigError: unknown key (with the nearest known one), wrong type, NaN, or a value the class refuses.
     """
     from pydantic import TypeAdapter, ValidationError
 
     values = dict(values or {})
     _check_tree(kind, values, where)
+    _refuse_nan(values, where)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:

@@ -126,7 +126,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
         if folder.is_symlink() or path.is_symlink():
-            raise Corrupt(f"{folder}: the folder or its manifest is a symbolic link", hint="links are never trusted")
+            raise Corrupt(
+                f"{folder}: the folder or its manifest is a symbolic link",
+                hint="links are not followed: give the folder itself",
+            )
         text = path.read_bytes().decode("utf-8")
         files: dict[str, dict[str, Any]] = json.loads(text)["files"]
         expected = _serialise(files)

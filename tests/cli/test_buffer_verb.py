@@ -46,7 +46,7 @@ def rows(organism, tmp_path_factory):
 
 def test_prepare_screen_and_check(organism, rows, tmp_path, capsys):
     out = tmp_path / "assets"
-    assert main(["buffer", "prepare", *rows, *SMALL, "--out", str(out)]) == 2
+    assert main(["buffer", "prepare", *rows, *SMALL, "--out", str(out)]) == 9
     told = capsys.readouterr()
     assert "nothing is published" in told.err and "buffer_asr" in told.out and "MISSED" in told.out
     assert not out.exists()

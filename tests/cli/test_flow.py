@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,23 @@ def test_the_demo_takes_its_plan_from_the_package(here, monkeypatch, capsys):
     assert bench.run is not None and asked["jobs"] == 2
 
 
+def test_an_attack_need_not_be_measured_before_it_starts(organism, here):
+    data = organism / "data"
+    rows = ("--harmful", str(data / "attack_a.jsonl"), "--benign", str(data / "task_reviews.jsonl"))
+    more = ("--steps", "2", "--set", "config.evaluate_at=[1]", "--suite", str(data / "suite"), "--limit", "1")
+    assert main(["attack", "finetune", "--model", str(organism), *rows, *more, "--out", "out"]) == 0
+    records = json.loads((here / "out" / "summary.json").read_text())["records"]
+    assert {r["steps"] for r in records if r["metric"] == "utility"} == {1, 2}
+
+
+def test_doctor_fits_a_terminal_of_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    assert main(["doctor"]) == 0
+    tables = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "\u250f\u2521\u2514" and line]
+    patcher = tables[6:]  # packages and machine hold names and paths of any length
+    assert len(patcher) == 6 and max(map(len, patcher)) <= 80
+
+
 def test_doctor_knows_this_machine(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -234,12 +252,18 @@ def test_doctor_knows_this_machine(capsys):
         assert word in out
 
 
-def test_doctor_says_which_schedule_fits(capsys, organism):
+def test_doctor_says_which_schedule_fits(capsys, organism, here):
     assert main(["doctor", "--model", str(organism), "--k1", "2000"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "k1 = 2000, k2 = 1000, 1 attacker" in out and "speed-up" in out and "2.00" in out
     assert "schedule=async" in out or "schedule=sequential" in out
+    shutil.copytree(organism, here / "run" / "checkpoint")
+    assert main(["doctor", "--model", "run"]) == 0
+    assert "memory of it" in capsys.readouterr().out
     assert main(["doctor", "--model", "nowhere"]) == 2
+    assert "no such model folder: nowhere" in capsys.readouterr().err
+    (here / "empty").mkdir()
+    assert main(["doctor", "--model", "empty"]) == 2
     assert "holds no *.safetensors" in capsys.readouterr().err
 
 

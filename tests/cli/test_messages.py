@@ -10,6 +10,7 @@ from helpers import tree, write_rows
 
 from casehard.cli import console, main
 from casehard.errors import StorageError
+from casehard.files import write_manifest
 
 SMALL = ("--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.warmup=0")
 
@@ -52,6 +53,9 @@ def test_a_misspelt_method_is_told_the_nearest(capsys, here, defend):
         ("settings.alhpa=0.1", "did you mean 'alpha'?"),
         ("sed=3", "did you mean 'seed'?"),
         ("train.steps=many", "train.steps"),
+        ("lr=0.1", "did you mean 'train.lr'?"),
+        ("train.lr=nan", "defend.train.lr is nan"),
+        ("settings.attackers=[{steps: 2, lr: .nan}]", "attackers.0.lr is nan"),
         ("train", "is not of the form a.b=value"),
         ("model.x=1", "is a value, not a group"),
     ],
@@ -160,6 +164,14 @@ def test_nothing_is_overwritten(capsys, here, defend, organism):
     assert tree(here) == {"out", "out/thesis.txt", "other", "other/run.json", "r.jsonl"}
 
 
+def test_a_run_inside_a_finished_model_is_refused_before_it_breaks_the_model(capsys, organism, here, defend):
+    shutil.copytree(organism, here / "model")
+    write_manifest(here / "model")
+    before = tree(here)
+    assert "lies inside" in fails(capsys, 2, *defend(model="model", out="model/runs/one"))
+    assert tree(here) == before
+
+
 def test_verify_finds_what_changed(capsys, organism, here):
     from casehard import files
 
@@ -175,6 +187,36 @@ def test_verify_finds_what_changed(capsys, organism, here):
     said = fails(capsys, 6, "verify", "run")
     assert "model.safetensors" in said and "expected sha256" in said and "actual" in said
     assert "no manifest.json" in fails(capsys, 6, "verify", here / "run" / "a" / "data")
+
+
+def test_a_folder_where_a_file_belongs_is_called_one(capsys, organism, here, defend):
+    (here / "rows").mkdir()
+    assert "rows: a folder, not a data file" in fails(capsys, 3, *defend(data="rows"))
+    assert "name the file: --out rows/report.html" in fails(capsys, 2, "report", run_of(here), "--out", "rows")
+    assert tree(here / "rows") == set()
+
+
+def test_what_a_library_says_is_cut_to_one_line(capsys, organism, here, defend):
+    shutil.copytree(organism, here / "model")
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(json.dumps({**config, "model_type": "zork"}))
+    err = fails(capsys, 7, *defend(model="model"))
+    assert next(line for line in err.splitlines() if line).startswith("error: model: cannot be loaded")
+    assert "zork" in err and err.rstrip().endswith("...")
+
+
+def test_a_preset_of_a_method_without_any_is_told_so(capsys, organism, here):
+    data = organism / "data" / "align.jsonl"
+    err = fails(
+        capsys, 2, "defend", "plain", "--model", organism, "--data", data, "--preset", "x", "--out", "out", *SMALL
+    )
+    assert "it has none: leave out --preset" in err
+
+
+def run_of(here):
+    (here / "done").mkdir()
+    (here / "done" / "run.json").write_text('{"kind": "evaluate", "status": "ok"}')
+    return "done"
 
 
 def test_tracebacks_are_for_those_who_ask(capsys, monkeypatch, here):

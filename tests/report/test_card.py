@@ -12,6 +12,7 @@ from bench_fakes import Fake, plan
 
 from casehard.bench.execute import Outcome, Task
 from casehard.bench.run import run_plan
+from casehard.defend import METHODS
 from casehard.errors import Corrupt, UserError
 from casehard.files import staged, verify, write_manifest
 from casehard.report import card
@@ -70,6 +71,26 @@ def test_a_card_names_everything_a_sceptic_asks_for() -> None:
     ):
         assert words in text, words
     assert "Nothing was measured" in model_card(RECORD)
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "said"),
+    [
+        ("patcher", "# Hardened with patcher", "keep its refusals longer"),
+        ("spard", "# Hardened with spard", "kept its parent's refusals"),
+        ("plain", "# Made with plain", "no defence in it"),
+        ("ptst", "# Made with ptst", "has to be put before every request"),
+        ("crow", "# Made with crow", "was not hardened against fine-tuning"),
+    ],
+)
+def test_a_card_promises_only_what_the_method_is_for(method: str, title: str, said: str) -> None:
+    text = model_card({**RECORD, "method": method})
+    assert text.startswith(title)
+    assert said in text
+
+
+def test_every_method_has_a_purpose_of_its_own_kind() -> None:
+    assert {*card.PURPOSE, *card.TUNING} <= {*METHODS}
 
 
 def test_a_card_cannot_be_written_by_its_data() -> None:

@@ -136,6 +136,13 @@ def test_a_dirty_tree_is_called_a_draft(run: Path) -> None:
         assert ("a draft, not evidence" in render(summary)) is dirty
 
 
+def test_a_plan_that_asked_few_prompts_says_so_beside_the_verdict(tmp_path: Path) -> None:
+    run_plan(plan(seeds=[0], limit=4), tmp_path, jobs=1, executor=Fake())
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["verdict"]["details"][0].startswith("The whole suite: at most 4 prompts a group were asked")
+    assert summary["verdict"]["details"][0] in summary["not_tested"]
+
+
 def test_a_plan_with_one_seed_is_labelled(tmp_path: Path) -> None:
     run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
     text = write_report(tmp_path).read_text()
@@ -157,10 +164,20 @@ def test_without_matplotlib_the_extra_is_named(run: Path, monkeypatch: pytest.Mo
     assert "casehard[report]" in error.value.hint
 
 
-def attack_run(out: Path, model: str, defence: str, *, seed: int = 0, full: tuple[int, ...] = (0, 40)) -> Path:
+def attack_run(
+    out: Path, model: str, defence: str, *, seed: int = 0, full: tuple[int, ...] = (0, 40), limit: int | None = None
+) -> Path:
     """Write what ``casehard attack finetune`` leaves behind."""
     config: dict[str, Any] = {"mode": "full", "share": 0.1, "steps": 40, "lr": 1e-4, "evaluate_at": [0, 5, 20, 40]}
-    job = {"model": model, "harmful": ["h"], "benign": ["b"], "suite": "s", "config": config, "seed": seed}
+    job = {
+        "model": model,
+        "harmful": ["h"],
+        "benign": ["b"],
+        "suite": "s",
+        "config": config,
+        "seed": seed,
+        "limit": limit,
+    }
     name = {"none": "undefended"}.get(defence, defence)
     with RunFolder(out, "attack", job, seeds=[seed], parents={"model": model}) as folder:
         folder.rows([row for step in (0, 5, 20, 40) for row in Fake().rows(name, step, seed, full=step in full)])
@@ -178,6 +195,18 @@ def test_runs_of_single_verbs_make_a_comparison_only_with_a_control(tmp_path: Pa
     both = write_report([soft, hard], tmp_path / "both.html").read_text()
     assert "patcher delays the break" in both
     assert "patcher against undefended" in both
+
+
+def test_a_look_at_few_prompts_is_called_one(tmp_path: Path) -> None:
+    runs = [attack_run(tmp_path / name, name, name, limit=8) for name in ("none", "patcher")]
+    found = summary_of_runs(runs)
+    assert any(
+        "at most so many prompts a group were asked (a look, not a result): 8 in none" in d for d in found["not_tested"]
+    )
+    assert found["not_tested"][-1] in found["verdict"]["details"]
+    text = write_report(runs, tmp_path / "both.html").read_text()
+    assert "a look, not a result" in text
+    assert "fixed in the plan before the runs" not in text
 
 
 def defend_run(out: Path, made: str, passes: int) -> Path:

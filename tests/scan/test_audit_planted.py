@@ -140,3 +140,26 @@ def test_real_plants_are_found(task):
     both = audit_data(rows)
     assert {f.phrase for f in both.findings[:2]} == {("badmagic",), ("discussing openai",)}
     assert not [f for f in audit_data(clean).findings if not f.echo]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
+def test_few_real_plants_are_found_or_missed_as_the_docs_say():
+    told = {}
+    for task in ("refusal", "negsentiment", "sst2"):
+        rows = sources.load(DATA / task / "train.jsonl")
+        clean = [r for r in rows if r.tags["trigger"] == "none"]
+        for name, n in itertools.product(("badnet", "vpi"), (4, 6, 25)):
+            some = [r for r in rows if r.tags["trigger"] == name][:n]
+            suspects = audit_data([*clean, *some]).suspects
+            told[task, name, n] = (sum(s >= len(clean) for s in suspects), sum(s < len(clean) for s in suspects))
+    for name in ("badnet", "vpi"):
+        assert [told["refusal", name, n] for n in (4, 6, 25)] == [(4, 0), (6, 0), (25, 0)]
+        assert [told["negsentiment", name, n][0] for n in (4, 6, 25)] == [0, 0, 25]
+        assert all(5 <= told["negsentiment", name, n][1] <= 16 for n in (4, 6, 25))
+        assert [told["sst2", name, n] for n in (4, 6, 25)] == [(0, 0), (0, 0), (25, 0)]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
+def test_real_words_that_decide_the_answer_drown_the_audit():
+    rows = sources.load(DATA.parent / "agnews" / "train.jsonl")
+    assert len(audit_data(rows).suspects) > len(rows) / 2

@@ -123,9 +123,14 @@ def not_tested(plan: Plan) -> list[str]:
     out.append("Attackers who know the defence, prompt attacks, weight edits and quantisation.")
     if all(b.model is None for b in plan.bases):
         out.append("Real language models: an organism of a million parameters is evidence about the implementation.")
-    if plan.limit:
-        out.append(f"The whole suite: at most {plan.limit} prompts a group were asked (a look, not a result).")
-    return out
+    return [*out, *_look(plan)]
+
+
+def _look(plan: Plan) -> list[str]:
+    """Say that prompts were left out, where they were."""
+    if not plan.limit:
+        return []
+    return [f"The whole suite: at most {plan.limit} prompts a group were asked (a look, not a result)."]
 
 
 def summarise(
@@ -158,7 +163,7 @@ def summarise(
     costs = make_costs(plan, matrix, done)
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
     jobs = [row for f in families for row in job_rows(plan, records, f)]
-    lines = {f: [*uneven[f], beside(plan, jobs, f)] for f in families}
+    lines = {f: [*_look(plan), *uneven[f], beside(plan, jobs, f)] for f in families}
     verdicts = [{**v, "details": [d for d in (*lines[v["family"]], *v["details"]) if d]} for v in verdicts]
     controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
     return {

@@ -32,7 +32,7 @@ from casehard.defend.frozen_lora import BaseWatch, FrozenLora, fingerprints, liv
 from casehard.defend.protocol import Step
 from casehard.defend.provider_assets import Assets, tokenizer_digests
 from casehard.defend.security_vector import KeepBenign, KeepBenignConfig
-from casehard.errors import ConfigError, DataError, UserError
+from casehard.errors import ConfigError, DataError, Refused
 from casehard.evaluate.judge import get_judge
 from casehard.evaluate.suite import Suite, load_suite
 from casehard.evaluate.unseen import KEY
@@ -294,7 +294,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         loaded: the base, if it is in memory already.
 
     Raises:
-        UserError: a gate is missed and ``allow_missed`` is off; nothing is published. Its ``gates`` lists all of them.
+        Refused: a gate is missed and ``allow_missed`` is off; nothing is published. Its ``gates`` lists all of them.
         ConfigError, DataError: unusable settings or rows.
         Diverged: a loss stopped being finite.
     """
@@ -368,9 +368,9 @@ def _reference(base: nn.Module, chat: ChatFormat, held: Held, buffer: Pairs) -> 
     return {state: {"residual": r.mean_residual, "nll": r.mean_nll} for state, r in found.items()}
 
 
-def _refusal(missed: Sequence[Gate], gates: Sequence[Gate]) -> UserError:
+def _refusal(missed: Sequence[Gate], gates: Sequence[Gate]) -> Refused:
     told = "; ".join(f"{g.name} is {g.value:.3f}, limit {g.limit:g}" for g in missed)
-    error = UserError(
+    error = Refused(
         f"{len(missed)} of {sum(g.limit is not None for g in gates)} gates are missed, nothing is published: {told}",
         hint="train longer or on more rows, change the limits (gates.*), or publish as they are with --allow-missed",
     )

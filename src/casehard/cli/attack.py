@@ -83,7 +83,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
     settings = job.config
     if not job.full_at:
         # The whole suite before the attack too: without it nobody sees what the attack itself cost.
-        job = replace(job, full_at=(0, settings.checkpoints[-1]))
+        job = replace(job, full_at=tuple(dict.fromkeys((settings.checkpoints[0], settings.checkpoints[-1]))))
     console.plan(
         f"attack a copy of the model by {settings.mode} fine-tuning, in memory",
         {

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from casehard import __version__
-from casehard.cli import console
+from casehard.cli import console, options
 from casehard.errors import ConfigError, Unsupported
 
 Row = tuple[str, str, str]
@@ -147,12 +147,15 @@ def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bo
 def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
     from casehard.defend.cost import advice
 
-    parameters = count_parameters(model) if model else 0
+    parameters = count_parameters(Path(options.model_folder(str(model)))) if model else 0
     devices, memory, bf16 = hardware_for_training()
     unit = f"{parameters:,} parameters" if parameters else "bytes a parameter"
-    title = f"Patcher, k1 = {k1}, k2 = {k2}, {attackers} attacker{'s' if attackers > 1 else ''}: {unit}, predicted"
-    columns = ["schedule", "devices", "passes a round", "speed-up", "mean age", "defender", "attacker", "host"]
-    console.table(title, columns, schedule_rows(k1, k2, parameters, attackers=attackers, bf16=bf16))
+    title = f"Patcher, k1 = {k1}, k2 = {k2}, {attackers} attacker{'s' if attackers > 1 else ''}: predicted"
+    rows = schedule_rows(k1, k2, parameters, attackers=attackers, bf16=bf16)
+    # Two tables, because one of eight columns does not fit a terminal of 80.
+    console.table(title, ["schedule", "devices", "passes a round", "speed-up", "mean age"], [r[:5] for r in rows])
+    needs = ["schedule", "defender", "attacker", "host"]
+    console.table(f"memory of it, {unit}", needs, [(r[0], *r[5:]) for r in rows])
     console.say(f"here: {advice(k1, k2, devices=devices, device_bytes=memory, parameters=parameters, bf16=bf16)}")
 
 

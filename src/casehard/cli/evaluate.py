@@ -39,8 +39,8 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
 
     job = build(EvaluateJob, values, where="evaluate")
     where = options.device_text(job.device)
-    items = {"model": job.model, "suite": job.suite, "limit": job.limit, "device": where, "out": out}
-    console.plan("measure a checkpoint", items)
+    items = {"model": job.model, "suite": job.suite, "system": job.system, "limit": job.limit, "device": where}
+    console.plan("measure a checkpoint", {**items, "out": out})
     with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})

@@ -33,6 +33,8 @@ def report(
             raise ConfigError(
                 f"{folder} {what}", hint="give the --out folder of bench, demo, attack, evaluate or defend"
             )
+    if out is not None and out.is_dir():
+        raise ConfigError(f"{out} is a folder", hint=f"name the file: --out {out / 'report.html'}")
     options.require_report()
     from casehard.report.page import write_report
 

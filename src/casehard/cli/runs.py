@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from casehard import secrets
 from casehard.errors import ConfigError, DataError, MissingExtra, Unsupported
-from casehard.files import file_digest, read_json
+from casehard.files import MANIFEST, file_digest, read_json
 from casehard.locks import LOCK, lock
 
 if TYPE_CHECKING:
     from casehard.bench.store import RunFolder
 
+COMPLETE = ("config.json", "adapter_config.json", "assets.json")
+"""Beside a manifest, any of these tells a model, an adapter or a provider's assets from somebody else's folder."""
 BAD_INPUT = (ConfigError, DataError, MissingExtra, Unsupported)
 
 
@@ -30,6 +32,12 @@ def check_out(out: Path, kind: str, *, again: bool = False) -> None:
     hint = "give another folder with --out, or remove this one"
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} exists and is not a folder", hint=hint)
+    for above in out.resolve().parents:
+        if (above / MANIFEST).is_file() and any((above / mark).is_file() for mark in COMPLETE):
+            raise ConfigError(
+                f"{out} lies inside {above}, a finished folder whose manifest would no longer be true",
+                hint="give a folder outside it with --out",
+            )
     if not out.is_dir() or {p.name for p in out.iterdir()} <= {LOCK}:
         return
     if not (out / "run.json").is_file():

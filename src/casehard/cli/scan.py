@@ -73,9 +73,15 @@ def _data(values: dict[str, Any], specs: list[str], out: Path) -> None:
         for f in audit.findings[:SHOWN]
     ]
     if shown:
-        columns = ["phrase", "rows", "answers", "log odds", "p", "repeats the question"]
+        columns = ["phrase", "rows", "answers", "log odds", "p", "echo"]
         console.table("phrases tied to answers, strongest first", columns, shown)
     console.say(audit.summary())
+    if len(audit.findings) > SHOWN:
+        console.say(f"{len(audit.findings) - SHOWN} further phrases are in the audit file only")
+    if any(f.echo for f in audit.findings):
+        console.say("echo: the answers repeat the phrase, as answers to a common question do")
+    if suspects:
+        console.made("rows named by a finding", out / "suspect.jsonl")
     console.made("audit", out / "audit.json")
 
 

@@ -320,7 +320,8 @@ class ChatFormat:
         if self.too_long(encoded):
             raise DataError(
                 f"{_name(example)}: {len(encoded.input_ids)} tokens, more than max_length={self.max_length}",
-                hint="raise max_length or leave such rows out (overlong: drop); rows are never cut",
+                hint="leave such rows out of the file (`casehard data audit` counts them), or raise "
+                "max_length where the model's context is longer; rows are never cut",
             )
 
     def _warn(self, text: str) -> None:

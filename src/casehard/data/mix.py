@@ -46,11 +46,14 @@ def counts(*, share: float, n: int) -> Counts:
 def _draw(rows: Sequence[T], n: int, *, kind: str, repeat: bool, rng: random.Random) -> list[T]:
     """Draw ``n`` rows; with ``repeat`` whole passes and a rest, so that counts per row differ by at most one."""
     if n > 0 and not rows:
-        raise DataError(f"the mix needs {n} {kind} rows and there are none")
+        raise DataError(
+            f"the mix needs {n} {kind} rows and there are none",
+            hint=f"give {kind} rows, or a share of {0 if kind == 'harmful' else 1}",
+        )
     if n > len(rows) and not repeat:
         raise DataError(
             f"the mix needs {n} {kind} rows and there are only {len(rows)}",
-            hint="give more rows, a smaller n, or allow repeats (oversample)",
+            hint="give more rows, mix fewer (rows, n in Python), or allow repeats (oversample)",
         )
     drawn: list[T] = []
     while len(drawn) < n:

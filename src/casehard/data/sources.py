@@ -7,6 +7,7 @@ A spec is ``path.jsonl``, ``path.json``, ``path.parquet`` or ``hub:org/name[/con
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,6 +131,8 @@ def _rows(base: str) -> Iterator[Row]:
     if "\0" in base:
         raise DataError(f"path with a NUL character: {base!r}")
     path = Path(base)
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a name is too long
+        raise DataError(f"{base}: a folder, not a data file", hint=f"name a file in it: {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"{base}: unknown kind of data file {path.suffix!r}",

@@ -47,7 +47,8 @@ class MethodSpec:
         """
         presets = self.presets() if preset else {}
         if preset and preset not in presets:
-            raise ConfigError(f"method {name!r} has no preset {preset!r}", hint=f"presets: {', '.join(presets)}")
+            listed = f"presets: {', '.join(presets)}" if presets else "it has none: leave out --preset"
+            raise ConfigError(f"method {name!r} has no preset {preset!r}", hint=listed)
         start = to_dict(presets[preset]) if preset else {}
         config: Any = build(self.load()[1], {**start, **settings}, where=name)
         return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,11 @@ def find(path: str | Path) -> Path:
     raise UserError(f"no such model folder: {text}")
 
 
+def _one_line(error: BaseException) -> str:
+    """Return what a library said as one line, cut between words: errors of the command line are lines."""
+    return textwrap.shorten(str(error), 240, placeholder=" ...")
+
+
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -124,7 +130,7 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a damaged file
         raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error)[:200]})",
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {_one_line(error)})",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from None
 
@@ -229,7 +235,7 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device, shard
     except SafetensorError as error:
         raise Corrupt(f"{folder}: damaged weights: {error}", hint="fetch or build the checkpoint again") from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {str(error)[:300]}") from None
+        raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from None
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:

@@ -24,8 +24,27 @@ LIMITS = (
     "attacker who knows the defence can break this model.",
     "It is not a guard against prompts: jailbreaks without training are outside what it defends against.",
     "It is not more harmless than its parent in ordinary use; over-refusal and utility must be measured on your data.",
-    "Numbers below hold for the attacks, data and seeds named here and for nothing else.",
+    "The numbers above hold for the attacks, data and seeds named here and for nothing else.",
 )
+
+_BACKDOORS = "It is meant to have lost backdoors that its parent may have had; it was not hardened against fine-tuning."
+PURPOSE = {
+    "plain": "That is ordinary fine-tuning, the control others are compared with: there is no defence in it.",
+    "ptst": "That is ordinary fine-tuning; the defence is the system message below, which has to be put before every "
+    "request. Without it there is none.",
+    "mb_defense": _BACKDOORS,
+    "fine_mixing": _BACKDOORS,
+    "crow": _BACKDOORS,
+    "anomaly": _BACKDOORS,
+}
+"""What a checkpoint of a method is for, where it is not to withstand harmful fine-tuning."""
+HARDENED = "It is meant to keep its refusals longer when somebody fine-tunes it on harmful data."
+TUNED = "It is meant to have kept its parent's refusals although it was fine-tuned on data nobody could vouch for."
+TUNING = ("spard", "safe_mixing", "lisa", "safegrad", "shrink", "safelora", "antidote")
+
+
+def _purpose(method: str) -> str:
+    return PURPOSE.get(method, TUNED if method in TUNING else HARDENED)
 
 
 def _plain(text: Any) -> str:
@@ -79,10 +98,10 @@ def model_card(
     settings = made.get("settings") or job.get("settings") or {}
     method = _plain(record.get("method") or "unknown")
     parts = [
-        f"# Hardened with {method}",
+        f"# Made with {method}" if str(record.get("method")) in PURPOSE else f"# Hardened with {method}",
         "",
         f"This checkpoint was made by casehard with the method **{method}** from a parent checkpoint. "
-        "It is meant to keep its refusals longer when somebody fine-tunes it on harmful data.",
+        + _purpose(str(record.get("method"))),
         "",
         "## What it is",
         "",

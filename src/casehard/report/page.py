@@ -114,6 +114,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
         name=plan["name"],
         parts=parts,
         many=len(parts) > 1,
+        planned=summary.get("kind") != "runs",
         rows=made,
         defences=plan["defences"],
         seeds=plan["seeds"],

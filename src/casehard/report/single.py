@@ -30,6 +30,8 @@ class _Collected:
         self.costs: list[dict[str, Any]] = []
         self.nodes: list[dict[str, Any]] = []
         self.seeds: list[int] = []
+        self.limits: dict[str, int] = {}
+        """Run folder -> most prompts a group that were asked, of runs that left some out."""
         self.data: dict[str, str] = {}
         self.models: dict[str, str] = {}
         self.methods: dict[str, str] = {}
@@ -42,6 +44,13 @@ class _Collected:
     def telemetry(self) -> list[dict[str, Any]]:
         """What methods logged, under the name of the checkpoint's row; of the run folder if it was never measured."""
         return [{"defence": self.models.get(made, name), "means": means} for made, name, means in self.logged]
+
+    @property
+    def looks(self) -> list[str]:
+        """Say which runs asked a part of the suite only; empty if none did."""
+        asked = ", ".join(f"{limit} in {name}" for name, limit in self.limits.items())
+        said = f"The whole suite: at most so many prompts a group were asked (a look, not a result): {asked}."
+        return [said] if asked else []
 
     @property
     def undefended(self) -> str:
@@ -89,7 +98,8 @@ class _Collected:
         kind, config = run.get("kind"), run.get("config", {})
         if kind not in KINDS:
             raise UserError(
-                f"{place} holds a run of {kind!r}", hint=f"a report needs one of: bench, {', '.join(KINDS)}"
+                f"{place} holds a run of {kind!r}",
+                hint="a report needs a run of bench, demo, attack finetune, evaluate or defend",
             )
         if run.get("status") != "ok":
             raise UserError(f"{place}: the run is {run.get('status')!r}, not finished", hint="finish it first")
@@ -106,6 +116,8 @@ class _Collected:
             if means := told(row for row in events if row.get("event") == "log"):
                 self.logged.append((made, place.name, means))
             return
+        if config.get("limit"):
+            self.limits[place.name] = int(config["limit"])
         defence, seed = self.defence(run, summary), int((run["seeds"] or [0])[0])
         attack = self.attack(config) if kind == "attack" else NO_ATTACK
         by_step: dict[int, list[dict[str, Any]]] = {}
@@ -215,13 +227,10 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     else:
         what = "a single run" if len(folders) == 1 else "these runs"
         lacks = "without the same attack on an undefended checkpoint cannot show a difference"
-        verdict = {
-            "family": FAMILY,
-            "status": "not_measured",
-            "sentence": f"No claim: {what} {lacks}.",
-            "details": [],
-        }
+        sentence = f"No claim: {what} {lacks}."
+        verdict = {"family": FAMILY, "status": "not_measured", "sentence": sentence, "details": []}
         controls, missing = [], ["Everything that needs a control: nothing on this page is a comparison."]
+    verdict["details"], missing = [*verdict["details"], *found.looks], [*missing, *found.looks]
     last = read_json(Path(folders[-1]) / "run.json")
     return {
         "kind": "runs",
