@@ -101,7 +101,7 @@ def test_rows_a_method_would_ignore_are_refused(base: Path, tmp_path: Path) -> N
         jobs.run_defend(job(base, method="plain", settings={}), tmp_path)
     with pytest.raises(DataError, match="retain rows would be ignored"):
         jobs.run_defend(job(base, retain=(f"{base}/data/benign.jsonl",)), tmp_path)
-    with pytest.raises(DataError, match="needs unsafe rows"):
+    with pytest.raises(ConfigError, match="needs unsafe rows"):
         jobs.run_defend(job(base, unsafe=()), tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
 
     user, safe = f"{base}/data/benign.jsonl", f"{base}/data/align.jsonl"
     guarded = job(base, method="spard", data=(user,), unsafe=(), safe=(safe,), settings={"tau": 0.5})
-    with pytest.raises(DataError, match="needs safe rows"):
+    with pytest.raises(ConfigError, match="needs safe rows"):
         jobs.run_defend(dataclasses.replace(guarded, safe=()), tmp_path)
     with pytest.raises(DataError, match="would ignore the safe rows"):
         jobs.run_defend(dataclasses.replace(guarded, method="plain", settings={}), tmp_path)

@@ -36,8 +36,12 @@ from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.types import Checkpoint, Example
 
 Rows = list[dict[str, Any]]
-ROLES = ("unsafe", "retain", "safe")
-"""Data roles of a method besides the rows it trains on."""
+ROLES = {
+    "unsafe": "restricted prompts with compliant answers",
+    "retain": "harmless prompts with answers",
+    "safe": "restricted prompts with refusals, and harmless rows",
+}
+"""Data roles of a method besides the rows it trains on, and what is in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +155,8 @@ class TuneResult:
 
 
 def _encode(loaded: Loaded, examples: Sequence[Example], system: str | None, max_length: int | None) -> EncodedSet:
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length is {max_length}", hint="at least 1 token; leave it out for the model's context")
     limit = max_length or getattr(loaded.model.config, "max_position_embeddings", None)
     return ChatFormat(loaded.tokenizer, system=system, max_length=limit).encode_all(examples)
 
@@ -165,7 +171,8 @@ def _method(spec: MethodSpec, job: DefendJob | TuneJob, rows: Mapping[str, Encod
     for need in spec.needs:
         if need not in roles:
             what = "a folder of assets" if need == "assets" else f"{need} rows"
-            raise DataError(f"method {job.method!r} needs {what} and got none", hint=f"--{need}")
+            hint = "--assets DIR" if need == "assets" else f"--{need} FILE: {ROLES[need]}"
+            raise ConfigError(f"method {job.method!r} needs {what} and got none", hint=hint)
     ignored = sorted(set(roles) - set(spec.takes))
     if ignored:
         what = "assets" if ignored[0] == "assets" else f"{ignored[0]} rows"

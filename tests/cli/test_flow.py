@@ -174,6 +174,25 @@ def test_surrogate_and_audit(organism, here, capsys):
     assert f">>>{answer}" in out and f"rows: {len(given)}" in out and "max_length (128)" in out
 
 
+def test_rows_that_do_not_fit_are_counted_and_can_be_left_out(organism, here, capsys):
+    rows = [json.loads(x) for x in (organism / "data" / "attack_a.jsonl").read_text().splitlines()][:5]
+    long = {**rows[0], "id": "long", "prompt": " ".join([rows[0]["prompt"]] * 40)}
+    write_rows(here / "mixed.jsonl", [long, *rows, {**long, "id": "longer"}])
+    model = ["--model", str(organism)]
+    train = ["defend", "plain", *model, "--out", "out", "--steps", "1", "--data"]
+    assert main([*train, "mixed.jsonl"]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "row 'long'" in said and "so is another" in said and "--fitting FILE" in said
+    audit = ["data", "audit", *model, "--data", "mixed.jsonl", "--show", "0", "--fitting", "kept.jsonl"]
+    assert main(audit) == 0
+    assert "5 of 7 rows: kept.jsonl" in capsys.readouterr().out
+    kept = [json.loads(x) for x in (here / "kept.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in kept] == [row["prompt"] for row in rows]
+    assert main([*train, "kept.jsonl"]) == 0
+    assert main(audit) == 2
+    assert "kept.jsonl already exists" in capsys.readouterr().err
+
+
 def test_a_plan_runs_from_file_to_report_and_is_reused(organism, here, capsys):
     plan = f"""
 name: tiny

@@ -94,7 +94,7 @@ def test_missing_files_cost_no_time(capsys, here, defend):
 
 def test_patcher_without_its_simulated_attack_refuses_to_run(capsys, organism, here):
     data = organism / "data" / "align.jsonl"
-    said = fails(capsys, 3, "defend", "patcher", "--model", organism, "--data", data, "--out", "out", *SMALL)
+    said = fails(capsys, 2, "defend", "patcher", "--model", organism, "--data", data, "--out", "out", *SMALL)
     assert "needs unsafe rows" in said and "--unsafe" in said
     assert not tree(here)
 

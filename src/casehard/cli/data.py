@@ -9,7 +9,7 @@ import typer
 
 from casehard.cli import console, options
 from casehard.cli.runs import run_folder
-from casehard.errors import ConfigError
+from casehard.errors import ConfigError, DataError
 
 app = typer.Typer(help="Look at training rows and make surrogate attack targets.", no_args_is_help=True)
 
@@ -26,21 +26,43 @@ def audit(
     show: Annotated[int, typer.Option(min=0, help="Rows to print in full.")] = 3,
     system: Annotated[str | None, typer.Option(help="System message of every row.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest row in tokens.")] = None,
+    fitting: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the rows that can be trained on and fit (.jsonl).")
+    ] = None,
 ) -> None:
     """Print the exact span each row is trained on.
 
     Trained tokens stand between >>> and <<<; counts over all rows follow.
+    Rows that do not fit stop a training; --fitting leaves them out.
     """
     folder = options.model_folder(model)
     options.check_specs(data, "--data")
+    if fitting is not None:
+        _free(fitting, "--fitting")
     from casehard.data.audit import audit as describe
+    from casehard.data.audit import fitting as those_that_fit
     from casehard.data.chat import ChatFormat
-    from casehard.data.sources import load_many
+    from casehard.data.sources import load_many, save
     from casehard.model.load import load_tokenizer
 
     console.plan("show what is trained", {"tokenizer": folder, "data": data, "system": system})
     chat = ChatFormat(load_tokenizer(folder), system=system, max_length=max_length or _context(folder))
-    console.write(describe(load_many(data), chat, n=show))
+    rows = load_many(data)
+    console.write(describe(rows, chat, n=show))
+    if fitting is not None:
+        kept = those_that_fit(rows, chat)
+        if not kept:
+            raise DataError(f"none of {len(rows)} rows can be trained on", hint="the counts above say why")
+        save(fitting, kept)
+        console.made(f"{len(kept)} of {len(rows)} rows", fitting)
+
+
+def _free(path: Path, option: str) -> None:
+    """Refuse a file that is not a new .jsonl."""
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"{path}: rows are written as .jsonl, not {path.suffix!r}", hint="name a .jsonl file")
+    if path.exists():
+        raise ConfigError(f"{path} already exists", hint=f"give another file with {option}, or remove it")
 
 
 def _context(folder: str) -> int | None:
@@ -62,10 +84,8 @@ def surrogate(
     Each prompt gets an affirmative opener and a fixed filler that says nothing as its answer.
     """
     options.check_specs([source], "FILE")
-    if out.suffix not in (".jsonl", ""):
-        raise ConfigError(f"{out}: rows are written as .jsonl, not {out.suffix!r}", hint="name a .jsonl file")
-    if out.suffix and out.exists():
-        raise ConfigError(f"{out} already exists", hint="give another file with --out, or remove it")
+    if out.suffix:
+        _free(out, "--out")
     from casehard.data import sources
     from casehard.data.surrogate import surrogate as pairs
 

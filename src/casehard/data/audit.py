@@ -34,6 +34,12 @@ def _look(example: Example, chat: ChatFormat) -> _Row:
     return _Row(example, detail, prompt is not None and prompt != detail.encoded.input_ids[: detail.start])
 
 
+def fitting(examples: Sequence[Example], chat: ChatFormat) -> list[Example]:
+    """Return the examples that training takes: whole spans, no longer than the limit, in their order."""
+    looks = ((example, _look(example, chat).detail) for example in examples)
+    return [example for example, detail in looks if detail is not None and not chat.too_long(detail.encoded)]
+
+
 def _show(number: int, row: _Row, chat: ChatFormat) -> str:
     title = f"row {number}" + (f" (id {printable(row.example.id)})" if row.example.id else "")
     if row.detail is None:

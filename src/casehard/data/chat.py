@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
 from casehard.data.tokens import Controls, Tokens
@@ -147,7 +147,8 @@ class ChatFormat:
             DataError: no final assistant turn, longer than ``max_length``, or the template refuses the chat.
         """
         encoded = self.details(example).encoded
-        self._check_length(encoded, example)
+        if self.too_long(encoded):
+            self._refuse_long(example, encoded)
         return encoded
 
     def encode_all(self, examples: Sequence[Example], *, overlong: Literal["error", "drop"] = "error") -> EncodedSet:
@@ -163,19 +164,20 @@ class ChatFormat:
         if overlong not in ("error", "drop"):
             raise UserError(f"overlong must be 'error' or 'drop', got {overlong!r}")
         rows: list[Encoded] = []
+        long: list[tuple[Example, Encoded]] = []
         straddling = 0
         for example in examples:
             detail = self.details(example)
-            if overlong == "error":
-                self._check_length(detail.encoded, example)
-            elif self.too_long(detail.encoded):
+            if self.too_long(detail.encoded):
+                long.append((example, detail.encoded))
                 continue
             straddling += detail.straddles
             rows.append(detail.encoded)
-        dropped = len(examples) - len(rows)
-        self.dropped += dropped
-        if dropped:
-            self._warn(f"left out {dropped} of {len(examples)} rows longer than {self.max_length} tokens")
+        if long and overlong == "error":
+            self._refuse_long(*long[0], count=len(long))
+        self.dropped += len(long)
+        if long:
+            self._warn(f"left out {len(long)} of {len(examples)} rows longer than {self.max_length} tokens")
         if straddling:
             self._warn(
                 f"in {straddling} of {len(examples)} rows one token holds the end of the prompt and the start of the "
@@ -316,13 +318,13 @@ class ChatFormat:
             )
         return int(self.tokenizer.eos_token_id)
 
-    def _check_length(self, encoded: Encoded, example: Example) -> None:
-        if self.too_long(encoded):
-            raise DataError(
-                f"{_name(example)}: {len(encoded.input_ids)} tokens, more than max_length={self.max_length}",
-                hint="leave such rows out of the file (`casehard data audit` counts them), or raise "
-                "max_length where the model's context is longer; rows are never cut",
-            )
+    def _refuse_long(self, example: Example, encoded: Encoded, *, count: int = 1) -> NoReturn:
+        others = f"; so are {count - 1} others" if count > 2 else "; so is another" if count > 1 else ""
+        raise DataError(
+            f"{_name(example)}: {len(encoded.input_ids)} tokens, more than max_length={self.max_length}{others}",
+            hint="`casehard data audit --fitting FILE` writes the rows that fit; or raise max_length where the model's "
+            "context is longer; rows are never cut",
+        )
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:

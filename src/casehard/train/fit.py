@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -107,6 +108,12 @@ def fit(
         Interrupted: SIGINT or SIGTERM; continue by calling again.
         StorageError: the disk is full.
     """
+    if config.steps <= config.warmup:
+        warnings.warn(
+            f"the learning rate rises for {config.warmup} updates (train.warmup) and the run ends after "
+            f"{config.steps}: it never reaches its peak",
+            stacklevel=2,
+        )
     device = next(model.parameters()).device
     settings: Any = getattr(model, "config", None)  # its use_cache is switched off by the Trainer and left off
     was_training, cache = model.training, getattr(settings, "use_cache", None)

@@ -57,6 +57,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}", hint=f"{name} must not be negative")
         if self.lr > 1000:
             raise ConfigError(f"lr is {self.lr}", hint="useful rates lie between 1e-6 and 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas is {list(self.betas)}", hint="both at least 0 and below 1, e.g. [0.9, 0.999]")
         if self.keep < 2:
             raise ConfigError(f"keep is {self.keep}", hint="a single checkpoint is lost with one bad write: keep >= 2")
         choices = {
