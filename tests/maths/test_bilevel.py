@@ -135,6 +135,38 @@ def test_no_gradient_reaches_delta() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def in_the_graph(params: dict, delta: dict) -> dict:
+    """The naive view: theta + delta as nodes of the graph, whose gradients autograd itself brings to theta."""
+    return {name: p + delta[name].detach() for name, p in params.items()}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_gradients_hooks_and_earlier_gradients_are_as_with_the_sum_in_the_graph(tie: bool) -> None:
+    found = []
+    for view in (in_the_graph, perturbed_view):
+        model, told = llama(tie=tie), []
+        frozen = model.model.embed_tokens.weight
+        frozen.register_hook(lambda g: torch.cat([0 * g[:3], g[3:]]))  # rows that a caller keeps as they are
+        model.model.norm.weight.register_post_accumulate_grad_hook(lambda p, told=told: told.append(p.grad.clone()))
+        delta = random_delta(model)
+        loss_of(model).backward()
+        for _ in range(2):
+            with_view(model, view(parameters(model), delta), lambda inner: loss_of(inner).backward())
+        assert not frozen.grad[:3].any() and frozen.grad[3:].any() and len(told) == 3
+        found.append([*(p.grad for p in model.parameters()), *told])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_are_handed_on_while_the_backward_pass_runs() -> None:
+    model, alive = llama(), []
+    view = perturbed_view(parameters(model), random_delta(model))
+    first = model.model.embed_tokens.weight  # the last to be complete
+    first.register_hook(lambda g: alive.append(sum(v.grad is not None for v in view.values())))
+    with_view(model, view, lambda inner: loss_of(inner).backward())
+    assert alive == [0]
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_unmatched_names_are_errors() -> None:
     model = llama()
     delta = random_delta(model)

@@ -93,6 +93,18 @@ def test_an_attacker_that_one_process_lost_is_lost_to_all_and_what_came_of_it_si
     assert kept.ordered == [Order(1, 3, 3)]
 
 
+def test_what_an_attacker_left_at_one_process_only_is_dropped_and_nobody_waits_for_the_rest_of_it() -> None:
+    def run(side: AgreedSide) -> tuple[int, bool]:
+        [side.collect() for _ in range(3)]
+        waited = []
+        side.local.wait = lambda: waited.append(1)
+        side.wait()
+        return sum(map(len, side._held)), bool(waited)
+
+    crossed = [Local([[arrival(0, 1)]], {1: (1, "x")}), Local([[arrival(1, 1)]], {0: (1, "gone")})]
+    assert both(crossed, run) == [(0, True), (0, True)]
+
+
 def test_a_diverged_attack_stops_all_of_them_at_the_same_look() -> None:
     def until(side: AgreedSide) -> int:
         for i in range(5):

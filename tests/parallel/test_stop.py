@@ -76,3 +76,43 @@ def test_told_to_stop_before_a_resumed_run_caught_up_it_keeps_the_checkpoint_it_
         model = llama()
     fit(model, None, SAFE, config=CONFIG, method=patcher(), seed=1, out=tmp_path)
     assert same(weights(whole), weights(model))
+
+
+class Dying:
+    """An attacker that dies while it is waited for, and takes the run with it: the signal comes in the same moment."""
+
+    def __init__(self, *, dead: bool = False) -> None:
+        self.dead = dead
+
+    def begin(self) -> None: ...
+
+    def submit(self, order: object, source: object, *, stable: bool) -> None: ...
+
+    def collect(self) -> list:
+        return []
+
+    def wait(self) -> None:
+        self.dead = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def lost(self) -> dict[int, str]:
+        return {0: "killed"} if self.dead else {}
+
+
+@pytest.mark.filterwarnings("ignore:attacker 0")
+def test_an_attack_that_a_dying_attacker_left_to_a_run_that_stops_is_made_by_the_resumed_one(tmp_path: Path) -> None:
+    whole, model, again = llama(), llama(), llama()
+    log = fit(whole, None, SAFE, config=CONFIG, method=patcher(), seed=1).log
+
+    def beside(side: Dying) -> Patcher:
+        config = PatcherConfig(schedule="lockstep", round_steps=3, attackers=patcher().config.attackers)
+        return Patcher(config, unsafe=UNSAFE, side=side)
+
+    with pytest.raises(Interrupted):
+        fit(model, None, SAFE, config=CONFIG, method=beside(Dying()), seed=1, out=tmp_path)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = beside(Dying(dead=True))
+    done = fit(again, None, SAFE, config=CONFIG, method=resumed, seed=1, out=tmp_path)
+    assert resumed.vectors is not None and resumed.vectors.adoptions == [(3, 3), (6, 6)]
+    assert same(weights(whole), weights(again))
+    assert [row["loss"] for row in done.log] == [row["loss"] for row in log]

@@ -206,6 +206,8 @@ class Patcher:
         Raises:
             Lost: no vector was ever in use.
         """
+        if self._spread is None and is_sharded(model):  # resumed after its last step
+            self._spread = Spread.of(model, Branch.of(self.branches) if self.branches is not None else None)
         self._report()
         assert self.vectors is not None
         if self.config.alpha > 0 and not self.vectors.ever:

@@ -201,13 +201,18 @@ class Vectors:
                 self._submit(unit, entry, self.copies.tensors(entry.source, model), stable=True)
 
     def _complete(self, model: nn.Module, unit: Unit, entry: Round) -> bool:
-        """Return whether nothing more will come for the round; do here what a lost attacker of lockstep left undone."""
+        """Return whether nothing more will come for the round; do here what a lost attacker of lockstep left undone.
+
+        Raises:
+            Stopped: the run was asked to stop and there is something to do here; the resumed run does it.
+        """
         lost = self.side.lost()
         absent = [order for order in unit.orders(entry) if order not in self.arrived]
         if not absent:
             return True
-        left = self.table.schedule == "lockstep" and all(order.attacker in lost for order in absent)
-        if left and not self.stop():
+        if self.table.schedule == "lockstep" and all(order.attacker in lost for order in absent):
+            if self.stop():
+                raise Stopped
             source = self.copies.tensors(entry.source, model)
             for order in absent:
                 self.local.submit(order, source, stable=True)

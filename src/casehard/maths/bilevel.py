@@ -4,8 +4,8 @@ Symbols (Patcher, arXiv 2606.07970): theta the weights, A_k(theta) the weights a
 vector A_k(theta_source) - theta_reference, alpha the share of the attacked loss.
 
 A *view* is a dict of substitute parameters installed for the duration of one call. The tensors theta + delta are
-composed from the fp32 master inside the autograd graph, so a backward through the view adds its gradient to
-``theta.grad`` and restoring is exact by construction: there is nothing to restore, also when the call raises.
+composed from the fp32 masters and hand their gradients to them, so a backward through the view adds to ``theta.grad``
+and restoring is exact by construction: there is nothing to restore, also when the call raises.
 """
 
 from __future__ import annotations
@@ -124,12 +124,18 @@ def perturbed_view(
 
 def _handing_on(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
     def hand_on(view: torch.Tensor) -> None:
-        gradient, view.grad = view.grad, None
-        assert gradient is not None
+        assert view.grad is not None
+        gradient, view.grad = view.grad.to(master.dtype), None
+        # A caller's own hooks (a mask of frozen rows, say) see every gradient of the master, as autograd would show it.
+        for hook in tuple((getattr(master, "_backward_hooks", None) or {}).values()):
+            changed = hook(gradient)
+            gradient = gradient if changed is None else changed
         if master.grad is None:
-            master.grad = gradient.to(master.dtype)
+            master.grad = gradient
         else:
             master.grad.add_(gradient)
+        for hook in tuple((getattr(master, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(master)
 
     return hand_on
 

@@ -61,7 +61,8 @@ class AgreedSide:
         """
         try:
             for arrival in self.local.collect():
-                self._held[arrival.order.attacker].append(arrival)
+                if arrival.order.attacker not in self._gone:
+                    self._held[arrival.order.attacker].append(arrival)
         except UserError as error:
             self._error = error
         lost = self.local.lost()
@@ -79,6 +80,8 @@ class AgreedSide:
             while self._given[i] < agreed[i]:
                 self._given[i] += 1
                 done.append(held.popleft())
+            if i in self._gone:
+                held.clear()  # the others will never have it
         return done
 
     def wait(self) -> None:

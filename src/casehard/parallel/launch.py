@@ -122,7 +122,10 @@ def _attack(store: Any, number: int, part: Part, defenders: int, device: torch.d
         dist.init_process_group(_backend(device), store=own, rank=part.number, world_size=part.of)
 
     def watch() -> bool:
-        return bool(store.check([DONE]))
+        try:
+            return bool(store.check([DONE]))
+        except RuntimeError:  # whoever keeps the store is gone, and the job with it
+            return True
 
     serve(store, number, device=device, loopback=False, watch=watch, part=part, defenders=defenders)
     leave()
@@ -218,7 +221,10 @@ def _signs(store: Any, number: int, ended: Callable[[], str] = lambda: "") -> Si
     def look() -> tuple[str, str]:
         if why := ended():
             return why, ""
-        return "", store.get(key).decode() if store.check([key]) else ""
+        try:
+            return "", store.get(key).decode() if store.check([key]) else ""
+        except RuntimeError:
+            return "the process that keeps the job's store is gone", ""
 
     return look
 
@@ -245,7 +251,7 @@ def _served(
         side.ready()
         yield side
     finally:
-        store.set(DONE, "1")
+        _done(store)
         side.close()
 
 

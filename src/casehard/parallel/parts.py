@@ -2,7 +2,7 @@
 
 A defender of P processes holds every weight in P parts, an attacker of Q processes in Q: rows in the order of the
 ranks, as FSDP2 has them (``maths.seats.span``). Each process sends each of its peers the rows that both hold, so no
-process ever has more than its own part, on either side.
+process ever sends or receives more than its own part.
 """
 
 from __future__ import annotations

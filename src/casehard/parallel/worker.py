@@ -57,10 +57,12 @@ def serve(
     Raises:
         Lost: the defender, or another process of this attacker, went away without a word.
     """
-    while not store.check([OPEN]):
-        if watch():
-            return
+    while not watch():
+        if store.check([OPEN]):
+            break
         time.sleep(0.1)
+    else:
+        return
     names = [channel_name(number, part.number, d) for d in range(defenders)]
     channels = [Channel(store, name, first=False, loopback=loopback) for name in names]
     try:
