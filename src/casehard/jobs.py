@@ -29,6 +29,7 @@ from casehard.files import file_digest, remove
 from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load, load_gathered
+from casehard.model.provenance import SERVED
 from casehard.model.save import save
 from casehard.parallel.launch import equipped, shards_wanted
 from casehard.train.fit import fit
@@ -281,6 +282,7 @@ def _provenance(job: DefendJob, method: Any, rows: Mapping[str, EncodedSet]) -> 
         "config_digest": digest(to_dict(job)),
         "data_digests": {role: encoded.digest for role, encoded in rows.items()},
         "seed": job.seed,
+        **({SERVED: method.serving_system} if getattr(method, "serving_system", None) else {}),
     }
 
 

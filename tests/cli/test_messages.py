@@ -238,3 +238,15 @@ def test_refusals_of_the_operating_system_become_errors():
     full = console.os_error(OSError(errno.ENOSPC, "No space left on device", "x/y"))
     assert isinstance(full, StorageError) and "x/y" in full.message and "--out" in full.hint
     assert console.os_error(OSError(errno.EACCES, "Permission denied", "z")).exit_code == 2
+
+
+def test_a_system_message_that_is_the_defence_is_told_and_missed(capsys, organism, here):
+    data, suite = organism / "data" / "benign.jsonl", organism / "data" / "suite"
+    words = ["defend", "ptst", "--model", organism, "--data", data, "--out", "out", "--steps", "1"]
+    assert main([*map(str, words), "--set", "settings.system=be careful"]) == 0
+    assert "system message to put before every request: 'be careful'" in " ".join(capsys.readouterr().out.split())
+    measure = ["evaluate", "--model", "out/checkpoint", "--suite", str(suite), "--limit", "1", "--out"]
+    assert main([*measure, "bare"]) == 0
+    assert "--set system='be careful'" in " ".join(capsys.readouterr().err.split())
+    assert main([*measure, "served", "--set", "system=be careful"]) == 0
+    assert "system message" not in capsys.readouterr().err

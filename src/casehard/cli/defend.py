@@ -131,6 +131,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         check_out(out, "defend")
     from casehard.config import build, to_dict
     from casehard.jobs import DefendJob, run_defend
+    from casehard.model.provenance import served_with
     from casehard.report.card import write_card
 
     job = build(DefendJob, {**values, "select": chosen}, where="defend")
@@ -171,6 +172,8 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     rows = cost_rows(result.cost) + _age_rows(result.log)
     console.table(f"{job.method}: what it cost", ["quantity", "value"], rows)
     console.made("hardened model", result.checkpoint.path)
+    if served := served_with(result.checkpoint.path):
+        console.say(f"the defence is a system message to put before every request: {served!r}")
 
 
 def _age_rows(log: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -36,11 +36,14 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     from casehard.config import build, to_dict
     from casehard.jobs import EvaluateJob, run_evaluate
     from casehard.model.load import load
+    from casehard.model.provenance import served_with
 
     job = build(EvaluateJob, values, where="evaluate")
     where = options.device_text(job.device)
     items = {"model": job.model, "suite": job.suite, "system": job.system, "limit": job.limit, "device": where}
     console.plan("measure a checkpoint", {**items, "out": out})
+    if (served := served_with(job.model)) and job.system is None:
+        console.warn(f"this checkpoint's defence is a system message that is not used here: --set system={served!r}")
     with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})

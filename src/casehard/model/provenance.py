@@ -9,6 +9,8 @@ from casehard.errors import Corrupt
 from casehard.files import read_json
 
 PROVENANCE = "casehard.json"
+SERVED = "serving_system"
+"""Key under which a checkpoint records the system message that is its defence (PTST)."""
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
@@ -25,6 +27,11 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in texts):
         raise Corrupt(f"{file}: digest, parent or method is missing")
     return record
+
+
+def served_with(model: str | Path) -> str:
+    """Return the system message without which a checkpoint is not the defence it was made as; empty for none."""
+    return str(read_provenance(model).get("provenance", {}).get(SERVED, ""))
 
 
 def require_same_content(folder: Path, digest: str) -> None:

@@ -108,12 +108,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM; continue by calling again.
         StorageError: the disk is full.
     """
-    if config.steps <= config.warmup:
-        warnings.warn(
-            f"the learning rate rises for {config.warmup} updates (train.warmup) and the run ends after "
-            f"{config.steps}: it never reaches its peak",
-            stacklevel=2,
-        )
+    _doubt(config)
     device = next(model.parameters()).device
     settings: Any = getattr(model, "config", None)  # its use_cache is switched off by the Trainer and left off
     was_training, cache = model.training, getattr(settings, "use_cache", None)
@@ -137,6 +132,15 @@ def fit(
         model.train(was_training)
         if cache is not None:
             settings.use_cache = cache
+
+
+def _doubt(config: TrainConfig) -> None:
+    if config.steps <= config.warmup:
+        warnings.warn(
+            f"the learning rate rises for {config.warmup} updates (train.warmup) and the run ends after "
+            f"{config.steps}: it never reaches its peak",
+            stacklevel=3,
+        )
 
 
 def _identity(config: TrainConfig, rows: EncodedSet, seed: int, *, bf16: bool) -> dict[str, str]:
