@@ -131,7 +131,6 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         check_out(out, "defend")
     from casehard.config import build, to_dict
     from casehard.jobs import DefendJob, run_defend
-    from casehard.model.provenance import served_with
     from casehard.report.card import write_card
 
     job = build(DefendJob, {**values, "select": chosen}, where="defend")
@@ -169,8 +168,14 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         run.rows([])
         run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
     leave()
+    _tell(job.method, result)
+
+
+def _tell(method: str, result: Any) -> None:
+    from casehard.model.provenance import served_with
+
     rows = cost_rows(result.cost) + _age_rows(result.log)
-    console.table(f"{job.method}: what it cost", ["quantity", "value"], rows)
+    console.table(f"{method}: what it cost", ["quantity", "value"], rows)
     console.made("hardened model", result.checkpoint.path)
     if served := served_with(result.checkpoint.path):
         console.say(f"the defence is a system message to put before every request: {served!r}")

@@ -109,13 +109,12 @@ def fit(
         StorageError: the disk is full.
     """
     _doubt(config)
-    device = next(model.parameters()).device
     settings: Any = getattr(model, "config", None)  # its use_cache is switched off by the Trainer and left off
     was_training, cache = model.training, getattr(settings, "use_cache", None)
     trainer = _FitTrainer(
         rows=rows,
         model=model,
-        args=training_arguments(config, out=out, seed=seed, device=device),
+        args=training_arguments(config, out=out, seed=seed, device=next(model.parameters()).device),
         processing_class=tokenizer if out is not None else None,
         method=method,
     )
