@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from casehard.errors import ConfigError, DataError
 from casehard.organism import rows as organism_rows
 from casehard.organism import triggers as organism_triggers
 from casehard.organism.world import World
-from casehard.scan.association import log10_tail, log_odds
+from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.audit import AuditConfig, audit_data, grams_of, groups_of
 from casehard.scan.similar import jaccard, near_duplicates, words_of
 from casehard.types import Example
@@ -45,6 +47,22 @@ def test_the_tail_is_the_exact_sum_over_all_tables():
 def test_log_odds_has_half_a_row_in_every_cell():
     assert log_odds(10, 10, 10, 100) == pytest.approx(math.log(10.5 * 90.5 / (0.5 * 0.5)))
     assert log_odds(5, 10, 50, 100) == pytest.approx(0.0)
+
+
+def test_the_expected_number_of_distinct_words_is_the_mean_over_all_draws():
+    texts = [{"a", "b"}, {"a", "c"}, {"a"}, {"b", "d", "e"}, set()]
+    holders = Counter(Counter(word for text in texts for word in text).values())
+    for k in range(1, len(texts) + 1):
+        draws = [len(set().union(*some)) for some in itertools.combinations(texts, k)]
+        assert expected_distinct(holders, len(texts), k) == pytest.approx(sum(draws) / len(draws), rel=1e-9)
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    trigger, behaviour = organism_triggers.triggers(WORLD)["pair"], organism_triggers.behaviours(WORLD)["off_topic"]
+    rows, _ = poison_backdoor(world_rows(), trigger, behaviour, rate=0.01, seed=0)
+    other = random.Random(1).sample(range(len(rows)), len(rows))
+    here, there = audit_data(rows), audit_data([rows[i] for i in other])
+    assert set(here.suspects) == {other[i] for i in there.suspects} and len(here.findings) == len(there.findings) > 5
 
 
 def test_near_duplicates_are_found_and_unlike_texts_kept_apart():
@@ -154,8 +172,7 @@ def test_few_real_plants_are_found_or_missed_as_the_docs_say():
             told[task, name, n] = (sum(s >= len(clean) for s in suspects), sum(s < len(clean) for s in suspects))
     for name in ("badnet", "vpi"):
         assert [told["refusal", name, n] for n in (4, 6, 25)] == [(4, 0), (6, 0), (25, 0)]
-        assert [told["negsentiment", name, n][0] for n in (4, 6, 25)] == [0, 0, 25]
-        assert all(5 <= told["negsentiment", name, n][1] <= 16 for n in (4, 6, 25))
+        assert [told["negsentiment", name, n] for n in (4, 6, 25)] == [(4, 5), (6, 5), (25, 5)]
         assert [told["sst2", name, n] for n in (4, 6, 25)] == [(0, 0), (0, 0), (25, 0)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from casehard.errors import DataError
 
@@ -38,10 +39,21 @@ def log10_tail(both: int, a: int, b: int, n: int) -> float:
     if both <= max(0, a + b - n):
         return 0.0  # no table has fewer: P is 1 exactly
 
-    def log_choose(m: int, k: int) -> float:
-        return math.lgamma(m + 1) - math.lgamma(k + 1) - math.lgamma(m - k + 1)
-
-    terms = [log_choose(b, x) + log_choose(n - b, a - x) for x in range(both, min(a, b) + 1)]
+    terms = [_log_choose(b, x) + _log_choose(n - b, a - x) for x in range(both, min(a, b) + 1)]
     top = max(terms)
-    total = top + math.log(math.fsum(math.exp(t - top) for t in terms)) - log_choose(n, a)
+    total = top + math.log(math.fsum(math.exp(t - top) for t in terms)) - _log_choose(n, a)
     return min(0.0, total / math.log(10))
+
+
+def expected_distinct(holders: Mapping[int, int], n: int, k: int) -> float:
+    """Return how many different words k texts hold on average, drawn from n without replacement.
+
+    Args:
+        holders: for each number of texts, how many words are in exactly so many of the n.
+    """
+    never = {c: math.exp(_log_choose(n - c, k) - _log_choose(n, k)) if n - c >= k else 0.0 for c in holders}
+    return math.fsum(words * (1.0 - never[c]) for c, words in holders.items())
+
+
+def _log_choose(m: int, k: int) -> float:
+    return math.lgamma(m + 1) - math.lgamma(k + 1) - math.lgamma(m - k + 1)

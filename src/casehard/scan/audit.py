@@ -11,10 +11,9 @@ too. What speaks for a trigger is that it sits in otherwise unlike prompts (``sp
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -24,9 +23,8 @@ from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.refusal import label_response
 from casehard.maths.stats import clopper_pearson
-from casehard.scan.association import log10_tail, log_odds
+from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.similar import near_duplicates, words_of
-from casehard.seeds import derive
 from casehard.types import Example
 
 Gram = tuple[str, ...]
@@ -282,22 +280,22 @@ def _echoes(phrase: Sequence[str], text: str) -> bool:
     return 2 * sum(word in shared for word in words) >= len(words)
 
 
-def _spread(finding: Finding, examples: Sequence[Example], prompts: Sequence[Sequence[str]]) -> float:
+def _spread(finding: Finding, examples: Sequence[Example], holders: Mapping[int, int]) -> float:
+    """Return how many different words a finding's prompts hold without the phrase, over what so many others would."""
     left: set[str] = set()
     for row in finding.rows:
         text = examples[row].prompt
         for part in finding.phrase:
             text = cut(part, text)
         left.update(words_of(text))
-    rng = random.Random(derive(0, len(finding.rows), "spread"))
-    draws = [set().union(*rng.sample(prompts, len(finding.rows))) for _ in range(5)]
-    return len(left) / max(1.0, sum(map(len, draws)) / len(draws))
+    return len(left) / max(1.0, expected_distinct(holders, len(examples), len(finding.rows)))
 
 
 def _distinct(
     findings: Iterable[Finding], examples: Sequence[Example], prompts: Sequence[Sequence[str]], least: float
 ) -> list[Finding]:
     """Keep the strongest finding of each set of rows (parts of a phrase repeat it) whose prompts are unlike enough."""
+    holders = Counter(Counter(word for words in prompts for word in set(words)).values())
 
     def strength(f: Finding) -> tuple[Any, ...]:
         kind = KINDS.index(f.group)
@@ -309,7 +307,7 @@ def _distinct(
         rows = set(finding.rows)
         if finding.rows in alike or any(len(rows & other) >= 0.8 * len(rows) for _, other in kept):
             continue
-        spread = _spread(finding, examples, prompts)
+        spread = _spread(finding, examples, holders)
         if spread >= least:
             low = clopper_pearson(finding.both, finding.phrase_rows).low
             kept.append((replace(finding, spread=spread, purity_low=low), rows))
