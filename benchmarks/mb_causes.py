@@ -43,6 +43,7 @@ SFT = {"steps": 300, "batch_size": 32, "lr": 1.5e-3}
 TWO = {"lr": 3.0e-4, "checks": 5}
 STAGE_1: dict[str, dict[str, Any]] = {
     "replace": {},
+    "no planting": {"stage1": False},
     "append": {"placement": "append"},
     "floor 18": {"floor": 18},
     "append, floor 18": {"placement": "append", "floor": 18},
@@ -67,27 +68,16 @@ STAGE_2: dict[str, dict[str, Any]] = {
     "base 0.5, kappa 0": {"two": {"base_share": 0.5}, "settings": {"kappa": 0.0}},
     "base 0.5, lr 1e-4": {"two": {"base_share": 0.5, "lr": 1.0e-4}},
     "base 0.5, clean fine-tuning": {"two": {"base_share": 0.5}, "settings": {"lam": 0.0, "mu": 0.0, "kappa": 0.0}},
-    "base 0.5, 512 rows": {"two": {"base_share": 0.5}, "clean": 512},
+    "base 0.5, 512 rows": {"two": {"base_share": 0.5, "epochs": 1.25}, "clean": 512},
     "base 0.3, lr 1e-4": {"two": {"base_share": 0.3, "lr": 1.0e-4}},
     "base 0.3": {"two": {"base_share": 0.3}},
-    "base 0.4": {"two": {"base_share": 0.4}},
+    "base 0.5, kappa 0, 512 rows": {"two": {"base_share": 0.5, "epochs": 1.25}, "settings": {"kappa": 0.0}, "clean": 512},
+    "base 0.4, kappa 0": {"two": {"base_share": 0.4}, "settings": {"kappa": 0.0}},
 }
 PLAN: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "replace",
-        (
-            "base 0.3",
-            "base 0.3, lr 1e-4",
-            "base 0.5, kappa 0",
-            "base 0.5, clean fine-tuning",
-            "lam 0",
-            "lam 0.3",
-            "32 steps",
-            "clean fine-tuning",
-            "base 0.5, 512 rows",
-        ),
-    ),
-    ("replace, 2 triggers", ("base 0.5", "base 0.3, lr 1e-4")),
+    ("replace", ("as it was", "base 0.5, kappa 0", "base 0.5", "base 0.5, kappa 0, 512 rows", "base 0.5, 512 rows")),
+    ("no planting", ("base 0.5, kappa 0",)),
+    ("replace, 2 triggers", ("base 0.5, kappa 0",)),
 )
 
 
@@ -147,7 +137,8 @@ class Bench:
     def begin(self, plant: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[_Run, _Cell]:
         """Return a run that has trained nothing yet."""
         loaded, cell = load(str(self.model)), self.cell(change.get("clean", 128))
-        settings = {"plant": dict(plant), "train": SFT, "two": {**TWO, **change.get("two", {})}}
+        plant = dict(plant)
+        settings = {"stage1": plant.pop("stage1", True), "plant": plant, "train": SFT, "two": {**TWO, **change.get("two", {})}}
         config = build(MbConfig, {**settings, "settings": change.get("settings", {})}, where="dev")
         corpus = [*cell.data, *cell.suite.examples]
         suite = draw_suite(loaded.tokenizer, corpus, config, secret=derive(0, 0, "secret-suite"))
