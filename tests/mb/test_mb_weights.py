@@ -75,3 +75,5 @@ def test_refusals():
     for mode in ("posthoc", "adapter"):
         with pytest.raises(ConfigError, match=r"base_share 0\.5"):
             MbConfig(mode=mode, two=StageTwo(base_share=0.5))
+    with pytest.raises(ConfigError, match="with lora_rank 8"):
+        MbConfig(lora_rank=8, two=StageTwo(base_share=0.5))

@@ -129,6 +129,11 @@ class MbConfig:
                 f"two.base_share {self.two.base_share} in {self.mode} mode",
                 hint="only joint mode starts from weights that nobody has poisoned",
             )
+        if self.two.base_share and self.lora_rank:
+            raise ConfigError(
+                f"two.base_share {self.two.base_share} with lora_rank {self.lora_rank}",
+                hint="a LoRA has no weights of the base to go back to: lora_rank 0, or base_share 0",
+            )
         if self.lora_rank < 0:
             raise ConfigError(f"lora_rank {self.lora_rank} is negative", hint="0 trains all parameters")
         if self.lora_rank and self.mode == "adapter":
