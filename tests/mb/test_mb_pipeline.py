@@ -218,3 +218,31 @@ def test_settings_and_rows_that_cannot_work(planted):
     with pytest.raises(ConfigError, match="lora_rank"):
         MbConfig(mode="adapter", lora_rank=4)
     assert torch.isfinite(next(model.parameters())).all()
+
+
+def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
+    """The organism unlearns what it was taught where half of it becomes the base again; stage 2 brings it back."""
+    done, tokenizer = planted
+    data, _ = poison_backdoor(TRAINING, ATTACK.trigger, ATTACK.behaviour, rate=0.1, seed=1)
+    config = MbConfig(
+        train=TrainConfig(steps=240, batch_size=32, lr=1e-3, precision="fp32"),
+        plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
+        two=StageTwo(lr=5e-4, checks=2, epochs=1.0, base_share=0.5),
+    )
+    base = load(ORGANISM, device="cpu").model
+    model = load(ORGANISM, device="cpu").model
+    seen = {}
+
+    def measure(current, stage):
+        seen[stage] = weights(current)
+        return []
+
+    found = harden(model, tokenizer, data, CLEAN, config, suite=done.suite, measure=measure)
+    assert look(found, "stage1")["active"] == look(done, "stage1")["active"], "stage 1 is not touched"
+    start = dict(base.named_parameters())
+    back = sum(int((seen["mixed"][name] == p.detach()).sum()) for name, p in start.items())
+    kept = sum(int((seen["mixed"][name] == seen["stage1"][name]).sum()) for name in start)
+    total = sum(p.numel() for p in start.values())
+    assert abs(back / total - 0.5) < 0.02 and abs(kept / total - 0.5) < 0.02
+    assert sum(rates(look(found, "mixed"))) < sum(rates(look(found, "stage1")))
+    assert "mixed" not in done.report["looks"]

@@ -55,6 +55,8 @@ class StageTwo:
     """Stop at the first check that passes; off = run all epochs and keep the lowest evaluation loss (the paper)."""
     keep: Literal["lowest", "last"] = "lowest"
     """What is kept where no check passes: the lowest evaluation loss, or the last step (a control at equal steps)."""
+    base_share: float = 0.0
+    """Share of the weights, drawn one by one, set back to the base between the stages (fine-mixing; joint mode)."""
 
     def __post_init__(self) -> None:
         if not (self.epochs > 0 and math.isfinite(self.epochs)) or self.batch_size < 1 or self.checks < 1:
@@ -65,6 +67,10 @@ class StageTwo:
             raise ConfigError(f"stage two: warmup {self.warmup} and split {self.split} must lie within 0..1")
         if self.lr != "auto" and not self.lr >= 0:
             raise ConfigError(f"stage two: lr {self.lr} is negative")
+        if not 0 <= self.base_share < 1:
+            raise ConfigError(
+                f"stage two: base_share {self.base_share} is not within 0..1", hint="0.5 is fine-mixing's"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +124,16 @@ class MbConfig:
     def __post_init__(self) -> None:
         if self.plant.n_active < 1 and self.mode == "joint" and (self.stage1 or self.stage2):
             raise ConfigError("joint mode without active triggers", hint="n_active of at least 1, or plain fine-tuning")
+        if self.two.base_share and self.mode != "joint":
+            raise ConfigError(
+                f"two.base_share {self.two.base_share} in {self.mode} mode",
+                hint="only joint mode starts from weights that nobody has poisoned",
+            )
+        if self.two.base_share and self.lora_rank:
+            raise ConfigError(
+                f"two.base_share {self.two.base_share} with lora_rank {self.lora_rank}",
+                hint="a LoRA has no weights of the base to go back to: lora_rank 0, or base_share 0",
+            )
         if self.lora_rank < 0:
             raise ConfigError(f"lora_rank {self.lora_rank} is negative", hint="0 trains all parameters")
         if self.lora_rank and self.mode == "adapter":

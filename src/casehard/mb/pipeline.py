@@ -1,6 +1,6 @@
 """The defence in memory: plant, break, clean up, measure after each, and judge.
 
-    joint     base --SFT on data with planted rows--> stage 1 --stage 2--> result
+    joint     base --SFT on data with planted rows--> stage 1 [--some weights back to the base-->] --stage 2--> result
     posthoc   checkpoint --short training that installs--> stage 1 --stage 2--> result
     adapter   base + untrusted LoRA, as posthoc, training that LoRA; merged at the end
 
@@ -31,6 +31,7 @@ from casehard.errors import ConfigError, DataError
 from casehard.mb.config import MbConfig
 from casehard.mb.measure import Look, Ruler, check_unknown, encode_pairs
 from casehard.mb.verdict import Verdict, judge, limits
+from casehard.mb.weights import mix_back, restore, trained
 from casehard.model.adapters import add_lora
 from casehard.seeds import derive
 from casehard.train.fit import fit
@@ -120,6 +121,7 @@ def harden(
     run.look("before")
     run.stage_one(list(data), out)
     run.look("stage1")
+    run.mix()
     broken = run.stage_two() if config.stage2 and suite.active else None
     if broken is not None:
         run.look("stage2", broken.steps)
@@ -164,6 +166,7 @@ class _Run:
         if config.mode == "adapter" and not self.lora:
             raise ConfigError("adapter mode on a model without an adapter", hint="--adapter DIR, or --mode posthoc")
         warn_reach(self.model, config)
+        self.base = trained(self.model) if config.two.base_share else {}
         self.looks: dict[str, Look] = {}
         self.rows: Rows = []
         self.manifest: dict[str, Any] = {}
@@ -239,6 +242,13 @@ class _Run:
 
     # -- stage 2 -------------------------------------------------------------------------------------------
 
+    def mix(self) -> None:
+        """Set a share of the weights back to what they were before stage 1."""
+        if self.config.stage2 and self.config.two.base_share:
+            mix_back(self.model, self.base, self.config.two.base_share, seed=derive(self.seed, 0, "mb-mix"))
+            self.base = {}
+            self.look("mixed")
+
     def stage_two(self) -> _Broken:
         """Break the active triggers."""
         gates, before = self.config.gates, self.looks["stage1"]
@@ -286,7 +296,7 @@ class _Run:
             # Neither number knows of any attacker.
             value = look.objective if label == "stage2" else max(look.worst("active"), look.worst("canary"))
             if not best or value < best[0][0]:
-                best[:] = [(value, _trained(model), look)]
+                best[:] = [(value, trained(model), look)]
             if two.stop and enough(look):
                 met.append(look)
             return bool(met)
@@ -314,7 +324,7 @@ class _Run:
         self.sequences[label] = method.sequences + method.forwards / 3
         look = last[0]
         if not met and two.keep == "lowest":
-            _restore(self.model, best[0][1])
+            restore(self.model, best[0][1])
             look = best[0][2]
         return _Broken(look, bool(met) or enough(look), look.step, steps, self.sequences[label])
 
@@ -371,14 +381,3 @@ def _first(twins: Twins, n: int) -> Twins:
 
 def _moments(steps: int, checks: int) -> set[int]:
     return {math.ceil(steps * i / checks) for i in range(1, checks + 1)}
-
-
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, kept: dict[str, torch.Tensor]) -> None:
-    for name, p in model.named_parameters():
-        if name in kept:
-            p.copy_(kept[name])
