@@ -290,8 +290,8 @@ def test_what_an_optimiser_may_keep(two) -> None:
 
 def test_another_number_of_processes_is_refused(two) -> None:
     out, _ = two
-    with pytest.raises(ConfigError, match=r"checkpoint-6 was saved by a run of 2 processes, this one has 4"):
+    with pytest.raises(ConfigError, match=r"checkpoint-6 was saved by a run of 2 defending processes, this one has 4"):
         checkpoint.newest(out / "straight", last_step=STEPS, world_size=4)
-    with pytest.raises(ConfigError, match="of 2 processes, this one has 1") as refused:
+    with pytest.raises(ConfigError, match="of 2 defending processes, this one has 1") as refused:
         run(out / "straight")
-    assert "torchrun --nproc-per-node 2" in refused.value.hint
+    assert "torchrun --nproc-per-node 2 on one machine), plus those that attack beside" in refused.value.hint
