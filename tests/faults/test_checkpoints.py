@@ -228,3 +228,16 @@ def test_no_pickled_arguments_and_no_secret_anywhere(tmp_path, monkeypatch):
     assert torch_files == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     kept = json.loads((tmp_path / "checkpoint-6" / "args.json").read_text())
     assert kept["learning_rate"] == CONFIG.lr and "hub_token" not in kept and "run_name" not in kept
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_replicas_go_on_only_as_many_as_saved(out, ranks):
+    """Fewer would draw other batches than the run had, more would lack a state of their generator."""
+    folder = out / "checkpoint-6"
+    for rank in range(4):
+        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
+    (folder / "rng_state.pth").unlink()
+    write_manifest(folder)
+    assert require_complete(folder, world_size=4) == 6
+    with pytest.raises(ConfigError, match=f"by a run of 4 defending processes, this one has {ranks}"):
+        require_complete(folder, world_size=ranks)

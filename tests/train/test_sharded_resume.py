@@ -6,29 +6,38 @@ share as 32 and 31, and one small model leaves a rank without a row.
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainingArguments
 
+from casehard.data.batches import collate
 from casehard.defend.copies import CleanCopies
 from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.errors import ConfigError, Interrupted, StorageError, Unsupported
+from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError, Unsupported, UserError
+from casehard.locks import lock
 from casehard.maths.bilevel import Attacker
 from casehard.maths.collective import local
 from casehard.maths.sharded import masters
-from casehard.train import checkpoint, shards
+from casehard.train import checkpoint, shards, shell
+from casehard.train import fit as fitting
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
+from casehard.train.shell import HardenedTrainer
 from fakes import tiny_llama, tiny_rows
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 6, 3
+LONG = datetime.timedelta(seconds=90)  # two ranks that wait for each other without end must fail, not hang
 ROWS, UNSAFE, RETAIN = tiny_rows(24, vocab=63, seed=1), tiny_rows(8, vocab=63, seed=2), tiny_rows(9, vocab=63, seed=3)
 
 
@@ -75,6 +84,107 @@ def full_disk(out: Path) -> str:
     finally:
         shards.save_optimizer = kept
     return ""
+
+
+def watched(out: Path) -> HardenedTrainer:
+    """Three steps that track a metric: the loss, the higher the better, so that the first step stays the best."""
+    args = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=True,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rows = list(ROWS.rows)
+    return HardenedTrainer(
+        model=model(),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        data_collator=lambda batch: collate(batch, 0),
+    )
+
+
+def best_of(out: Path) -> dict:
+    """What is kept of the best step, and what is heard when rank 1 does not find it."""
+    trainer = watched(out)
+    trainer.train()
+    part = out / "checkpoint-1" / "shards" / f"rank-{trainer.args.process_index}-of-2"
+    then = load_file(part / "weights-00000.safetensors")
+    held = trainer.model.named_parameters()
+    seen = {"bent": [name for name, p in held if not torch.equal(local(p.detach()), then[f"parameter/{name}"])]}
+    seen["path"] = trainer.state.best_model_checkpoint
+    if trainer.args.process_index:
+        trainer.state.best_model_checkpoint += "0"
+    return seen | {"missing": heard(trainer._load_best_model)}
+
+
+def heard(act: Callable[[], object]) -> str:
+    """Return the name of what stops an act, and what it says."""
+    try:
+        act()
+    except (UserError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def one_fails(rank: int, out: Path) -> dict[str, str]:
+    """One rank fails, or is told to stop, where the others do not; return what this rank hears each time."""
+    said = {}
+
+    def refuse(*args: object, **more: object) -> None:
+        raise Corrupt("refused")
+
+    def fail_at(step: int) -> None:
+        trainer, kept = watched(out / "weights"), shards.save_weights
+
+        def save(inner: nn.Module, folder: Path) -> None:
+            if rank == 1 and trainer.state.global_step == step:
+                raise OSError(28, "No space left on device")
+            kept(inner, folder)
+
+        patch.setattr(shards, "save_weights", save)
+        trainer.train()
+
+    def stop_in_the_last_save() -> None:
+        trainer, kept = watched(out / "last"), shards.save_weights
+
+        def save(inner: nn.Module, folder: Path) -> None:
+            kept(inner, folder)
+            if rank == 1 and trainer.state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(shards, "save_weights", save)
+        trainer.train()
+
+    def fit_anew() -> None:
+        fit(model(), None, ROWS, config=TrainConfig(steps=3, batch_size=2), seed=0, out=out / "last", resume=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        said["weights"] = heard(lambda: fail_at(2))
+    with pytest.MonkeyPatch.context() as patch:
+        said["last"] = heard(stop_in_the_last_save)
+    for place, name in ((checkpoint, "prune"), (shell, "sweep"), (fitting, "remove")):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(place, name, refuse)
+            said[name] = heard(fit_anew if place is fitting else watched(out / name).train)
+    if rank == 0:
+        with lock(out / "held"):
+            said["lock"] = heard(watched(out / "held").train)
+    else:
+        said["lock"] = heard(watched(out / "held").train)
+    return said
 
 
 def little(mesh: object = None) -> nn.Module:
@@ -177,7 +287,7 @@ def _rank(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the group stands already
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=LONG)
     seen: dict[str, object] = {"memory": run(None), "straight": run(out / "straight", save_every=2)}
     try:
         run(out / "stopped", on_step=stop_one)
@@ -193,6 +303,8 @@ def _rank(rank: int, out: Path) -> None:
         seen["older"] = run(out / "straight", save_every=2)
     seen["told"] = [str(w.message) for w in told if "skipped" in str(w.message)]
     seen["disk"] = full_disk(out / "full")
+    seen["best"] = best_of(out / "best")
+    seen["one"] = one_fails(rank, out)
     seen["needs"] = checkpoint.bytes_needed(model())
     replicas = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     seen["two shards"] = round_trip(out / f"shards-{rank}")
@@ -267,6 +379,32 @@ def test_one_rank_that_cannot_write_stops_all(two) -> None:
     assert not list((out / "full").glob("checkpoint-*")) and not list((out / "full").glob(".staging-*"))
 
 
+def test_the_best_model_is_loaded_in_all_its_parts(two) -> None:
+    """Each rank reads its own shards of it, so that each must know where it is."""
+    out, both = two
+    for seen in both:
+        assert seen["best"]["path"] == str(out / "best" / "checkpoint-1") and seen["best"]["bent"] == []
+    state = json.loads((out / "best" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["best_model_checkpoint"]) == (1, str(out / "best" / "checkpoint-1"))
+    assert {p.name for p in (out / "best").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 3)}
+    assert both[0]["best"]["missing"].startswith("Elsewhere: process 1 of 2")
+    assert "checkpoint-10: the best checkpoint is not there" in both[1]["best"]["missing"]
+
+
+def test_where_one_rank_fails_no_other_waits_for_it(two) -> None:
+    out, (first, second) = two[0], (seen["one"] for seen in two[1])
+    assert first["weights"].startswith("Elsewhere: process 1 of 2") and "cannot write to" in second["weights"]
+    assert [p.name for p in (out / "weights").glob("*checkpoint-*")] == ["checkpoint-1"]
+    for name in ("prune", "sweep", "remove"):
+        assert first[name].startswith("Corrupt: refused") and second[name].startswith("Elsewhere: process 0 of 2"), name
+    assert "is in use by another run" in first["lock"] and second["lock"].startswith("Elsewhere: process 0 of 2")
+
+
+def test_a_signal_to_one_rank_during_the_last_save_stops_all(two) -> None:
+    for seen in two[1]:
+        assert seen["one"]["last"].startswith("Interrupted: stopped by a signal after step 3 of 3")
+
+
 def test_a_rank_without_rows_keeps_its_state(two) -> None:
     assert [seen["two shards"] for seen in two[1]] == [[False, True, True, True], [True, True, True, True]]
 
@@ -290,8 +428,8 @@ def test_what_an_optimiser_may_keep(two) -> None:
 
 def test_another_number_of_processes_is_refused(two) -> None:
     out, _ = two
-    with pytest.raises(ConfigError, match=r"checkpoint-6 was saved by a run of 2 processes, this one has 4"):
+    with pytest.raises(ConfigError, match=r"checkpoint-6 was saved by a run of 2 defending processes, this one has 4"):
         checkpoint.newest(out / "straight", last_step=STEPS, world_size=4)
-    with pytest.raises(ConfigError, match="of 2 processes, this one has 1") as refused:
+    with pytest.raises(ConfigError, match="of 2 defending processes, this one has 1") as refused:
         run(out / "straight")
-    assert "torchrun --nproc-per-node 2" in refused.value.hint
+    assert "torchrun --nproc-per-node 2 on one machine), plus those that attack beside" in refused.value.hint

@@ -54,15 +54,16 @@ def lacking(folder: Path, ranks: int) -> list[str]:
 
 
 def _require_ranks(folder: Path, ranks: int) -> None:
-    """Refuse another number of ranks than saved a checkpoint, where the files tell."""
+    """Refuse another number of ranks than saved a checkpoint, where the files tell: it would draw other batches."""
     single = (folder / "rng_state.pth").is_file()
     wrote = shards.saved_by(folder) or (1 if single else len(list(folder.glob("rng_state_*.pth"))))
-    if wrote in (0, ranks) or (not shards.saved_by(folder) and 1 < ranks < wrote):
+    if wrote in (0, ranks):
         return
     how = f"torchrun --nproc-per-node {wrote} on one machine" if wrote > 1 else "without torchrun"
+    # Attackers beside are not counted: of five processes under torchrun two may attack, or three.
     raise ConfigError(
-        f"{folder} was saved by a run of {wrote} process{'es' if wrote > 1 else ''}, this one has {ranks}",
-        hint=f"go on with {wrote} ({how}), or begin anew in another folder",
+        f"{folder} was saved by a run of {wrote} defending process{'es' if wrote > 1 else ''}, this one has {ranks}",
+        hint=f"go on with {wrote} ({how}), plus those that attack beside, or begin anew in another folder",
     )
 
 

@@ -151,10 +151,17 @@ def _start(trainer: HardenedTrainer, out: Path | None, resume: bool) -> bool | N
     """Return whether there is something to continue from; with ``resume=False`` clear the way instead."""
     if out is None:
         return None
-    if not resume and trainer.args.should_save:
+    there = trainer._together(lambda: _cleared(trainer, out, resume))
+    return bool(trainer._largest(int(there)))
+
+
+def _cleared(trainer: HardenedTrainer, out: Path, resume: bool) -> bool:
+    """Return whether there are checkpoints to continue from, as rank 0 sees it."""
+    if not trainer.args.should_save:
+        return False
+    if not resume:
         for _, folder in checkpoint.checkpoints(out):
             remove(folder)
-    trainer._barrier()
     return bool(checkpoint.checkpoints(out))
 
 

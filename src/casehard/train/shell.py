@@ -163,12 +163,14 @@ class HardeningMixin(StagedCheckpoints):
                 if isinstance(error, Lost):
                     raise
                 raise self._interrupted() from None
-            if self._interrupts.received is not None:
+            # It may have reached one rank only, while the last checkpoint was written.
+            if self._asked_to_stop():
                 raise self._interrupted()
         if has(self.method, "finish"):
             self.method.finish(self.model)
             if left := self.meter.drain():
                 self.log(left)
+        self._largest(0)  # rank 0 clears for all: not before the last one is done
         self._clear_scratch()
         return output
 
@@ -179,26 +181,31 @@ class HardeningMixin(StagedCheckpoints):
         with torch.random.fork_rng(devices=[]):
             return int(self.set_initial_training_values(self.args, self.get_train_dataloader())[-1])
 
-    def _prepare_method(self, last: int) -> None:
+    def _tidy(self) -> None:
         if self._keeps and self.args.should_save:
             out = Path(self.args.output_dir)
             out.mkdir(parents=True, exist_ok=True)
             sweep(out)
             self._clear_scratch()
-        self._barrier()
+
+    def _prepare_method(self, last: int) -> None:
+        self._together(self._tidy)
         if has(self.method, "prepare"):
             setup = Setup(
                 model=self.model,
                 seed=self.args.seed,
                 max_steps=last,
                 micros=self.args.gradient_accumulation_steps,
-                scratch=self._scratch,
+                scratch=self._together(self._own_scratch),
                 log=self.meter.log,
                 stop=self._asked_to_stop,
             )
-            if setup.scratch is not None:
-                setup.scratch.mkdir(parents=True, exist_ok=True)
             self.method.prepare(setup)
+
+    def _own_scratch(self) -> Path | None:
+        if self._scratch is not None:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        return self._scratch
 
     def _clear_scratch(self) -> None:
         if self._scratch is not None and self.args.should_save:

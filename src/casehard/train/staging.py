@@ -97,25 +97,31 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the output folder: two runs in one would sweep each other's files away."""
-        if self._keeps and self.args.should_save:
-            with lock(Path(self.args.output_dir)):
-                yield
-        else:
+        with contextlib.ExitStack() as stack:
+            if self._keeps:
+                self._together(lambda: self._hold(stack))
             yield
+
+    def _hold(self, stack: contextlib.ExitStack) -> None:
+        if self.args.should_save:
+            stack.enter_context(lock(Path(self.args.output_dir)))
 
     def _resolve(self, wanted: str | bool | None, last: int) -> tuple[Path | None, int]:
         """Return the verified checkpoint to start from and its step."""
         out = Path(self.args.output_dir)
         if not wanted:
-            if self._keeps and checkpoint.checkpoints(out):
-                raise ConfigError(
-                    f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
-                )
+            self._together(lambda: self._require_fresh(out))
             return None, 0
         # One rank reads every byte, and decides for all.
         found = self._together(lambda: self._verified(wanted, last) if self.args.should_save else 0)
         step = self._largest(found)
         return (out / f"{checkpoint.PREFIX}{step}" if wanted is True else Path(str(wanted))), step
+
+    def _require_fresh(self, out: Path) -> None:
+        if self._keeps and checkpoint.checkpoints(out):
+            raise ConfigError(
+                f"{out} already holds checkpoints", hint="pass resume_from_checkpoint=True or use a fresh folder"
+            )
 
     def _verified(self, wanted: str | bool, last: int) -> int:
         out, ranks = Path(self.args.output_dir), self.args.world_size
@@ -145,12 +151,17 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
                 folder = self._together(lambda: self._open(stack, final))
                 self._staging = folder.parent
                 self._together(lambda: self._fill(folder, model, trial))
+                self._agree_on_best(final)
                 self._together(lambda: self._complete(folder, final))
                 self._together(stack.close)
         finally:
             self._staging = None
         self._saved_step = step
-        if self.args.should_save and self.args.save_total_limit:
+        if self.args.save_total_limit:
+            self._together(lambda: self._prune(out))
+
+    def _prune(self, out: Path) -> None:
+        if self.args.should_save:
             checkpoint.prune(out, keep=self.args.save_total_limit, protect=self.state.best_model_checkpoint)
 
     def _open(self, stack: contextlib.ExitStack, final: Path) -> Path:
@@ -163,14 +174,21 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         return final.parent / f"{STAGING}{final.name}-run" / final.name
 
     def _fill(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # Told of a best step, the base class waits for all ranks between weights and optimiser, without end for one
+        # that failed, and looks for its checkpoint beside the staging folder: _agree_on_best does it instead.
+        best, self.state.best_global_step = self.state.best_global_step, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.state.best_global_step = best
         if self._own(folder) != folder:
             self._save_own(self._own(folder))
 
     def _complete(self, folder: Path, final: Path) -> None:
         if not self.args.should_save:
             return
-        self._keep_best(folder, final)
+        if self.state.best_global_step:
+            self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))  # the base class wrote it without
         self._save_own(folder)
         ranks = self.args.world_size
         if self._in_shards and (missing := checkpoint.lacking(folder, ranks)):
@@ -210,15 +228,16 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
         return int(held)
 
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            torch.distributed.barrier()
+    def _agree_on_best(self, final: Path) -> None:
+        """Give the best checkpoint its name on every rank: each will read its part of it. Rank 0 looks what is there.
 
-    def _keep_best(self, folder: Path, final: Path) -> None:
-        if self.state.best_global_step:
-            # The base class looked for it beside the staging folder.
-            self.state.best_model_checkpoint = str(final.with_name(f"{checkpoint.PREFIX}{self.state.best_global_step}"))
-            self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+        It is the one being written, or an older one; the best step may also have been evaluated and not saved.
+        """
+        step = self.state.best_global_step or 0
+        there = final.with_name(f"{checkpoint.PREFIX}{step}")
+        step = self._largest(step if self.args.should_save and (there == final or there.is_dir()) else 0)
+        if step:
+            self.state.best_model_checkpoint = str(final.with_name(f"{checkpoint.PREFIX}{step}"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the base class does; of a sharded model each rank writes its shards into a staged checkpoint."""
@@ -293,7 +312,16 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        self._together(self._load_best)
+
+    def _load_best(self) -> None:
         best = Path(self.state.best_model_checkpoint)
+        if not best.is_dir():
+            # The base class would only warn, and a rank go on with its part of the last model.
+            raise StorageError(
+                f"{best}: the best checkpoint is not there",
+                hint="the output folder must be on a disk that all processes share; the last model is in the newest",
+            )
         if shards.saved_by(best):
             shards.load_weights(self.model, self._part(best))
         else:
