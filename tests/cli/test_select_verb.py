@@ -65,7 +65,7 @@ def test_bad_input_ends_with_an_error_and_no_folder(organism, tmp_path, capsys):
         told = capsys.readouterr().err
         assert found == code if code else found not in (0, 1)
         assert text in told and "Traceback" not in told and not {p.name for p in tmp_path.iterdir()}
-    assert main(["defend", "spard", "--model", str(organism), "--data", str(pool), "--out", str(out)]) == 3
+    assert main(["defend", "spard", "--model", str(organism), "--data", str(pool), "--out", str(out)]) == 2
     assert "safe" in capsys.readouterr().err and not out.exists()
     out.mkdir()
     assert main(["select", "--model", str(organism), "--pool", str(pool), "--out", str(out)]) == 2
