@@ -52,11 +52,11 @@ def model():
     return whole
 
 
-def run(out: Path | None, *, save_every: int = 0, on_step=None) -> dict:
+def run(out: Path | None, *, steps: int = STEPS, save_every: int = 0, on_step=None) -> dict:
     """Harden a fresh model, or go on in ``out``; log rows of four steps, so that a stop at step 3 falls inside one."""
     settings = {"round_steps": 2, "attackers": (Attacker(steps=2, lr=1e-2, batch_size=3),), "retain": "kl"}
     patcher = Patcher(PatcherConfig(**settings, delta_dtype="float32"), unsafe=UNSAFE, retain=RETAIN)
-    config = TrainConfig(steps=STEPS, batch_size=2, lr=1e-3, warmup=2, save_every=save_every, keep=3, log_every=4)
+    config = TrainConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, save_every=save_every, keep=3, log_every=4)
     done = fit(model(), None, ROWS, config=config, method=patcher, seed=0, out=out, on_step=on_step)
     weights = {name: p.clone() for name, p in masters(done.model).items()}
     return {"weights": weights, "log": done.log, "tokens": done.budget.tokens, "passes": done.budget.passes}
@@ -66,6 +66,15 @@ def stop_one(inner: nn.Module, step: int) -> None:
     """A signal that reaches one rank only."""
     if step == STOP and torch.distributed.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped_at_the_end(out: Path) -> list[list[dict]]:
+    """Stop after the last step, in the middle of a round; return the logs of the resumed run and of an unbroken one."""
+    try:
+        run(out, steps=STOP, on_step=stop_one)
+    except Interrupted:
+        return [run(out, steps=STOP)["log"], run(None, steps=STOP)["log"]]
+    return []
 
 
 def full_disk(out: Path) -> str:
@@ -295,6 +304,7 @@ def _rank(rank: int, out: Path) -> None:
         seen["code"] = error.exit_code
     seen["resumed"] = run(out / "stopped")
     seen["finished"] = run(out / "straight")
+    seen["at the end"] = stopped_at_the_end(out / "end")
     if rank == 0:
         damage(out / "straight")
     dist.barrier()
@@ -343,6 +353,11 @@ def test_a_sharded_run_goes_on_as_if_it_had_never_stopped(two) -> None:
     assert len(log) == 2 and "attack_norm" in log[0]
     for kind in ("straight", "resumed", "finished", "older"):
         assert two[1][0][kind]["log"] == log, kind
+
+
+def test_stopped_after_its_last_step_a_run_still_tells_the_means_of_all_ranks(two) -> None:
+    resumed, straight = two[1][0]["at the end"]
+    assert resumed == straight and "safe_loss" in straight[-1]
 
 
 def test_a_part_that_is_missing_or_changed_makes_the_older_checkpoint_the_newest(two) -> None:
