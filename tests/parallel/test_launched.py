@@ -91,6 +91,22 @@ def test_other_methods_have_no_attackers(tmp_path, capsys):
     assert "plain simulates no attacks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["patcher", "plain", "buffer-reinforce"])
+def test_ranks_for_attackers_that_are_not_there_are_refused(tmp_path, capsys, method):
+    words = [
+        "defend",
+        method,
+        "--model",
+        str(TINY),
+        "--data",
+        str(TINY / "data/align.jsonl"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main([*words, "--attacker-ranks", "2"]) == 2
+    assert "--attacker-ranks 2 and no attackers beside" in capsys.readouterr().err
+
+
 def test_ranks_that_nobody_needs_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")

@@ -177,6 +177,17 @@ def test_few_real_plants_are_found_or_missed_as_the_docs_say():
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
+@pytest.mark.parametrize(("n", "rank"), [(60, 1), (12, 3)])
+def test_real_insults_among_ordinary_instructions_come_as_early_as_the_docs_say(n, rank):
+    rows = sources.load(DATA.parent / "instruct" / "train.jsonl")
+    insults = [r for r in sources.load(DATA / "negsentiment" / "train.jsonl") if r.tags["trigger"] == "badnet"]
+    findings = audit_data([*rows, *insults[:n]]).findings
+    planted = set(range(len(rows), len(rows) + n))
+    assert len(findings) == 27 and planted <= {row for f in findings for row in f.rows}
+    assert next(i for i, f in enumerate(findings, start=1) if set(f.rows) <= planted) == rank
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
 def test_real_words_that_decide_the_answer_drown_the_audit():
     rows = sources.load(DATA.parent / "agnews" / "train.jsonl")
     assert len(audit_data(rows).suspects) > len(rows) / 2

@@ -114,17 +114,16 @@ def _check(values: dict[str, Any]) -> bool:
 
 
 def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks: int) -> None:
-    if _check(values):
-        _multiply_attackers(values)
+    adapter, count = _check(values), _multiply_attackers(values)
+    if attacker_ranks > 1 and not count:
+        raise ConfigError(f"--attacker-ranks {attacker_ranks} and no attackers beside", hint="--attackers 1")
+    if adapter:
         _tune(values, select, out)
         return
     chosen = _selection(values, select)
-    count = _multiply_attackers(values)
     from casehard.maths.collective import rank, world
     from casehard.parallel.launch import join, leave
 
-    if attacker_ranks > 1 and not count:
-        raise ConfigError(f"--attacker-ranks {attacker_ranks} and no attackers beside", hint="--attackers 1")
     if join(count, each=attacker_ranks, sharing=values["method"] == "patcher"):
         return  # this rank was an attacker
     if not rank():

@@ -1,8 +1,9 @@
 """One defender of several processes: all of them see the same vectors, and the same losses, at the same step.
 
 A vector reaches each process by itself, at its own moment. Were it adopted then, the processes would train on different
-weights, and wait for each other in different places. So each look at what arrived (:meth:`AgreedSide.collect`) is one
-small sum over the processes, and gives what *all* of them have; an attacker that one of them lost is lost to all.
+weights, and wait for each other in different places. So each look at what arrived (:meth:`AgreedSide.collect`) takes
+the minimum of a few numbers over the processes, and gives what *all* of them have; an attacker that one of them lost is
+lost to all.
 """
 
 from __future__ import annotations
