@@ -46,6 +46,26 @@ def test_a_reader_that_leaves_changes_no_exit_code(organism, here):
     assert unread("--help")[0] in (0, 141)
 
 
+LEAVES = """
+import atexit, os, sys
+class Last:
+    def __del__(self): os.write(1, b"taken down;")
+last = Last()
+atexit.register(os.write, 1, b"handlers;")
+from casehard import cli
+cli.main = lambda: print("said", end=";") or 6
+cli.script()
+"""
+
+
+@pytest.mark.parametrize(("ranks", "said"), [("1", {"handlers", "said", "taken down"}), ("2", {"handlers", "said"})])
+def test_a_rank_of_a_job_ends_without_taking_the_interpreter_down(ranks, said):
+    # A gloo thread that drops a tensor meanwhile would abort it: a finished run with exit code 134.
+    env = {**os.environ, "WORLD_SIZE": ranks}
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, env=env, timeout=60)
+    assert (done.returncode, set(done.stdout.rstrip(";").split(";"))) == (6, said), done.stderr
+
+
 def test_a_reader_that_leaves_does_not_stop_the_work(organism, here):
     data = organism / "data" / "align.jsonl"
     assert unread("defend", "plain", "--model", organism, "--data", data, *SMALL, "--out", "out")[0] == 0

@@ -22,6 +22,7 @@ from casehard.defend.protocol import Setup, Step  # noqa: E402
 from casehard.errors import ConfigError, Unsupported  # noqa: E402
 from casehard.maths.bilevel import Attacker  # noqa: E402
 from casehard.maths.sharded import masters  # noqa: E402
+from fakes import spawn  # noqa: E402
 
 STEPS, MICROS, ROWS = 8, 2, 4
 OTHER = Attacker(steps=2, lr=2e-2, batch_size=3)
@@ -154,10 +155,8 @@ def beside() -> Patcher:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    import torch.multiprocessing as mp
-
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (out,), nprocs=2)
+    spawn(_rank, (out,), nprocs=2)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
@@ -240,9 +239,7 @@ def _one_of_four(rank: int, out: Path) -> None:
 @pytest.mark.slow
 def test_two_branches_of_two_shards_equal_one_process(tmp_path: Path) -> None:
     """Three steps, attacks before the second and the third; ranks 0 and 1 run the plain passes, 2 and 3 the others."""
-    import torch.multiprocessing as mp
-
-    mp.spawn(_one_of_four, (tmp_path,), nprocs=4)
+    spawn(_one_of_four, (tmp_path,), nprocs=4)
     one = run(patcher(**FOUR), llama(), steps=3)
     seen = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
     for many in seen:

@@ -17,7 +17,7 @@ from casehard.defend.protocol import Setup, Step
 from casehard.defend.spard import MAX_SKIPS, PRESETS, Spard, SpardConfig, preset
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
 from casehard.maths.optimizers import OptimizerView
-from fakes import tiny_llama, tiny_rows
+from fakes import spawn, tiny_llama, tiny_rows
 
 USER = tiny_rows(24, seed=1)
 SAFE = tiny_rows(10, seed=2)
@@ -495,10 +495,8 @@ def _rank(rank, world, out):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """Run both distributed cases in one pair of processes: starting them takes longer than the work."""
-    import torch.multiprocessing as mp
-
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (2, out), nprocs=2)
+    spawn(_rank, (2, out), nprocs=2)
     return out
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from casehard.errors import DataError
 from casehard.maths.dpp import JITTER, TIE, greedy_map, greedy_map_sharded, log_weights, relevance, unit_rows
+from fakes import spawn
 
 SEEDS = st.integers(0, 100_000)
 
@@ -224,9 +225,7 @@ def _rank(rank, world, out):
 
 @pytest.mark.slow
 def test_two_ranks_pick_what_one_picks(tmp_path):
-    import torch.multiprocessing as mp
-
-    mp.spawn(_rank, (2, tmp_path), nprocs=2)
+    spawn(_rank, (2, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
     assert first == second
     phi, w = rows(101, 12, 9, torch.float32), log_weights(relevances(101, 9), 4.0)

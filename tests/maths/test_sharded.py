@@ -26,6 +26,7 @@ from casehard.maths.sharded import (
     simulate_attack_sharded,
     sum_branches,
 )
+from fakes import spawn
 
 VOCAB, WIDTH = 11, 6
 LAYOUTS = [(tie, keep) for tie in (False, True) for keep in (None, True, False)]
@@ -396,10 +397,8 @@ def _rank(rank: int, out: Path) -> None:
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> list[dict]:
     """Run every case, by ones, twos and four, in one set of processes: starting them takes longer than the work."""
-    import torch.multiprocessing as mp
-
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (out,), nprocs=4)
+    spawn(_rank, (out,), nprocs=4)
     return [torch.load(out / f"{r}.pt", weights_only=False) for r in range(4)]
 
 

@@ -40,7 +40,7 @@ def one_thread():
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_make_the_same_bytes_as_one_process(tmp_path, one_thread):
     assert main(command(tmp_path / "alone")) == 0
-    code = "import sys; from casehard.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "from casehard.cli import script\n\nscript()\n"
     (tmp_path / "run.py").write_text(code)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(

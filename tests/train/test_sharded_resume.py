@@ -33,7 +33,7 @@ from casehard.train import fit as fitting
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 from casehard.train.shell import HardenedTrainer
-from fakes import tiny_llama, tiny_rows
+from fakes import spawn, tiny_llama, tiny_rows
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 6, 3
@@ -330,10 +330,8 @@ def _rank(rank: int, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
-    import torch.multiprocessing as mp
-
     out = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (out,), nprocs=2)
+    spawn(_rank, (out,), nprocs=2)
     return out, [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 

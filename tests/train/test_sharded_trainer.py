@@ -20,7 +20,7 @@ from casehard.maths.bilevel import Attacker
 from casehard.maths.collective import local
 from casehard.maths.sharded import masters
 from casehard.train.shell import HardenedTrainer
-from fakes import tiny_llama, tiny_rows
+from fakes import spawn, tiny_llama, tiny_rows
 
 USER, UNSAFE, RETAIN = tiny_rows(32, seed=1), tiny_rows(8, seed=2), tiny_rows(9, seed=3)
 ATTACKER = Attacker(steps=2, lr=1e-2, batch_size=4)
@@ -145,15 +145,13 @@ def _rank(rank: int, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
-    import torch.multiprocessing as mp
-
     out = tmp_path_factory.mktemp("ranks")
     tiny_llama().save_pretrained(out / "start")
     tied = tiny_llama(vocab=63)
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
     tied.save_pretrained(out / "tied")
-    mp.spawn(_rank, (out,), nprocs=2)
+    spawn(_rank, (out,), nprocs=2)
     return out
 
 

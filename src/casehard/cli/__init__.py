@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -9,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import NoReturn
 
 from casehard.cli import console
 from casehard.errors import UserError
@@ -123,3 +126,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.showwarning = shown
         signal.signal(signal.SIGTERM, previous)
+
+
+def script() -> NoReturn:
+    """Run the command line as the program of this process."""
+    launched = os.environ.get("WORLD_SIZE", "1") != "1"  # asked first: a run changes it
+    code = main()
+    if not launched:
+        sys.exit(code)
+    # Not through the interpreter's end. torch's caches of sharded tensors keep a process group past its destruction,
+    # and a thread of gloo may not yet have dropped the tensors of the last collective: asking for the interpreter's
+    # lock during its end aborts the process, exit code 134 after a whole run.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(code)

@@ -1,7 +1,5 @@
 """Allow ``python -m casehard.cli``."""
 
-import sys
+from casehard.cli import script
 
-from casehard.cli import main
-
-sys.exit(main())
+script()
