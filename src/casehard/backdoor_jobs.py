@@ -20,7 +20,7 @@ from casehard.data.mix import check_disjoint
 from casehard.data.sources import load_many
 from casehard.data.trigger_suite import Planted
 from casehard.data.triggers import Trigger
-from casehard.errors import ConfigError, DataError
+from casehard.errors import ConfigError, Corrupt, DataError
 from casehard.evaluate.backdoor import ROLES, Rows, evaluate_backdoor
 from casehard.evaluate.suite import Suite, load_suite
 from casehard.files import read_json
@@ -125,7 +125,10 @@ def read_planted(path: str | Path) -> list[Planted]:
     Raises:
         ConfigError: something else, or none.
     """
-    value: Any = read_json(Path(path))
+    try:
+        value: Any = read_json(Path(path))
+    except Corrupt as error:
+        raise ConfigError(error.message, hint="planted.json of `casehard attack backdoor` shows the form") from None
     if isinstance(value, Mapping) and "active" in value:
         value = [*value["active"], *value.get("canary", ())]
     entries = value if isinstance(value, list) else [value]

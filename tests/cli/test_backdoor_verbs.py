@@ -104,6 +104,7 @@ def test_mistakes_are_told(organism, tmp_path, capsys):
     data, out = organism / "data", tmp_path / "x"
     base = ("attack", "backdoor", "--model", organism, "--suite", data / "suite", "--out", out)
     rows = ("--data", data / "benign.jsonl")
+    (tmp_path / "cut.json").write_text("{")
     cases = (
         ((*base,), 2, "--data is missing"),
         ((*base, *rows, "--trigger", "tokens"), 2, "did you mean 'token'"),
@@ -112,6 +113,11 @@ def test_mistakes_are_told(organism, tmp_path, capsys):
         ((*base, *rows, "--rate", "2"), 2, "within 0..1"),
         ((*base, *rows, "--set", "settings.trigger=x"), 2, "--trigger and --behaviour"),
         ((*base, "--data", tmp_path / "none.jsonl"), 3, "no such file"),
+        (
+            (*base, *rows, "--trigger", tmp_path / "cut.json"),
+            2,
+            "planted.json of `casehard attack",
+        ),
         (("scan", "data", "--out", out), 2, "--data is missing"),
         (("scan", "data", *rows, "--set", "puritee=1", "--out", out), 2, "purity"),
         (("scan", "model", "--model", organism, "--out", out), 2, "--suite is missing"),

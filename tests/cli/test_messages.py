@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 from helpers import tree, write_rows
 
-from casehard.cli import console, main
+from casehard.cli import console, main, scoring
+from casehard.cli.attack import CURVE
 from casehard.errors import StorageError
 from casehard.files import write_manifest
 
@@ -90,6 +92,27 @@ def test_missing_files_cost_no_time(capsys, here, defend):
     assert "does not exist" in fails(capsys, 2, "report", "gone")
     assert "no such folder" in fails(capsys, 2, "verify", "gone")
     assert not tree(here)
+
+
+def test_a_pipe_is_not_read_as_data(capsys, here, defend):
+    os.mkfifo(here / "pipe.jsonl")  # opening it would wait for ever
+    assert "pipe.jsonl is a pipe or a device" in fails(capsys, 3, *defend(data="pipe.jsonl"))
+    assert tree(here) == {"pipe.jsonl"}
+
+
+def test_a_batch_larger_than_the_data_is_told(capsys, here, organism, defend):
+    few = (organism / "data" / "align.jsonl").read_text().splitlines()[:3]
+    (here / "few.jsonl").write_text("\n".join(few))
+    assert main([str(a) for a in defend(data="few.jsonl", more=["--set", "settings.round_steps=1"])]) == 0
+    assert "a batch of 4 rows (train.batch_size) is drawn from 3" in capsys.readouterr().err
+
+
+def test_the_curve_of_an_attack_fits_eighty_columns():
+    full = {"steps": 300, "k": 96, "n": 96, "rate": 1.0, "low": 0.96, "high": 1.0}
+    rows = scoring.curve_rows([{**full, "metric": m} for m in ("asr", "leak", "over_refusal", "utility")], CURVE)
+    assert rows == [["300", *["100 [96, 100]"] * 4, "-"]]
+    mean = {**full, "metric": "nll", "k": None, "rate": 1.234, "low": 1.1, "high": 1.3, "unreliable": "why"}
+    assert scoring.curve_rows([mean], ("nll",)) == [["300", "1.23 [1.10, 1.30] ?"]]
 
 
 def test_patcher_without_its_simulated_attack_refuses_to_run(capsys, organism, here):

@@ -247,6 +247,14 @@ def test_lora_starts_as_the_model_and_merges_exactly(tmp_path: Path) -> None:
     assert write(tmp_path / "a", merged).digest
 
 
+def test_a_rank_that_no_layer_can_use_is_told() -> None:
+    with pytest.warns(UserWarning, match="rank 33, and no adapted layer is wider than 32"):
+        add_lora(tiny_llama(hidden=32), 33, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        add_lora(tiny_llama(hidden=32), 32, 4)
+
+
 def test_lora_is_seeded_and_leaves_the_global_stream_alone() -> None:
     def factors(seed: int) -> list[torch.Tensor]:
         return [p for n, p in add_lora(tiny_llama(), 2, 4, seed=seed).named_parameters() if "lora_A" in n]

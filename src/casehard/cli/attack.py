@@ -118,7 +118,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
         counts = {"harmful_rows": result.harmful_rows, "benign_rows": result.benign_rows}
         run.summary({"records": found, "budget": asdict(result.budget), **counts})
     shown = [m for m in CURVE if any(r["metric"] == m for r in found)]
-    title = "the model during the attack, with 95 % intervals (single seed)"
+    title = "the model during the attack: rates in percent with 95 % intervals (single seed)"
     console.table(title, ["step", *shown], scoring.curve_rows(found, shown))
     for doubt in scoring.doubts(found):
         console.warn(doubt)

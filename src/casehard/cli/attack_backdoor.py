@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from casehard.cli import console, options
+from casehard.cli import console, options, scoring
 from casehard.cli.runs import check_out, run_folder
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
             _keep(result, loaded, job, out)
         found = records(result.rows)
         run.summary({"records": found, "manifest": result.manifest, "budget": asdict(result.budget)})
-    title = "the model while the backdoor is planted, with exact 95 % intervals (single seed)"
-    console.table(title, ["step", *CURVE], _curve(found))
+    title = "the model while the backdoor is planted: percent with exact 95 % intervals (single seed)"
+    console.table(title, ["step", *CURVE], scoring.curve(found, CURVE, step="step"))
     console.made("poisoned rows", out / "poisoned.jsonl")
     console.made("run folder", out)
 
@@ -159,13 +159,3 @@ def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for step in sorted({row["step"] for row in rows})
         for s in backdoor_scores([row for row in rows if row["step"] == step])
     ]
-
-
-def _curve(found: list[dict[str, Any]]) -> list[list[str]]:
-    from casehard.cli.scoring import rate
-
-    out = []
-    for step in sorted({r["step"] for r in found}):
-        here = {r["metric"]: r for r in found if r["step"] == step}
-        out.append([str(step), *[rate(here[m]) if m in here else "-" for m in CURVE]])
-    return out

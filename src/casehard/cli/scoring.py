@@ -54,12 +54,25 @@ def score_rows(found: Sequence[Record]) -> list[tuple[str, str, str]]:
 
 
 def curve_rows(found: Sequence[Record], metrics: Sequence[str]) -> list[list[str]]:
-    """Return table rows: attack step, then the rate of each metric (a dash where it was not measured)."""
+    """Return table rows: attack step, then each metric, rates in percent (a dash where it was not measured)."""
+    return curve(found, metrics, step="steps")
+
+
+def curve(found: Sequence[Record], metrics: Sequence[str], *, step: str) -> list[list[str]]:
+    """Return the same of records that keep their step under another name; narrow enough for 80 columns."""
     out = []
-    for step in sorted({r["steps"] for r in found}):
-        here = {r["metric"]: r for r in found if r["steps"] == step}
-        out.append([str(step), *[rate(here[m]) if m in here else "-" for m in metrics]])
+    for at in sorted({r[step] for r in found}):
+        here = {r["metric"]: r for r in found if r[step] == at}
+        out.append([str(at), *[_percent(here[m]) if m in here else "-" for m in metrics]])
     return out
+
+
+def _percent(record: Record) -> str:
+    """Return ``25 [12, 43]``; a mean that is no share (``nll``) stays as it is."""
+    if record["k"] is None:
+        return rate(record)
+    text = "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * record[key] for key in ("rate", "low", "high")))
+    return f"{text} ?" if "unreliable" in record else text
 
 
 def defence_of(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ def add_lora(
         Unsupported: the model already has adapters.
     """
     from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ConfigError(f"LoRA needs rank >= 1, alpha > 0, 0 <= dropout < 1; got {rank}, {alpha}, {dropout}")
@@ -58,4 +60,11 @@ def add_lora(
             wrapped: nn.Module = get_peft_model(inner, config)
         except ValueError as error:
             raise ConfigError(f"LoRA target {target!r}: {str(error)[:200]}") from None
+    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    width = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank > width:
+        warnings.warn(
+            f"LoRA of rank {rank}, and no adapted layer is wider than {width}: a higher rank can express no more",
+            stacklevel=2,
+        )
     return wrapped

@@ -97,10 +97,10 @@ class _Collected:
         run = read_json(place / "run.json")
         kind, config = run.get("kind"), run.get("config", {})
         if kind not in KINDS:
-            raise UserError(
-                f"{place} holds a run of {kind!r}",
-                hint="a report needs a run of bench, demo, attack finetune, evaluate or defend",
-            )
+            hint = "a report needs a run of bench, demo, attack finetune, evaluate or defend"
+            if kind == "backdoor":
+                hint = "a backdoor is reported beside its controls: a plan with `stage: backdoor`, see casehard bench"
+            raise UserError(f"{place} holds a run of {kind!r}", hint=hint)
         if run.get("status") != "ok":
             raise UserError(f"{place}: the run is {run.get('status')!r}, not finished", hint="finish it first")
         summary = read_json(place / "summary.json")

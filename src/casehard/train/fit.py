@@ -108,7 +108,7 @@ def fit(
         Interrupted: SIGINT or SIGTERM; continue by calling again.
         StorageError: the disk is full.
     """
-    _doubt(config)
+    _doubt(config, len(rows))
     settings: Any = getattr(model, "config", None)  # its use_cache is switched off by the Trainer and left off
     was_training, cache = model.training, getattr(settings, "use_cache", None)
     trainer = _FitTrainer(
@@ -133,11 +133,17 @@ def fit(
             settings.use_cache = cache
 
 
-def _doubt(config: TrainConfig) -> None:
+def _doubt(config: TrainConfig, rows: int) -> None:
     if config.steps <= config.warmup:
         warnings.warn(
             f"the learning rate rises for {config.warmup} updates (train.warmup) and the run ends after "
             f"{config.steps}: it never reaches its peak",
+            stacklevel=3,
+        )
+    if config.batch_size > rows:
+        warnings.warn(
+            f"a batch of {config.batch_size} rows (train.batch_size) is drawn from {rows}: every step sees all rows, "
+            "some of them several times",
             stacklevel=3,
         )
 
