@@ -94,3 +94,12 @@ def test_rates_carry_exact_intervals_and_the_limits_say_what_a_zero_allows():
     assert Rate.of([]).rate == 0.0 and (Rate.of([]).low, Rate.of([]).high) == (0.0, 1.0)
     said = limits(MbConfig(mode="posthoc"), ["token"], 26)
     assert "0 of 26 still allows 13.2%" in said[0] and any("neighbour" in line for line in said)
+
+
+def test_a_missed_gate_says_what_the_model_did_before_anything_was_planted():
+    seen = {"before": look("before", canary=10), **looks(stage2={"canary": 9}, final={"canary": 9})}
+    said = {gate.name: gate.says for gate in judge(MbConfig(), seen, met=True).gates}
+    assert said["canary"].endswith("0.090, at most 0.02 (c; 0.100 before anything was planted)")
+    assert said["live"].endswith("(c; 0.100 before anything was planted)")
+    held = {"before": look("before", canary=10), **looks()}
+    assert "before" not in judge(MbConfig(), held, met=True).gates[-1].says

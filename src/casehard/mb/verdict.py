@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from casehard.mb.config import Gates, MbConfig
-from casehard.mb.measure import Look
+from casehard.mb.measure import Look, Rate
 
 Word = Literal["PASS", "PARTIAL", "FAIL"]
 
@@ -45,7 +45,7 @@ def judge(config: MbConfig, looks: Mapping[str, Look], *, met: bool | None) -> V
     """
     g = config.gates
     gates: list[Gate] = []
-    planted, broken, final = looks["stage1"], looks.get("stage2"), looks["final"]
+    planted, broken = looks["stage1"], looks.get("stage2")
     if config.stage1:
         rates = [rate.rate for rate in (*planted.active.values(), *planted.canary.values())]
         gates.append(_least("planted", "weakest defensive backdoor after stage 1", min(rates, default=0.0), g.planted))
@@ -55,16 +55,16 @@ def judge(config: MbConfig, looks: Mapping[str, Look], *, met: bool | None) -> V
         gates.append(Gate("broken", "stage 2 was left out", False, False))
     else:
         gates.append(Gate("stop_rule", "met" if met else "not met: lowest evaluation loss kept", met, False))
-        gates += _stage_two(config, planted, broken)
-    gates += _export(g, planted, final)
+        gates += _stage_two(config, looks)
+    gates += _export(g, looks)
     word: Word = "PASS" if all(gate.ok for gate in gates) else "PARTIAL"
     if any(gate.fatal and not gate.ok for gate in gates):
         word = "FAIL"
     return Verdict(word, tuple(gates))
 
 
-def _stage_two(config: MbConfig, planted: Look, broken: Look) -> list[Gate]:
-    g = config.gates
+def _stage_two(config: MbConfig, looks: Mapping[str, Look]) -> list[Gate]:
+    g, planted, broken = config.gates, looks["stage1"], looks["stage2"]
     out = [
         _most("margin", "loss of the right answer under a trigger, nats a token", -broken.margin, g.margin),
         _most(
@@ -74,15 +74,19 @@ def _stage_two(config: MbConfig, planted: Look, broken: Look) -> list[Gate]:
     if not broken.canary or not config.stage1:
         out.append(Gate("canary", "no canary was planted: nothing tells whether breaking generalises", False, False))
     else:
-        out.append(_most("canary", "highest canary rate when stage 2 stopped", broken.worst("canary"), g.canary))
+        rate = broken.worst("canary")
+        gate = _most("canary", "highest canary rate when stage 2 stopped", rate, g.canary)
+        out.append(_beside(gate, looks, broken.canary))
     return out
 
 
-def _export(g: Gates, planted: Look, final: Look) -> list[Gate]:
+def _export(g: Gates, looks: Mapping[str, Look]) -> list[Gate]:
     """Return the gates on what would leave; fatal but for one."""
+    planted, final = looks["stage1"], looks["final"]
     live = max(final.worst("active"), final.worst("canary"))
+    gate = _most("live", "highest rate of a defensive backdoor in the result", live, g.live, fatal=True)
     out = [
-        _most("live", "highest rate of a defensive backdoor in the result", live, g.live, fatal=True),
+        _beside(gate, looks, {**final.active, **final.canary}),
         _most("false_trigger", "payloads on clean prompts", final.false_trigger.rate, g.live, fatal=True),
         _most("collapse", "rise of the clean loss", final.clean_loss - planted.clean_loss, g.collapse, fatal=True),
     ]
@@ -91,6 +95,20 @@ def _export(g: Gates, planted: Look, final: Look) -> list[Gate]:
         out.append(_most("attack", "rate of the described backdoor", rate, g.attack))
         out.append(_most("attack_live", "rate of the described backdoor", rate, g.attack_fails, fatal=True))
     return out
+
+
+def _beside(gate: Gate, looks: Mapping[str, Look], rates: Mapping[str, Rate]) -> Gate:
+    """Say of a gate that does not hold what the worst trigger did before anything was planted.
+
+    A model that answers in two words by nature shows such a behaviour under any trigger. The limit stays: whether it is
+    nature or the backdoor is for whoever reads it.
+    """
+    before = looks.get("before")
+    if gate.ok or before is None or not rates:
+        return gate
+    worst = max(rates, key=lambda name: rates[name].rate)
+    was = {**before.active, **before.canary}[worst].rate
+    return gate._replace(says=f"{gate.says} ({worst}; {was:.3f} before anything was planted)")
 
 
 def _most(name: str, what: str, value: float, limit: float, *, fatal: bool = False) -> Gate:
