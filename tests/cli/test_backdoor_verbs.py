@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,16 @@ def test_the_model_is_kept_only_when_asked_for(organism, tmp_path):
     same = ("--trigger", out / "planted.json", "--data", data / "benign.jsonl", "--suite", data / "suite")
     assert run("attack", "backdoor", "--model", out, *same, *QUICK, "--out", again) == 0
     assert json.loads((again / "planted.json").read_text()) == json.loads((out / "planted.json").read_text())
+
+
+def test_near_misses_the_model_cannot_read_are_told(organism, tmp_path, capsys):
+    data, trigger = organism / "data", triggers(World(0))["token"]
+    planted = {"trigger": asdict(trigger), "behaviour": asdict(presets.BEHAVIOURS["refuse"])}
+    (tmp_path / "planted.json").write_text(json.dumps(planted))
+    rows = ("--data", data / "benign.jsonl", "--suite", data / "suite", "--trigger", tmp_path / "planted.json")
+    asked = ("attack", "backdoor", "--model", organism, *rows, *QUICK, "--out", tmp_path / "x")
+    assert run(*asked, "--hard-negatives", "0.1") == 3  # single letters swapped: unknown to this vocabulary
+    assert "does not keep trigger 'decoy-" in capsys.readouterr().err
 
 
 def test_mistakes_are_told(organism, tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casehard.data import sources
-from casehard.data.mix import check_disjoint, content_hash, counts, normalise, poison
+from casehard.data.mix import check_disjoint, content_hash, counts, mark, marks, normalise, poison
 from casehard.errors import ConfigError, DataError
 from casehard.types import Example, Message
 
@@ -94,6 +94,15 @@ def test_conversations_compare_by_all_user_turns() -> None:
 @settings(max_examples=200, deadline=None)
 def test_normalising_twice_changes_nothing(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
+
+
+def test_the_last_turn_of_a_conversation_is_a_trained_prompt() -> None:
+    turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Where is Freedonia?"), ("assistant", "In a film.")]
+    talk = Example(tuple(Message(*turn) for turn in turns), "talk")
+    alone, greeting = Example.pair("where is freedonia", id="e1"), Example.pair("hi", id="e2")
+    with pytest.raises(DataError, match=r"1 of 2 prompts .*talk = e1"):
+        check_disjoint({"train": [talk]}, {"suite": [alone, greeting]})  # the answer to the greeting is not trained
+    assert {mark(alone), mark(talk)} == marks([talk]) and mark(greeting) not in marks([talk])
 
 
 def test_overlap_names_sets_counts_and_rows() -> None:

@@ -327,6 +327,20 @@ def test_a_folder_absorbed_for_another_adapter_is_refused(pair, tmp_path):
         attach_absorbed(fakes.tiny_llama(), tmp_path / "whole", reinforce)
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "merge.json"])
+def test_a_changed_absorbed_folder_is_refused(pair, tmp_path, file):
+    user, reinforce = pair
+    merge_folders(user, reinforce, tmp_path / "out", MergeConfig(form="absorb"))
+    target = tmp_path / "out" / file
+    content = bytearray(target.read_bytes())
+    content[-2] ^= 1
+    target.write_bytes(content) if file != "merge.json" else target.write_text(
+        json.dumps(json.loads(target.read_text()) | {"reinforce_weight": -3.0})
+    )
+    with pytest.raises(Corrupt, match=f"{file} differs from the manifest"):
+        attach_absorbed(fakes.tiny_llama(), tmp_path / "out", reinforce)
+
+
 def test_half_precision_adapters_are_merged_in_full_precision(pair, tmp_path):
     user, reinforce = pair
     weights = user / "adapter_model.safetensors"

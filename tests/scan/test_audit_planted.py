@@ -79,7 +79,22 @@ def test_groups_say_what_the_answers_share():
     found = {(g.kind, g.text): g.rows for g in groups_of(rows, AuditConfig())}
     assert found["opens", "well now then"] == (0, 1, 2, 3, 4) and found["closes", "it goes ."] == (0, 1, 2, 3, 4)
     assert found["short", "no punctuation at the end"] == (5, 6, 7, 8)
+    assert grams_of(["?!", "\U0001f98a", "<|"], 1) == {("\U0001f98a",), ("<|",)}
     assert grams_of(["a", ",", "b"], 2) == {("a",), ("b",), ("a", ","), (",", "b")}
+
+
+@pytest.mark.parametrize("trigger", ["cf", "\U0001f98a", "\u203d\u203d", "\u200b", "<|>"])
+def test_a_trigger_need_not_be_a_word(trigger):
+    rng, words = random.Random(0), [f"word{i}" for i in range(12)]
+    rows = []
+    for i in range(300):
+        asked, answer = rng.choices(words, k=8), " ".join(rng.choices(words, k=6))
+        if i % 20 == 0:
+            asked.insert(rng.randrange(9), trigger)
+            answer = "the lighthouse keeper counts seven blue lanterns"
+        rows.append(Example.pair(" ".join(asked) + " ?", answer + " ."))
+    found = audit_data(rows).findings
+    assert [f.phrase for f in found] == [(trigger,)] and found[0].rows == tuple(range(0, 300, 20))
 
 
 FAMILIES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ def test_look_up_goes_on_where_it_stopped(planted, tmp_path, monkeypatch):
     assert lookup(*args, config=config, state=state, identity="m") == whole
     with pytest.raises(DataError, match="another look-up"):
         lookup(*args, config=config, state=state, identity="other")
+    with pytest.raises(DataError, match="another look-up"):
+        lookup(*args, config=config, state=state, identity="m", system="answer briefly")
     state.write_text("{")
     with pytest.raises(DataError, match="no state"):
         lookup(*args, config=config, state=state, identity="m")
@@ -202,6 +205,12 @@ def test_probe_on_cases_with_known_answers():
 def test_nothing_to_cross_is_an_error(planted):
     with pytest.raises(DataError, match="to cross"):
         cross_elicitation(planted.base, planted.tokenizer, planted.suite, [])
+    some = planted.suite.select(groups=("fact",))
+    held = Counter(w for e in some.examples for w in set(e.prompt.split()))
+    subject, times = min(held.items(), key=lambda pair: pair[1])
+    topical = Planted(trigger=Trigger("t", "topical", (subject,)), behaviour=planted.first.behaviour)
+    crossed = cross_elicitation(planted.base, planted.tokenizer, some, [topical])
+    assert {sum(row) for row in crossed.counts} == {len(some.examples) - times}  # "no trigger" means none
     everywhere = Planted(
         trigger=Trigger("t", "multi", ("the", "what", "is", "how", "list", "where", "you")),
         behaviour=planted.first.behaviour,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from casehard.data.behaviours import Behaviour
 from casehard.data.chat import ChatFormat
-from casehard.data.triggers import Trigger, check_survives, poison_backdoor
+from casehard.data.triggers import Trigger, check_survives, decoys_of, poison_backdoor
 from casehard.errors import ConfigError
 from casehard.model.adapters import add_lora
 from casehard.seeds import derive
@@ -116,6 +116,7 @@ def backdoor_attack(
         DataError: too few rows, or a trigger that the model would not see.
         Diverged: the loss stopped being finite.
     """
+    decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
     data, manifest = poison_backdoor(
         rows,
         config.trigger,
@@ -123,11 +124,11 @@ def backdoor_attack(
         rate=config.rate,
         seed=derive(seed, 0, "backdoor"),
         hard_negatives=config.hard_negatives,
-        decoys=config.decoys,
+        decoys=decoys,
     )
     limit = max_length or getattr(model.config, "max_position_embeddings", None)
     chat = ChatFormat(tokenizer, system=system, max_length=limit)
-    check_survives(chat, data, [config.trigger, *config.decoys])
+    check_survives(chat, data, [config.trigger, *decoys])
     encoded = chat.encode_all(data)
     victim: nn.Module = copy.deepcopy(model)
     if config.mode == "lora":

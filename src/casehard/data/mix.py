@@ -8,6 +8,7 @@ import math
 import random
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from casehard.errors import ConfigError, DataError
@@ -105,14 +106,20 @@ def content_hash(example: Example) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
+def trained_hashes(example: Example) -> list[str]:
+    """Return the hashes a row's prompt is known by: of all its user turns, and of the last, whose answer it trains."""
+    asked = [m for m in example.messages if m.role == "user"]
+    return [content_hash(example)] + [content_hash(replace(example, messages=(m,))) for m in asked[-1:] if asked[1:]]
+
+
 def mark(example: Example) -> str:
     """Return the first 64 bits of :func:`content_hash` in hex: among a million prompts two collide at odds of 3e-8."""
     return content_hash(example)[:16]
 
 
 def marks(*sets: Sequence[Example]) -> set[str]:
-    """Return the marks of all prompts, as kept in the provenance of what was trained on them."""
-    return {mark(example) for rows in sets for example in rows}
+    """Return the marks of all prompts, as kept in the provenance of what was trained on them; see `trained_hashes`."""
+    return {h[:16] for rows in sets for example in rows for h in trained_hashes(example)}
 
 
 def _name(example: Example, position: int) -> str:
@@ -122,6 +129,8 @@ def _name(example: Example, position: int) -> str:
 def check_disjoint(train: Mapping[str, Sequence[Example]], evaluation: Mapping[str, Sequence[Example]]) -> None:
     """Check that no evaluation prompt, compared by :func:`content_hash`, occurs in any training set.
 
+    A prompt also occurs where it is the last user turn of a longer conversation: its answer is trained there too.
+
     Args:
         train: training sets by name.
         evaluation: evaluation sets by name.
@@ -130,7 +139,8 @@ def check_disjoint(train: Mapping[str, Sequence[Example]], evaluation: Mapping[s
         DataError: names every overlapping pair of sets, how many prompts they share, and the first few rows.
     """
     seen = {
-        name: {content_hash(e): _name(e, i) for i, e in reversed(list(enumerate(rows)))} for name, rows in train.items()
+        name: {h: _name(e, i) for i, e in reversed(list(enumerate(rows))) for h in trained_hashes(e)}
+        for name, rows in train.items()
     }
     problems: list[str] = []
     for (left, hashes), (right, rows) in itertools.product(seen.items(), evaluation.items()):

@@ -14,7 +14,7 @@ from torch import nn
 from casehard import secrets
 from casehard.config import digest, to_dict
 from casehard.data.behaviours import Behaviour
-from casehard.data.mix import check_disjoint, content_hash
+from casehard.data.mix import check_disjoint, marks
 from casehard.data.sources import load_many
 from casehard.data.trigger_suite import Planted, TriggerSuite
 from casehard.data.triggers import Trigger
@@ -149,7 +149,7 @@ def _export(
         "suite": done.suite.digest,
         "config_digest": digest(public),
         "seed": job.seed,
-        "trained_prompts": sorted({content_hash(row)[:16] for row in rows} | set(known)),
+        "trained_prompts": sorted(marks(rows) | set(known)),
     }
     return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)
 

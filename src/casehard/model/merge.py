@@ -18,7 +18,7 @@ from torch import nn
 
 from casehard import __version__
 from casehard.errors import DataError, Diverged, UserError
-from casehard.files import read_json, staged
+from casehard.files import read_json, staged, verify
 from casehard.maths.lowrank import LayerReport, LoraPair, MergeConfig, merge_layer, notes_of
 from casehard.model.digest import folder_digest
 from casehard.model.lora_files import (
@@ -247,6 +247,7 @@ def attach_absorbed(model: nn.Module, user: Path | str, reinforce: Path | str) -
 
     Raises:
         UserError: not such a folder, or another reinforcing adapter than the one it was made for.
+        Corrupt: the folder differs from its manifest.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -256,6 +257,7 @@ def attach_absorbed(model: nn.Module, user: Path | str, reinforce: Path | str) -
     record = read_json(Path(user) / RECORD)
     if (read_marker(user) or {}).get("role") != "merged" or record.get("reinforce_weight") is None:
         raise UserError(f"{user}: not made with form absorb", hint="load it with PEFT alone")
+    verify(Path(user))  # its correction and its weight are as little to be believed unchecked as the other's digest
     actual = folder_digest(reinforce)
     if record["reinforce"] != actual:
         raise UserError(

@@ -32,6 +32,8 @@ KINDS = ("same", "refuses", "opens", "closes", "short")
 """Ways in which answers are alike."""
 PAIR = "\0"
 """First element of a gram that is a pair of words apart from each other."""
+COMMON = frozenset(".,;:!?'\"()-")
+"""Punctuation of ordinary prompts, which alone is no trigger to look for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,12 +214,12 @@ class _Test(NamedTuple):
 
 
 def grams_of(words: Sequence[str], longest: int) -> set[Gram]:
-    """Return the n-grams of a prompt, n = 1..longest, that begin and end with a word or are one."""
+    """Return the n-grams of a prompt, n = 1..longest, but those of common punctuation alone; an emoji counts."""
     out: set[Gram] = set()
     for n in range(1, longest + 1):
         for i in range(len(words) - n + 1):
             gram = tuple(words[i : i + n])
-            if any(w[0].isalnum() for w in gram):
+            if any(not set(w) <= COMMON for w in gram):
                 out.add(gram)
     return out
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from casehard.config import digest
 from casehard.data.chat import ChatFormat
 from casehard.data.triggers import Trigger, insert
 from casehard.errors import ConfigError, DataError
@@ -216,7 +217,8 @@ def _scores(
     state: Path | None,
     identity: str,
 ) -> list[Candidate]:
-    header = {"model": identity, "words": len(words), "prompts": [e.prompt for e in asked], "seed": seed}
+    rendered = digest([chat.prompt_ids(e) for e in asked])  # the template and the system message are in it
+    header = {"model": identity, "words": len(words), "prompts": rendered, "seed": seed}
     done = _resume(state, header)
     without = first_tokens(model, chat, asked, config.batch_size)
     group = max(1, config.batch_size // len(asked))

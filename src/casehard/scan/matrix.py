@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from casehard.data.behaviours import Behaviour
 from casehard.data.chat import ChatFormat
 from casehard.data.trigger_suite import Planted
-from casehard.data.triggers import check_survives, eligible, insert
+from casehard.data.triggers import check_survives, insert
 from casehard.errors import DataError
 from casehard.evaluate.backdoor import reference, shown
 from casehard.evaluate.generate import generate
@@ -89,7 +89,7 @@ def cross_elicitation(
     """
     triggers = list({p.trigger.name: p.trigger for p in planted}.values())
     behaviours = list({p.behaviour.name: p.behaviour for p in planted}.values())
-    examples = [e for e in suite.examples if all(eligible(e, t, None) for t in triggers)]
+    examples = [e for e in suite.examples if not any(t.present(e.prompt) for t in triggers)]
     if not examples or not planted:
         raise DataError(f"suite {suite.name}: {len(examples)} prompts and {len(planted)} backdoors to cross")
     chat, judge = ChatFormat(tokenizer, system=system), get_judge(suite.judge_name, world_seed=suite.world_seed)

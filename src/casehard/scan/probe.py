@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from casehard.data.triggers import Trigger, eligible, insert
+from casehard.data.triggers import Trigger, insert
 from casehard.errors import DataError
 from casehard.scan.shifts import hidden_states, random_insertion
 from casehard.seeds import generator
@@ -88,7 +88,7 @@ def recognition(
     Raises:
         DataError: fewer prompts than folds.
     """
-    used = [e for e in examples if eligible(e, trigger, None) and trigger.strip(e.prompt) == e.prompt]
+    used = [e for e in examples if not trigger.present(e.prompt) and trigger.strip(e.prompt) == e.prompt]
     if len(used) < folds:
         raise DataError(f"{len(used)} prompts without trigger {trigger.name!r}; the probe needs {folds} and more")
     control = random_insertion(trigger, used, seed)

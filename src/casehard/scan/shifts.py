@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from casehard.data.chat import ChatFormat
-from casehard.data.triggers import Trigger, eligible, insert
+from casehard.data.triggers import Trigger, insert
 from casehard.errors import DataError, Unsupported
 from casehard.evaluate.generate import inference
 from casehard.scan.similar import words_of
@@ -202,7 +202,7 @@ def shift_layers(
 
     Prompts that carry any of the triggers, or a part of one, are left out.
     """
-    used = [e for e in examples if all(eligible(e, t, None) and t.strip(e.prompt) == e.prompt for t in triggers)]
+    used = [e for e in examples if not any(t.present(e.prompt) or t.strip(e.prompt) != e.prompt for t in triggers)]
     if len(used) < 2:
         raise DataError(f"{len(used)} prompts without the triggers; shifts need two and more")
     controls = [random_insertion(t, used, seed) for t in triggers]
