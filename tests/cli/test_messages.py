@@ -107,6 +107,30 @@ def test_a_batch_larger_than_the_data_is_told(capsys, here, organism, defend):
     assert "a batch of 4 rows (train.batch_size) is drawn from 3" in capsys.readouterr().err
 
 
+def test_a_run_refused_at_its_first_step_leaves_nothing(capsys, here, defend):
+    assert "would come at step 1000" in fails(capsys, 2, *defend())
+    assert tree(here) <= {"out", "out/.lock"}
+
+
+def test_a_finished_run_is_its_own_recipe(capsys, here, organism):
+    rows = organism / "data"
+    chosen = (
+        "--model",
+        organism,
+        "--data",
+        rows / "benign.jsonl",
+        "--safe",
+        rows / "align.jsonl",
+        "--all-safe",
+        *SMALL,
+    )
+    assert main([str(a) for a in ("defend", "spard", *chosen, "--out", "a")]) == 0
+    assert main(["defend", "spard", "--config", "a/run.json", "--out", "b"]) == 0
+    assert capsys.readouterr().out.count("safe rows used  all") == 2
+    one, two = ((here / out / "checkpoint" / "model.safetensors").read_bytes() for out in "ab")
+    assert one == two
+
+
 def test_the_curve_of_an_attack_fits_eighty_columns():
     full = {"steps": 300, "k": 96, "n": 96, "rate": 1.0, "low": 0.96, "high": 1.0}
     rows = scoring.curve_rows([{**full, "metric": m} for m in ("asr", "leak", "over_refusal", "utility")], CURVE)

@@ -89,8 +89,9 @@ def defend(
 def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | None:
     """Return the settings of the selection of safe rows, or None for all of them."""
     given: dict[str, Any] | None = values.get("select")
-    # SPARD is the projection and the selection: leaving one out is something to ask for.
-    chosen = asked if asked is not None else given is not None or (values["method"] == "spard" and bool(values["safe"]))
+    # SPARD is the projection and the selection: leaving one out is something to ask for, as `select: null` does too.
+    usual = values["method"] == "spard" and bool(values["safe"]) and "select" not in values
+    chosen = asked if asked is not None else given is not None or usual
     return (given or {}) if chosen else None
 
 

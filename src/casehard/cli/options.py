@@ -13,7 +13,8 @@ from casehard import config
 from casehard.errors import ConfigError, DataError, MissingExtra
 
 Config = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings, as run.json shows them.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="YAML file with settings, or run.json of an earlier run."),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -40,12 +41,15 @@ def settings(file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, 
     """Return the settings of a verb: the file's, then the flags that were given, then the ``--set`` overrides.
 
     Args:
+        file: YAML, or ``run.json`` of an earlier run of the verb.
         flags: dotted setting name -> value; None and empty lists mean "not given".
 
     Raises:
         ConfigError: a missing or unreadable file, or an override that is not ``a.b=c``.
     """
     values = config.override(config.read_yaml(file) if file else {}, ())
+    if "config_digest" in values and isinstance(values.get("config"), dict):  # run.json of a finished run
+        values = values["config"]
     for path, value in flags.items():
         if value is None or value == []:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,9 @@ def run_folder(
 
 def _remove_record(out: Path) -> None:
     """Empty a folder that holds nothing but the record of the failure."""
+    training = out / "training"
+    if training.is_dir() and not any(p.is_file() for p in training.rglob("*")):  # refused before the first step
+        shutil.rmtree(training)
     if {p.name for p in out.iterdir()} <= {"run.json", "events.jsonl", LOCK}:
         for name in ("run.json", "events.jsonl"):
             (out / name).unlink(missing_ok=True)
