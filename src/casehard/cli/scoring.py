@@ -38,7 +38,7 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
 
 
 def rate(record: Record) -> str:
-    """Return ``0.25 [0.12, 0.43]``, with ``?`` behind it where too many rows are unscored to rely on it."""
+    """Return ``0.25 [0.12, 0.43]``, with ``?`` behind it where too many rows are in doubt to rely on it."""
     text = f"{record['rate']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
     return f"{text} ?" if "unreliable" in record else text
 
