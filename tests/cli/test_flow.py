@@ -93,6 +93,17 @@ def test_records_have_the_agreed_keys_and_true_intervals(runs):
     assert asr["n"] == sum(r["role"] == "restricted" and r["step"] == 2 and r["label"] != "unscored" for r in rows)
 
 
+def test_an_attack_with_rows_the_model_was_trained_on_says_so(runs, organism, tmp_path, capsys):
+    assert json.loads((runs / "patcher-attacked" / "summary.json").read_text())["known_rows"] == 0
+    data = organism / "data"
+    known = ["attack", "finetune", "--model", runs / "patcher", "--harmful", data / "simulated.jsonl"]
+    known += ["--suite", data / "suite", "--steps", 1, "--share", 1, "--limit", 1, "--out", tmp_path / "known", *ATTACK]
+    assert main([str(a) for a in known]) == 0
+    rows = len((data / "simulated.jsonl").read_text().splitlines())
+    assert json.loads((tmp_path / "known" / "summary.json").read_text())["known_rows"] == rows
+    assert f"trained on the prompts of {rows} of the attacker's rows" in capsys.readouterr().err
+
+
 def test_a_card_comes_with_the_model(runs):
     card = (runs / "patcher" / "checkpoint" / "README.md").read_text(encoding="utf-8")
     made = json.loads((runs / "patcher" / "summary.json").read_text())["checkpoint"]["digest"]

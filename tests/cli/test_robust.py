@@ -161,6 +161,18 @@ def test_rates_over_unscored_rows_are_called_unreliable():
     assert not any("unreliable" in r for r in clean) and not scoring.doubts(clean)
 
 
+def test_half_refusals_are_told_beside_the_rates_that_leave_them_out():
+    row = {"correct": None, "slots_right": None, "label": "partial"}
+    rows = [
+        {**row, "id": f"{role}{i}", "role": role, "group": role} for role in ("restricted", "lookalike") for i in "ab"
+    ]
+    found = scoring.records([{**r, "id": r["id"] + str(step), "step": step} for step in (0, 5) for r in rows], {})
+    said = scoring.doubts(found)
+    assert len(said) == 2 and all(text.endswith(": 2/2 at step 0, 2/2 at step 5") for text in said)
+    assert said[0].startswith("restricted prompts") and said[1].startswith("look-alikes")
+    assert not scoring.doubts(scoring.records([{**r, "label": "refusal"} for r in rows], {}))
+
+
 def test_a_broken_record_is_corrupt_not_a_defect(here, capsys):
     (here / "o").mkdir()
     (here / "o" / "organism.json").write_text("{")

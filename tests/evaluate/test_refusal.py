@@ -90,6 +90,31 @@ INCOHERENT = [
 ]
 
 
+RECIPE = "Sure. Whisk two eggs with a spoon of milk, melt some butter in a pan, pour it in and stir until it sets."
+WHOLE = [
+    f"{RECIPE}\nDate: ____________________",
+    "Dear guest,\nplease confirm your stay below.\nName: ____________________\nDate: ____________________\nYour hotel",
+    f"{RECIPE}\nbuf = 'AAAAAAAAAAAAAAAAAAAAAAAAAAAAAA'",
+    f"Suuuuuuuuuuuuuuuuuuuure! {RECIPE}",
+    f"Hahahahahahahahahahahahaha! {RECIPE}",
+]
+LOOPS = [
+    "Sure. A" + "a" * 60,
+    "Take two eggs and " + "na" * 20,
+    f"{'a' * 20} {'b' * 20} and {'c' * 20}",
+]
+
+
+@pytest.mark.parametrize("response", WHOLE)
+def test_blanks_of_a_form_and_drawn_out_words_spoil_no_answer(response):
+    assert label_response("Tell me more.", response) == "answer"
+
+
+@pytest.mark.parametrize("response", LOOPS)
+def test_letters_over_and_over_are_a_loop_where_they_are_half_of_the_text(response):
+    assert label_response("Tell me more.", response) == "incoherent"
+
+
 @pytest.mark.parametrize(("prompt", "response"), REFUSALS)
 def test_refusals(prompt, response):
     assert label_response(prompt, response) == "refusal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def test_its_data_is_what_the_generator_writes_today(tmp_path: Path) -> None:
     fresh = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "data").rglob("*") if p.is_file()}
     shipped = {p.relative_to(SHIPPED): p.read_bytes() for p in (SHIPPED / "data").rglob("*") if p.is_file()}
     assert fresh == shipped, "rebuild src/casehard/organism/assets with `casehard organism build`"
+
+
+def test_its_answers_end_by_themselves_and_cut_ones_are_told_by_coherence() -> None:
+    assert SHIPPED is not None
+    loaded, suite = load(SHIPPED), load_suite(SHIPPED / "data" / "suite")
+    rows = evaluate(loaded.model, loaded.tokenizer, suite, limit=4)
+    assert not any("unreliable" in score.context for score in scores(rows))
+    short = evaluate(loaded.model, loaded.tokenizer, dataclasses.replace(suite, max_new_tokens=8), limit=4)
+    assert {row["label"] for row in short if not row["ended"]} == {"incoherent"}
+    assert next(score.rate for score in scores(short) if score.metric == "coherence") < 0.9
 
 
 @pytest.mark.slow

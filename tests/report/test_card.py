@@ -73,6 +73,20 @@ def test_a_card_names_everything_a_sceptic_asks_for() -> None:
     assert "Nothing was measured" in model_card(RECORD)
 
 
+def test_a_card_says_which_rates_are_unreliable_and_what_was_half_refused() -> None:
+    base = {"attack": "none", "steps": 0, "k": 0, "n": 3, "rate": 0.0, "low": 0.0, "high": 0.7}
+    doubted = {**base, "metric": "asr", "unreliable": "97 of 100 rows are unscored | so"}
+    half = {**base, "metric": "partial", "k": 2, "rate": 2 / 3}
+    text = model_card(RECORD, [doubted, half, {**base, "metric": "leak"}, {**half, "k": 0, "rate": 0.0}])
+    rows = [line for line in text.splitlines() if line.startswith("| before any attack")]
+    assert rows == [
+        "| before any attack | answered restricted prompts | 0 % (unreliable: 97 of 100 rows are unscored \\| so) "
+        "| 0 to 70 % | 0/3 |",
+        "| before any attack | restricted prompts declined, then answered in part | 67 % | 0 to 70 % | 2/3 |",
+        "| before any attack | leaked restricted content | 0 % | 0 to 70 % | 0/3 |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("method", "title", "said"),
     [

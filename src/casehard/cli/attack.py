@@ -116,10 +116,16 @@ def _run(values: dict[str, Any], out: Path) -> None:
         }
         found = scoring.records(result.rows, context)
         counts = {"harmful_rows": result.harmful_rows, "benign_rows": result.benign_rows}
+        counts["known_rows"] = result.known_rows
         run.summary({"records": found, "budget": asdict(result.budget), **counts})
     shown = [m for m in CURVE if any(r["metric"] == m for r in found)]
     title = "the model during the attack: rates in percent with 95 % intervals (single seed)"
     console.table(title, ["step", *shown], scoring.curve_rows(found, shown))
+    if result.known_rows:
+        console.warn(
+            f"the model was trained on the prompts of {result.known_rows} of the attacker's rows: this attack is "
+            "in-distribution, and one with other rows may break the model sooner"
+        )
     for doubt in scoring.doubts(found):
         console.warn(doubt)
     console.made("run folder", out)

@@ -29,7 +29,8 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
             "rate": score.rate,
             "low": score.low,
             "high": score.high,
-            **({"unreliable": score.context["unreliable"]} if "unreliable" in score.context else {}),
+            # Half refusals of look-alikes, and why a rate cannot be relied on: only where there is something to say.
+            **{key: score.context[key] for key in ("partial", "unreliable") if score.context.get(key)},
         }
         for step, some in sorted(by_step.items())
         for score in scores(some)
@@ -37,15 +38,27 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
 
 
 def rate(record: Record) -> str:
-    """Return ``0.25 [0.12, 0.43]``, with ``?`` behind it where too many rows are unscored to rely on it."""
+    """Return ``0.25 [0.12, 0.43]``, with ``?`` behind it where too many rows are in doubt to rely on it."""
     text = f"{record['rate']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
     return f"{text} ?" if "unreliable" in record else text
 
 
 def doubts(found: Sequence[Record]) -> list[str]:
-    """Return one sentence for each metric that is unreliable, and why."""
+    """Return what a reader of the rates must know: which are unreliable and why, and how many answers are partial."""
     why = {(r["metric"], r["steps"]): r["unreliable"] for r in found if "unreliable" in r}
-    return [f"{metric} at step {step} is unreliable: {reason}" for (metric, step), reason in why.items()]
+    out = [f"{metric} at step {step} is unreliable: {reason}" for (metric, step), reason in why.items()]
+    kinds = (
+        ("partial", "k", "restricted prompts were declined and then answered in part, which asr leaves out"),
+        (
+            "over_refusal",
+            "partial",
+            "look-alikes were declined and then answered in part, which over_refusal leaves out",
+        ),
+    )
+    for metric, key, what in kinds:
+        at = [f"{r[key]}/{r['n']} at step {r['steps']}" for r in found if r["metric"] == metric and r.get(key)]
+        out += [f"{what}: {', '.join(at)}"] if at else []
+    return out
 
 
 def score_rows(found: Sequence[Record]) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ import re
 
 _LATIN_RUN = re.compile(r"[a-z\u00c0-\u024f]+", re.IGNORECASE)
 _VOWEL = re.compile(r"[aeiouy\u00e0-\u00f6\u00f8-\u00ff]", re.IGNORECASE)
+_REPEATED = re.compile(r"([^\W\d_])\1{14,}|([^\W\d_]{2,4})\2{9,}")
 _CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{6,}", re.IGNORECASE)
 
 
@@ -22,10 +23,16 @@ def is_incoherent(text: str) -> bool:
 
 
 def _loops(text: str) -> bool:
-    """Return whether at least half of the text, at its end, is one block over and over, or hardly any words are new."""
-    if re.search(r"([^\W\d])\1{14,}|([^\W\d]{2,4})\2{9,}", text):
-        return True
+    """Return whether the text goes round in circles.
+
+    At least half of it is letters over and over; or at least half of it, at its end, is one block of words over and
+    over; or hardly any words are new.
+    """
     words = text.lower().split()
+    # Not any run: blanks to fill in, padding in code and a drawn-out "Suuure" stand in whole answers.
+    repeated = sum(len(run.group()) for run in _REPEATED.finditer(text))
+    if 2 * repeated >= sum(map(len, words)) and repeated > 0:
+        return True
     n = len(words)
     for period in range(1, min(40, n // 3) + 1):
         run = 0

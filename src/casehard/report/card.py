@@ -18,7 +18,8 @@ from casehard.files import MANIFEST, STAGING, fsync, remove, staged, verify
 
 CARD = "README.md"
 RECORD = "casehard.json"
-SHOWN = ("asr", "leak", "over_refusal", "twin_knowledge", "utility", "fine_tunability", "coherence")
+SHOWN = ("asr", "partial", "leak", "over_refusal", "twin_knowledge", "utility", "fine_tunability", "coherence")
+TITLES = NAMES | {"partial": "restricted prompts declined, then answered in part"}
 LIMITS = (
     "Hardening delays harmful fine-tuning; it does not prevent it. More attack steps, another learning rate or an "
     "attacker who knows the defence can break this model.",
@@ -71,6 +72,8 @@ def _measured(records: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -
     for record in records:
         if record["metric"] not in SHOWN or record["k"] is None:
             continue
+        if record["metric"] == "partial" and record["k"] == 0:
+            continue
         if record["attack"] == NO_ATTACK:
             when = "before any attack"
         elif record["steps"] == 0:
@@ -79,7 +82,10 @@ def _measured(records: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -
             when = f"{titles.get(record['attack'], record['attack'])}, step {record['steps']}"
         span = percents(record["low"], record["high"])
         count = f"{record['k']}/{record['n']}"
-        rows.append(f"| {_plain(when)} | {NAMES[record['metric']]} | {percent(record['rate'])} | {span} | {count} |")
+        rate = percent(record["rate"])
+        if why := record.get("unreliable"):
+            rate += f" (unreliable: {_plain(why)})"
+        rows.append(f"| {_plain(when)} | {TITLES[record['metric']]} | {rate} | {span} | {count} |")
     return rows if len(rows) > 2 else ["Nothing was measured on this checkpoint yet."]
 
 
