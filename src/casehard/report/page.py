@@ -18,6 +18,7 @@ from casehard.report.single import summary_of_runs
 from casehard.report.views import View, transcripts
 
 REPORT = "report.html"
+MADE = ("casehard", "packages", "machine", "GPUs")
 STATUS = {
     "holds": ("holds", "good"),
     "delays": ("delays the break", "good"),
@@ -36,23 +37,32 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=100)
 
 
-def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = summary["provenance"]
-    code, hardware = found["code"], found["hardware"]
+def _made_with(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a run was made with, under the names in :data:`MADE`."""
+    code, hardware = run["code"], run["hardware"]
     commit = code.get("commit") or "none (not a git checkout)"
     state = {True: ", with uncommitted changes", False: ", clean", None: ""}[code.get("dirty")]
     memory = hardware.get("memory_bytes")
     machine = f"{hardware['processor']}, {hardware['cores']} cores"
     machine += f", {memory / 2**30:.0f} GiB" if memory else ""
     gpus = ", ".join(hardware.get("gpus", [])) or "none"
-    out = [
-        ("casehard", f"{code['version']}, commit {commit}{state}"),
-        ("packages", ", ".join(f"{k} {v}" for k, v in found["packages"].items())),
-        ("machine", machine),
-        ("GPUs", gpus),
-        ("seeds", ", ".join(str(s) for s in found["seeds"])),
-        ("config digest", found["config_digest"]),
-    ]
+    packages = ", ".join(f"{k} {v}" for k, v in run["packages"].items())
+    return list(zip(MADE, (f"{code['version']}, commit {commit}{state}", packages, machine, gpus), strict=True))
+
+
+def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the page was made from; what differs between run folders comes once each, with the folders."""
+    found = summary["provenance"]
+    folders: dict[tuple[str, str], list[str]] = {}
+    for run in found.get("runs", [found]):
+        for fact in _made_with(run):
+            folders.setdefault(fact, []).append(run.get("folder", ""))
+    kinds = [what for what, _ in folders]
+    out = []
+    for what, value in sorted(folders, key=lambda fact: MADE.index(fact[0])):
+        of = f" of {', '.join(folders[what, value])}" if kinds.count(what) > 1 else ""
+        out.append((what + of, value))
+    out += [("seeds", ", ".join(str(s) for s in found["seeds"])), ("config digest", found["config_digest"])]
     return out + [(f"data: {name}", digest) for name, digest in found["data"].items()]
 
 
