@@ -143,6 +143,29 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
 
 
+def _bench_summary(place: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary of a benchmark's folder, if the last run there wrote it.
+
+    A bench that starts in a used folder leaves the old summary until it has its own: one that has not come to its end
+    has none, and one that failed has one only if it failed in some nodes, which it counts when the summary is written.
+
+    Raises:
+        UserError: the summary is of an earlier run, or missing.
+    """
+    hint = "run the same bench command again: it goes on from what is finished, and writes the report"
+    status = run.get("status")
+    if status not in ("ok", "failed") or (status == "failed" and "nodes" not in run):
+        # The first line: what follows is a hint about the run, and this error has its own.
+        why = f" ({str(run['error']).splitlines()[0]})" if run.get("error") else ""
+        raise UserError(f"{place}: the last bench there is {status!r}, it did not come to its end{why}", hint=hint)
+    summary: dict[str, Any] = read_json(place / "summary.json")
+    made, wanted = summary["provenance"]["config_digest"], run["config_digest"]
+    if made != wanted:
+        what = f"summary.json is of the plan {made[:12]}, and the last bench ran the plan {wanted[:12]}"
+        raise UserError(f"{place}: {what}", hint=hint)
+    return summary
+
+
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of a finished run and return its path; a benchmark's checkpoints get their model cards too.
 
@@ -152,19 +175,21 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
         out: the HTML file; default ``report.html`` in the (first) folder.
 
     Raises:
-        UserError: not a run folder, or the run did not finish.
+        UserError: not a run folder, the last run there did not come to its end (a benchmark some of whose nodes failed
+            did), or several runs that cannot be shown together, see :func:`summary_of_runs`.
         MissingExtra: matplotlib is not installed.
     """
     places = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
     if not places:
         raise UserError("no run folder given")
     target = Path(out) if out is not None else places[0] / REPORT
-    kinds = [read_json(place / "run.json").get("kind") for place in places]
+    runs = [read_json(place / "run.json") for place in places]
+    kinds = [run.get("kind") for run in runs]
     if "bench" in kinds and len(places) > 1:
         raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
     if kinds == ["bench"]:
         path = places[0] / "rows.jsonl"
-        summary = read_json(places[0] / "summary.json")
+        summary = _bench_summary(places[0], runs[0])
         html = render(summary, read_rows(path) if path.exists() else ())
         write_cards(places[0], summary)
     else:
