@@ -172,7 +172,7 @@ class _Collected:
         if differ := [key for key in ASKED if known[key] != reads[key]]:
             raise UserError(
                 f"{places[0]} and {place} are evaluations that differ in: {', '.join(differ)}",
-                hint="a report shows one state before any attack: evaluate every checkpoint on the same suite",
+                hint="a report shows one state before any attack: evaluate every checkpoint in the same way",
             )
         places.append(place)
         by_step: dict[int, list[dict[str, Any]]] = {}
