@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 from bench_fakes import Fake, plan, plan_values
 
+from casehard.bench.execute import Outcome, Task
 from casehard.bench.plan import parse_plan
 from casehard.bench.run import run_plan
 from casehard.bench.store import RunFolder, read_json, read_rows
-from casehard.errors import MissingExtra, UserError
+from casehard.errors import Interrupted, MissingExtra, UserError
 from casehard.report import figures
 from casehard.report.page import render, write_report
 from casehard.report.single import summary_of_runs
@@ -285,6 +287,61 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"kind": "judge"}))
     with pytest.raises(UserError, match="'judge'"):
         write_report(tmp_path)
+
+
+def _stop(task: Task) -> Outcome:
+    raise KeyboardInterrupt
+
+
+def _break(task: Task) -> Outcome:
+    raise SystemExit(9)
+
+
+@pytest.mark.parametrize("changes", [{}, {"seeds": [7, 8]}])
+@pytest.mark.parametrize(
+    ("executor", "error", "status"), [(_stop, Interrupted, "interrupted"), (_break, SystemExit, "failed")]
+)
+def test_a_bench_that_did_not_come_to_its_end_has_no_report(
+    tmp_path: Path, changes: dict[str, Any], executor: Callable[[Task], Outcome], error: type[Exception], status: str
+) -> None:
+    run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
+    old = write_report(tmp_path).read_bytes()
+    with pytest.raises(error):
+        run_plan(plan(**{"seeds": [0], **changes}), tmp_path, jobs=1, resume=False, executor=executor)
+    assert read_json(tmp_path / "run.json")["status"] == status
+    assert (tmp_path / "summary.json").is_file()
+    with pytest.raises(UserError, match=f"'{status}', it did not come to its end") as told:
+        write_report(tmp_path)
+    assert "run the same bench command again" in told.value.hint
+    assert (tmp_path / "report.html").read_bytes() == old
+    again = run_plan(plan(**{"seeds": [0], **changes}), tmp_path, jobs=1, executor=Fake())
+    assert again.exit_code == 0
+    assert again.summary["verdict"]["sentence"] in write_report(tmp_path).read_text().replace("\u00a0", " ")
+
+
+def test_a_bench_that_was_killed_has_no_report(tmp_path: Path) -> None:
+    run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake())
+    values = {**read_json(tmp_path / "run.json"), "status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="'running', it did not come to its end"):
+        write_report(tmp_path)
+
+
+def test_a_summary_of_another_plan_is_not_reported(tmp_path: Path) -> None:
+    run_plan(plan(seeds=[0]), tmp_path / "a", jobs=1, executor=Fake())
+    run_plan(plan(seeds=[1]), tmp_path / "b", jobs=1, executor=Fake())
+    (tmp_path / "a" / "summary.json").write_bytes((tmp_path / "b" / "summary.json").read_bytes())
+    with pytest.raises(UserError, match=r"summary\.json is of the plan \w{12}, and the last bench ran the plan \w{12}"):
+        write_report(tmp_path / "a")
+
+
+def test_failed_nodes_and_a_resumed_bench_have_a_report(tmp_path: Path) -> None:
+    label = "world-0/plain/s0/full_p10"
+    assert run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake(fail=(label,))).exit_code == 1
+    assert read_json(tmp_path / "run.json")["status"] == "failed"
+    assert f"{label} cannot work" in write_report(tmp_path).read_text()
+    assert run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Fake()).ran == 1
+    assert f"{label} cannot work" not in write_report(tmp_path).read_text()
 
 
 def test_labels_are_moved_apart_and_stay_inside() -> None:

@@ -18,6 +18,7 @@ from casehard.report.single import summary_of_runs
 from casehard.report.views import View, transcripts
 
 REPORT = "report.html"
+MADE = ("casehard", "packages", "machine", "GPUs")
 STATUS = {
     "holds": ("holds", "good"),
     "delays": ("delays the break", "good"),
@@ -36,23 +37,32 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=100)
 
 
-def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = summary["provenance"]
-    code, hardware = found["code"], found["hardware"]
+def _made_with(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a run was made with, under the names in :data:`MADE`."""
+    code, hardware = run["code"], run["hardware"]
     commit = code.get("commit") or "none (not a git checkout)"
     state = {True: ", with uncommitted changes", False: ", clean", None: ""}[code.get("dirty")]
     memory = hardware.get("memory_bytes")
     machine = f"{hardware['processor']}, {hardware['cores']} cores"
     machine += f", {memory / 2**30:.0f} GiB" if memory else ""
     gpus = ", ".join(hardware.get("gpus", [])) or "none"
-    out = [
-        ("casehard", f"{code['version']}, commit {commit}{state}"),
-        ("packages", ", ".join(f"{k} {v}" for k, v in found["packages"].items())),
-        ("machine", machine),
-        ("GPUs", gpus),
-        ("seeds", ", ".join(str(s) for s in found["seeds"])),
-        ("config digest", found["config_digest"]),
-    ]
+    packages = ", ".join(f"{k} {v}" for k, v in run["packages"].items())
+    return list(zip(MADE, (f"{code['version']}, commit {commit}{state}", packages, machine, gpus), strict=True))
+
+
+def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the page was made from; what differs between run folders comes once each, with the folders."""
+    found = summary["provenance"]
+    folders: dict[tuple[str, str], list[str]] = {}
+    for run in found.get("runs", [found]):
+        for fact in _made_with(run):
+            folders.setdefault(fact, []).append(run.get("folder", ""))
+    kinds = [what for what, _ in folders]
+    out = []
+    for what, value in sorted(folders, key=lambda fact: MADE.index(fact[0])):
+        of = f" of {', '.join(folders[what, value])}" if kinds.count(what) > 1 else ""
+        out.append((what + of, value))
+    out += [("seeds", ", ".join(str(s) for s in found["seeds"])), ("config digest", found["config_digest"])]
     return out + [(f"data: {name}", digest) for name, digest in found["data"].items()]
 
 
@@ -133,6 +143,29 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
 
 
+def _bench_summary(place: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary of a benchmark's folder, if the last run there wrote it.
+
+    A bench that starts in a used folder leaves the old summary until it has its own: one that has not come to its end
+    has none, and one that failed has one only if it failed in some nodes, which it counts when the summary is written.
+
+    Raises:
+        UserError: the summary is of an earlier run, or missing.
+    """
+    hint = "run the same bench command again: it goes on from what is finished, and writes the report"
+    status = run.get("status")
+    if status not in ("ok", "failed") or (status == "failed" and "nodes" not in run):
+        # The first line: what follows is a hint about the run, and this error has its own.
+        why = f" ({str(run['error']).splitlines()[0]})" if run.get("error") else ""
+        raise UserError(f"{place}: the last bench there is {status!r}, it did not come to its end{why}", hint=hint)
+    summary: dict[str, Any] = read_json(place / "summary.json")
+    made, wanted = summary["provenance"]["config_digest"], run["config_digest"]
+    if made != wanted:
+        what = f"summary.json is of the plan {made[:12]}, and the last bench ran the plan {wanted[:12]}"
+        raise UserError(f"{place}: {what}", hint=hint)
+    return summary
+
+
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of a finished run and return its path; a benchmark's checkpoints get their model cards too.
 
@@ -142,19 +175,21 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
         out: the HTML file; default ``report.html`` in the (first) folder.
 
     Raises:
-        UserError: not a run folder, or the run did not finish.
+        UserError: not a run folder, the last run there did not come to its end (a benchmark some of whose nodes failed
+            did), or several runs that cannot be shown together, see :func:`summary_of_runs`.
         MissingExtra: matplotlib is not installed.
     """
     places = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
     if not places:
         raise UserError("no run folder given")
     target = Path(out) if out is not None else places[0] / REPORT
-    kinds = [read_json(place / "run.json").get("kind") for place in places]
+    runs = [read_json(place / "run.json") for place in places]
+    kinds = [run.get("kind") for run in runs]
     if "bench" in kinds and len(places) > 1:
         raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
     if kinds == ["bench"]:
         path = places[0] / "rows.jsonl"
-        summary = read_json(places[0] / "summary.json")
+        summary = _bench_summary(places[0], runs[0])
         html = render(summary, read_rows(path) if path.exists() else ())
         write_cards(places[0], summary)
     else:
