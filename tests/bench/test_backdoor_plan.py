@@ -208,6 +208,30 @@ def test_the_verdict_says_no_more_than_the_numbers(tmp_path: Path, fake: Fake, s
     assert (verdict["status"], says in verdict["sentence"]) == (status, True), verdict
 
 
+@dataclass(frozen=True)
+class Losing(Fake):
+    """Lose every cell whose label contains one of several texts."""
+
+    lost: tuple[str, ...] = ()
+
+    def __call__(self, task: Task) -> Outcome:
+        """Work as the fake does, or fail."""
+        if any(text in task.node.label for text in self.lost):
+            raise ConfigError("cannot work")
+        return super().__call__(task)
+
+
+def test_runs_that_share_no_cell_are_not_compared_and_lost_ones_are_counted(tmp_path: Path) -> None:
+    apart = Losing(lost=("world-0/mb/s0/token", "world-1/clean-ft/s0/sentence", "world-2/mb/s0/sentence"))
+    verdict = run(tmp_path / "a", apart)["verdict"]
+    assert verdict["status"] == "not_measured"
+    assert verdict["sentence"].startswith("No claim: no run has every backdoor that counts under mb, clean-ft and")
+    one = run(tmp_path / "b", Losing(lost=("world-0/mb/s0/token",)))["verdict"]
+    assert one["status"] == "meets"
+    assert "the differences are over 2 of 3 planned runs, the rates over all that finished" in one["sentence"]
+    assert "planned runs" not in run(tmp_path / "c", Fake())["verdict"]["sentence"]
+
+
 def test_a_shallow_backdoor_is_left_out_of_the_claim_and_merging_is_not_claimed_for_equals(tmp_path: Path) -> None:
     fake = Fake(asr={**ASR, "stage-2": 0.0}, by={("clean-ft", "token"): 0.1})
     verdict = run(tmp_path, fake)["verdict"]

@@ -91,24 +91,31 @@ def make_verdict(
             return say("shallow", f"No claim: {text}.")
         return say("too_weak", f"{TOO_WEAK[0].upper()}{TOO_WEAK[1:]}.")
     met = sum(not b["missed"] for b in judged if b["status"] == "counts")
-    return say(*_weigh(plan, rates, found, counted, met))
+    planned = len(plan.seeds) * sum(base.family == family for base in plan.bases)
+    return say(*_weigh(plan, rates, found, counted, met, planned))
 
 
 def _weigh(
-    plan: BackdoorPlan, rates: Rates, found: Measured, counted: Sequence[str], met: int
+    plan: BackdoorPlan, rates: Rates, found: Measured, counted: Sequence[str], met: int, planned: int
 ) -> tuple[str, str, list[str]]:
-    """Return status, sentence and further lines for the backdoors that count."""
+    """Return status, sentence and further lines for the backdoors that count; ``planned`` is the number of runs."""
     head, g = plan.headline, plan.gates
     mine, other = plan.defence(head.defence).title, plan.defence(head.against).title
     gap = compare(found, head.defence, head.against, counted, "asr")
     lost = compare(found, head.defence, plan.reference.name, counted, "cacc")
-    assert gap is not None and lost is not None
+    if gap is None or lost is None:
+        # A run that lost one of its cells drops out of the pairing, and all of them may have.
+        text = f"no run has every backdoor that counts under {mine}, {other} and clean training"
+        return "not_measured", f"No claim: {text}, so nothing can be compared.", []
     left = [_mean(rates, counted, name, "asr") for name in (head.defence, head.against, plan.undefended.name)]
     numbers = (
         f"over {len(counted)} of {len(plan.attacks)} backdoors that count, it leaves {percent(left[0])} of triggered "
         f"prompts to the attacker against {percent(left[1])} for {other} and {percent(left[2])} undefended, "
         f"{_points(gap)}; clean accuracy {_points(lost)} from clean training"
     )
+    compared = min(len(gap["per_seed"]), len(lost["per_seed"]))
+    if compared < planned:
+        numbers += f"; the differences are over {compared} of {planned} planned runs, the rates over all that finished"
     more = [_merging(plan, found, counted)] if head.without else []
     if _mean(rates, counted, plan.reference.name, "cacc") - _mean(rates, counted, head.defence, "cacc") > g.collapse:
         return "collapsed", f"No claim for {mine}: clean accuracy collapses; {numbers}.", more
