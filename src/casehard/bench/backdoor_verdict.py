@@ -24,7 +24,7 @@ from casehard.bench.backdoor_tables import (
     read_cells,
 )
 from casehard.bench.matrix import Matrix
-from casehard.bench.verdict import TOO_WEAK, percent, percents
+from casehard.bench.verdict import SINGLE, TOO_WEAK, percent, percents
 from casehard.config import to_dict
 
 Rates = Mapping[tuple[str, str, str], Mapping[str, Any]]
@@ -117,6 +117,7 @@ def _weigh(
     if compared < planned:
         numbers += f"; the differences are over {compared} of {planned} planned runs, the rates over all that finished"
     more = [_merging(plan, found, counted)] if head.without else []
+    more += [SINGLE] if compared == 1 else []
     if _mean(rates, counted, plan.reference.name, "cacc") - _mean(rates, counted, head.defence, "cacc") > g.collapse:
         return "collapsed", f"No claim for {mine}: clean accuracy collapses; {numbers}.", more
     if gap["no_difference"]:
@@ -215,4 +216,4 @@ def interval_text(entry: Mapping[str, Any]) -> str:
     """Write both intervals of a pooled rate."""
     runs = len(entry["rates"])
     exact = percents(entry["low"], entry["high"])
-    return exact if runs < 2 else f"{exact}; runs {percents(entry['run_low'], entry['run_high'])}"
+    return f"{exact}; single seed" if runs < 2 else f"{exact}; runs {percents(entry['run_low'], entry['run_high'])}"

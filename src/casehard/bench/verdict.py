@@ -15,6 +15,7 @@ from casehard.bench.records import NO_ATTACK
 
 TOO_WEAK = "attack too weak: no claim"
 NO_DIFFERENCE = "made no difference"
+SINGLE = "Single seed: the spread between runs is unknown."
 KEPT = 0.9
 """An attacker who destroys more of the model's utility than this leaves has not got a useful model."""
 ENDS = {
@@ -315,4 +316,4 @@ def _worst(plan: Plan, table: Table, breaks: Sequence[Mapping[str, Any]], family
 
 
 def _single(entry: Mapping[str, Any]) -> str:
-    return "Single seed: the spread between runs is unknown." if entry["replicates"] == 1 else ""
+    return SINGLE if entry["replicates"] == 1 else ""
