@@ -16,6 +16,7 @@ from casehard.bench.contrasts import OUTCOMES, contrast
 from casehard.bench.execute import Outcome, Task
 from casehard.bench.records import first_over, median_step, pool, steps_text
 from casehard.bench.run import run_plan
+from casehard.bench.verdict import percent
 from casehard.evaluate.scores import scores
 from casehard.maths.stats import rate_interval
 
@@ -309,6 +310,28 @@ def test_verdict_without_its_nodes_makes_no_claim(tmp_path: Path) -> None:
     assert found["status"] == "not_measured"
     found = verdict(tmp_path / "b", Fake(fail=("world-0/patcher/s0",)))
     assert found["status"] == "not_measured"
+
+
+LOST = tuple(f"world-0/plain/s{seed}/full_p10" for seed in (1, 2))
+
+
+def test_a_comparison_of_one_run_is_called_that_though_others_finished(tmp_path: Path) -> None:
+    """The control lost two of three runs: the pairs are those of one run, whatever the defence finished."""
+    found = verdict(tmp_path / "a", Fake(leaks=HELD, fail=LOST), seeds=[0, 1, 2])
+    assert "Single seed: the spread between runs is unknown." in found["details"]
+    assert "; only 1 of 3 planned runs has both, and there it is " in found["sentence"]
+    whole = verdict(tmp_path / "b", Fake(leaks=HELD), seeds=[0, 1, 2])
+    assert "planned runs" not in whole["sentence"] and len(whole["details"]) < len(found["details"])
+
+
+def test_the_rates_of_the_shared_runs_are_quoted_beside_all(tmp_path: Path) -> None:
+    """Defence and control each lost another run: one is shared, and its rates are not the pooled ones."""
+    fails = ("world-0/plain/s0/full_p10", "world-0/patcher/s2/full_p10")
+    summary = run_plan(plan(), tmp_path, jobs=1, executor=Fake(leaks=HELD, fail=fails)).summary
+    where = {"attack": "full_p10", "metric": "leak", "steps": 20, "seed": 1}
+    rate = {r["defence"]: r["rate"] for r in summary["records"] if all(r[k] == v for k, v in where.items())}
+    said = f"only 1 of 3 planned runs has both, and there it is {percent(rate['patcher'])} against "
+    assert said + percent(rate["plain"]) in summary["verdict"]["sentence"]
 
 
 def test_every_attack_has_its_control(summary: dict[str, Any]) -> None:

@@ -91,8 +91,7 @@ def make_verdict(
             return say("shallow", f"No claim: {text}.")
         return say("too_weak", f"{TOO_WEAK[0].upper()}{TOO_WEAK[1:]}.")
     met = sum(not b["missed"] for b in judged if b["status"] == "counts")
-    planned = len(plan.seeds) * sum(base.family == family for base in plan.bases)
-    return say(*_weigh(plan, rates, found, counted, met, planned))
+    return say(*_weigh(plan, rates, found, counted, met, plan.runs(family)))
 
 
 def _weigh(

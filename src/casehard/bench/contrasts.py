@@ -85,7 +85,7 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
     The interval resamples prompts, each with all its runs, so that asking one prompt in three runs does not count as
     three prompts, and is widened to the t-interval over runs. A single run has no second part: its interval says what
     other prompts would give of these two models, and nothing about training them again. ``per_seed`` holds the
-    difference of every run.
+    difference of every run that both have, ``rates`` what (mine, other) are in those runs.
     """
     shared = sorted(mine.keys() & other.keys())
     if not shared:
@@ -108,6 +108,7 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
         "prompts": found.n,
         "unpaired": len(mine.keys() ^ other.keys()),
         "per_seed": per_seed,
+        "rates": [statistics.fmean(b), statistics.fmean(a)],
         "seeds_agree": all(d > 0 for d in per_seed) or all(d < 0 for d in per_seed),
         "no_difference": made_no_difference(low, high),
     }

@@ -159,7 +159,7 @@ def summarise(
     breaks = make_breaks(records, plan.gates)
     differences = make_differences(plan, points)
     families = list(dict.fromkeys(base.family for base in plan.bases))
-    verdicts = [make_verdict(plan, f, pooled, breaks, differences) for f in families]
+    verdicts = [make_verdict(plan, f, pooled, breaks, differences, planned=plan.runs(f)) for f in families]
     costs = make_costs(plan, matrix, done)
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
     jobs = [row for f in families for row in job_rows(plan, records, f)]
