@@ -62,7 +62,9 @@ def pooled_rates(plan: BackdoorPlan, found: Measured) -> list[dict[str, Any]]:
     for column, arm, metric in ((c, a, m) for c in plan.attacks for a in plan.defences for m in METRICS):
         runs = found.get((arm.name, column.name), {})
         asked = {run: [hit for row in rows if (hit := outcome(row, metric)) is not None] for run, rows in runs.items()}
-        counts = [{"base": base, "k": sum(hits), "n": len(hits)} for (base, _), hits in asked.items() if hits]
+        counts: list[dict[str, Any]] = [
+            {"base": base, "k": sum(hits), "n": len(hits)} for (base, _), hits in asked.items() if hits
+        ]
         if not counts:
             continue
         k, n = sum(c["k"] for c in counts), sum(c["n"] for c in counts)
