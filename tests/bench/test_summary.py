@@ -18,7 +18,7 @@ from casehard.bench.records import first_over, median_step, pool, steps_text
 from casehard.bench.run import run_plan
 from casehard.bench.verdict import percent
 from casehard.evaluate.scores import scores
-from casehard.maths.stats import rate_interval
+from casehard.maths.stats import mcnemar, rate_interval
 
 WEAK = {"undefended": (0.0, 0.0, 0.05, 0.1), "plain": (0.0,) * 4, "patcher": (0.0,) * 4}
 SAME = dict.fromkeys(("undefended", "plain", "patcher"), (0.0, 0.4, 0.8, 0.9))
@@ -125,6 +125,45 @@ def test_contrast_pairs_prompts_and_reads_zero() -> None:
     single = contrast({("b", str(i), 0): 1.0 for i in range(8)}, {("b", str(i), 0): 0.0 for i in range(8)})
     assert single is not None
     assert single["mcnemar_p"] == pytest.approx(2 / 2**8)
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+@pytest.mark.parametrize("prompts", [3, 5, 20, 100])
+def test_few_prompts_that_changed_make_no_difference(prompts: int, seeds: tuple[int, ...]) -> None:
+    """Four prompts, all better: the bootstrap alone calls that a difference, the exact test says p = .125."""
+    keys = [("b", str(i), seed) for i in range(prompts) for seed in seeds]
+    found = contrast(dict.fromkeys(keys, 0.0), {key: float(int(key[1]) < 4) for key in keys})
+    assert found is not None
+    assert found["text"] == "made no difference" and found["low"] < 0 < found["high"]
+    assert found["difference"] == pytest.approx(-min(4, prompts) / prompts)
+    assert found["changed"] == min(4, prompts)
+
+
+def test_the_least_number_of_prompts_is_what_the_exact_test_needs() -> None:
+    assert mcnemar(contrasts.LEAST, 0) < 0.05 <= mcnemar(contrasts.LEAST - 1, 0)
+
+
+def test_the_interval_of_a_single_run_agrees_with_the_exact_test() -> None:
+    """Its naive twin is McNemar's test: every split of up to 14 prompts that changed, among 20."""
+    for total in range(15):
+        for more in range(total + 1):
+            mine = {("b", str(i), 0): float(i < more) for i in range(20)}
+            other = {("b", str(i), 0): float(more <= i < total) for i in range(20)}
+            found = contrast(mine, other)
+            assert found is not None
+            assert found["mcnemar_p"] == mcnemar(more, total - more)
+            if mcnemar(more, total - more) >= 0.05:
+                assert found["no_difference"], (more, total)
+            elif more in (0, total):
+                assert not found["no_difference"], (more, total)
+
+
+def test_three_prompts_support_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench_fakes.PROMPTS", 3)
+    leaks = {"undefended": (0.0, 1.0, 1.0, 1.0), "plain": (0.0, 1.0, 1.0, 1.0), "patcher": (0.0,) * 4}
+    found = verdict(tmp_path, Fake(leaks=leaks, utility=dict.fromkeys(leaks, 1.0)))
+    assert found["status"] == "no_difference"
+    assert "only 3 prompts changed, too few for any claim" in found["sentence"]
 
 
 def simulated(rng: random.Random, prompts: list[float], effect: float) -> dict[tuple[str, str, int], float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from casehard.bench.contrasts import LEAST
 from casehard.bench.holding import not_held, worst_case
 from casehard.bench.lookup import Table, broken, percent, percents, rate_text, when
 from casehard.bench.plan import CURVE_METRICS, Plan
@@ -235,6 +236,7 @@ def _compared(
     if found["no_difference"]:
         low, high = found["low"] * 100, found["high"] * 100
         span = f"difference {found['difference'] * 100:+.1f} points, {low:+.1f} to {high:+.1f}"
+        span += f"; only {found['changed']} prompts changed, too few for any claim" if found["changed"] < LEAST else ""
         return "no_difference", f"{name} {NO_DIFFERENCE} ({span})"
     if not found["seeds_agree"]:
         each = ", ".join(f"{d * 100:+.1f}" for d in found["per_seed"])
