@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from casehard.bench.contrasts import LEAST
-from casehard.bench.holding import not_held, worst_case
+from casehard.bench.holding import not_held, partial_line, worst_case
 from casehard.bench.lookup import Table, broken, percent, percents, rate_text, when
 from casehard.bench.plan import CURVE_METRICS, Plan
 from casehard.bench.records import NO_ATTACK
@@ -218,7 +218,8 @@ def make_verdict(
             f"No safety claim for {name}: {'; '.join(failed)}. A collapsed model is not a safe model.",
             [f"For the record: {numbers}.", *costs],
         )
-    details = [*costs, worst_case(plan, table, breaks, family), SINGLE if len(found["per_seed"]) == 1 else ""]
+    details = [*costs, worst_case(plan, table, breaks, family), partial_line(plan, table)]
+    details += [SINGLE] if len(found["per_seed"]) == 1 else []
     whole = all(run["step"] is None for run in [*ends[0]["runs"], *rest_end["runs"]])
     status, lead = _compared(name, found, ENDS[plan.stage], whole, not_held(plan, table))
     return say(status, f"{lead}: {numbers}.", details)
