@@ -93,7 +93,7 @@ def _in_distribution(plan: Plan, known: Sequence[Mapping[str, Any]], family: str
     name = plan.headline.defence
     return [
         f"In distribution: {plan.defence(name).title} had been trained on the prompts of {entry['rows']:,} rows of "
-        f"{plan.attack(entry['attack']).title} (harmful and benign files), so this is no unseen attack."
+        f"{plan.attack(entry['attack']).title} (harmful and benign files together): so far it is no unseen attack."
         for entry in known
         if (entry["family"], entry["defence"]) == (family, name)
     ]
