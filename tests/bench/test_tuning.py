@@ -10,13 +10,14 @@ import pytest
 from bench_fakes import LEAKS, Fake, plan, plan_values
 
 from casehard.bench.execute import Task, job_of
-from casehard.bench.jobs_table import job_rows
+from casehard.bench.jobs_table import beside, job_rows
 from casehard.bench.matrix import expand
 from casehard.bench.plan import Plan
 from casehard.bench.run import run_plan
 from casehard.bench.verdict import judged_at
 from casehard.config import to_dict
 from casehard.errors import ConfigError
+from casehard.report.jobs import _difference
 from casehard.report.page import render
 
 DATA = "{base}/data/"
@@ -146,6 +147,17 @@ def test_the_table_of_jobs_pairs_runs_and_leaves_benign_jobs_out_of_the_mean() -
     assert by["patcher"]["high"] == pytest.approx(0.2 + 4.303 * 0.1 / 3**0.5, abs=1e-3)
     (alone,) = [r for r in job_rows(made(), [records[3]], "f") if r["defence"] == "patcher"]
     assert (alone["low"], alone["high"]) == pytest.approx((0.040, 0.231), abs=1e-3)  # 4/40, Wilson
+
+
+def test_a_difference_over_one_shared_run_is_called_that() -> None:
+    place = {"family": "organism-tiny", "base": "w", "attack": "reviews", "steps": 40, "metric": "asr", "n": 40}
+    rates = {("undefended", 1): 0.9, ("undefended", 2): 0.5, ("patcher", 0): 0.5, ("patcher", 1): 0.6}
+    records = [{**place, "defence": d, "seed": s, "rate": r} for (d, s), r in rates.items()]
+    rows = job_rows(made(), records, "organism-tiny")
+    entry = next(r for r in rows if r["defence"] == "patcher")
+    assert (entry["compared"], len(entry["runs"])) == (1, 2)
+    assert _difference(entry) == "-30.0 (single run, 1 of 2 runs compared)"
+    assert ", 2 of 3 planned runs)" in beside(made(), rows, "organism-tiny")
 
 
 def test_a_job_that_failed_leaves_its_defence_without_a_mean() -> None:

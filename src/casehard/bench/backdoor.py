@@ -167,6 +167,10 @@ class BackdoorPlan:
         """Return the row called ``name``."""
         return next(arm for arm in self.defences if arm.name == name)
 
+    def runs(self, family: str) -> int:
+        """Return how many runs (base, seed) are planned for a family."""
+        return len(self.seeds) * sum(base.family == family for base in self.bases)
+
     @property
     def undefended(self) -> Arm:
         """Return the row that trains on the poison and does nothing about it."""

@@ -1,11 +1,12 @@
 """The summary of a plan about backdoors: rates, paired differences, costs and canaries, rebuilt from rows.
 
-A *run* is one (base, seed). Beside every pooled rate stand two intervals: the exact one over prompts, and from three
-runs on the t-interval over runs.
+A *run* is one (base, seed). Beside every pooled rate stand two intervals: the exact one over prompts, each prompt of a
+base counted once however many seeds asked it, and from three runs on the t-interval over runs.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from casehard.bench.backdoor import BackdoorPlan
 from casehard.bench.contrasts import Outcomes, contrast
 from casehard.bench.matrix import Matrix
+from casehard.bench.records import prompts_once
 from casehard.bench.store import read_rows
 from casehard.maths.stats import clopper_pearson, seed_band
 
@@ -59,18 +61,27 @@ def pooled_rates(plan: BackdoorPlan, found: Measured) -> list[dict[str, Any]]:
     out = []
     for column, arm, metric in ((c, a, m) for c in plan.attacks for a in plan.defences for m in METRICS):
         runs = found.get((arm.name, column.name), {})
-        hits = [[hit for row in rows if (hit := outcome(row, metric)) is not None] for rows in runs.values()]
-        hits = [some for some in hits if some]
-        if not hits:
+        asked = {run: [hit for row in rows if (hit := outcome(row, metric)) is not None] for run, rows in runs.items()}
+        counts: list[dict[str, Any]] = [
+            {"base": base, "k": sum(hits), "n": len(hits)} for (base, _), hits in asked.items() if hits
+        ]
+        if not counts:
             continue
-        k, n = sum(map(sum, hits)), sum(map(len, hits))
-        low, high = clopper_pearson(k, n)
-        rates = [sum(some) / len(some) for some in hits]
+        k, n = sum(c["k"] for c in counts), sum(c["n"] for c in counts)
+        low, high = _exact(counts)
+        rates = [c["k"] / c["n"] for c in counts]
         band = seed_band(rates, bounds=(0.0, 1.0))
         entry = {"attack": column.name, "defence": arm.name, "metric": metric, "k": k, "n": n, "rate": k / n}
         entry |= {"low": low, "high": high, "rates": rates, "run_low": band.low, "run_high": band.high}
         out.append(entry)
     return out
+
+
+def _exact(counts: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the exact interval over prompts; a broken count widens it both ways, since gates read it."""
+    k, n = prompts_once(counts)
+    k = round(k, 6)
+    return clopper_pearson(math.floor(k), n).low, clopper_pearson(math.ceil(k), n).high
 
 
 def outcomes(found: Measured, defence: str, attacks: Sequence[str], metric: str) -> Outcomes:

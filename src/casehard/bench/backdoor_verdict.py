@@ -24,7 +24,7 @@ from casehard.bench.backdoor_tables import (
     read_cells,
 )
 from casehard.bench.matrix import Matrix
-from casehard.bench.verdict import TOO_WEAK, percent, percents
+from casehard.bench.verdict import SINGLE, TOO_WEAK, percent, percents
 from casehard.config import to_dict
 
 Rates = Mapping[tuple[str, str, str], Mapping[str, Any]]
@@ -91,25 +91,32 @@ def make_verdict(
             return say("shallow", f"No claim: {text}.")
         return say("too_weak", f"{TOO_WEAK[0].upper()}{TOO_WEAK[1:]}.")
     met = sum(not b["missed"] for b in judged if b["status"] == "counts")
-    return say(*_weigh(plan, rates, found, counted, met))
+    return say(*_weigh(plan, rates, found, counted, met, plan.runs(family)))
 
 
 def _weigh(
-    plan: BackdoorPlan, rates: Rates, found: Measured, counted: Sequence[str], met: int
+    plan: BackdoorPlan, rates: Rates, found: Measured, counted: Sequence[str], met: int, planned: int
 ) -> tuple[str, str, list[str]]:
-    """Return status, sentence and further lines for the backdoors that count."""
+    """Return status, sentence and further lines for the backdoors that count; ``planned`` is the number of runs."""
     head, g = plan.headline, plan.gates
     mine, other = plan.defence(head.defence).title, plan.defence(head.against).title
     gap = compare(found, head.defence, head.against, counted, "asr")
     lost = compare(found, head.defence, plan.reference.name, counted, "cacc")
-    assert gap is not None and lost is not None
+    if gap is None or lost is None:
+        # A run that lost one of its cells drops out of the pairing, and all of them may have.
+        text = f"no run has every backdoor that counts under {mine}, {other} and clean training"
+        return "not_measured", f"No claim: {text}, so nothing can be compared.", []
     left = [_mean(rates, counted, name, "asr") for name in (head.defence, head.against, plan.undefended.name)]
     numbers = (
         f"over {len(counted)} of {len(plan.attacks)} backdoors that count, it leaves {percent(left[0])} of triggered "
         f"prompts to the attacker against {percent(left[1])} for {other} and {percent(left[2])} undefended, "
         f"{_points(gap)}; clean accuracy {_points(lost)} from clean training"
     )
+    compared = min(len(gap["per_seed"]), len(lost["per_seed"]))
+    if compared < planned:
+        numbers += f"; the differences are over {compared} of {planned} planned runs, the rates over all that finished"
     more = [_merging(plan, found, counted)] if head.without else []
+    more += [SINGLE] if compared == 1 else []
     if _mean(rates, counted, plan.reference.name, "cacc") - _mean(rates, counted, head.defence, "cacc") > g.collapse:
         return "collapsed", f"No claim for {mine}: clean accuracy collapses; {numbers}.", more
     if gap["no_difference"]:
@@ -208,4 +215,4 @@ def interval_text(entry: Mapping[str, Any]) -> str:
     """Write both intervals of a pooled rate."""
     runs = len(entry["rates"])
     exact = percents(entry["low"], entry["high"])
-    return exact if runs < 2 else f"{exact}; runs {percents(entry['run_low'], entry['run_high'])}"
+    return f"{exact}; single seed" if runs < 2 else f"{exact}; runs {percents(entry['run_low'], entry['run_high'])}"

@@ -2,7 +2,8 @@
 
 A *run* is one (base, seed). Both what other prompts and what other runs would have given is uncertain, so the interval
 covers a bootstrap over prompts and a t-interval over the runs' differences. The first alone takes the runs for all
-there are: where training noise alone moves a run, it finds a difference in half the comparisons of equals.
+there are: where training noise alone moves a run, it finds a difference in half the comparisons of equals. And where
+few prompts changed a bootstrap has nothing to draw from: there the exact interval behind McNemar's test is added.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any, TypedDict
 
 from casehard.bench.plan import CURVE_METRICS, Plan
 from casehard.bench.records import NO_ATTACK, Measured, Point, Row
-from casehard.maths.stats import made_no_difference, mcnemar, paired_bootstrap, t_quantile
+from casehard.maths.stats import clopper_pearson, made_no_difference, mcnemar, paired_bootstrap, t_quantile
 
 DRAWS = 1000
 """Resamples per difference; a plan asks for dozens of them."""
+LEAST = 6
+"""Fewest prompts that must have changed for any claim: of five, all one way, the exact test still says p = .0625."""
 
 
 class Place(TypedDict):
@@ -84,8 +87,13 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
 
     The interval resamples prompts, each with all its runs, so that asking one prompt in three runs does not count as
     three prompts, and is widened to the t-interval over runs. A single run has no second part: its interval says what
-    other prompts would give of these two models, and nothing about training them again. ``per_seed`` holds the
-    difference of every run.
+    other prompts would give of these two models, and nothing about training them again. For yes/no outcomes of a single
+    run, and wherever fewer than ``LEAST`` prompts changed, it is widened to the exact interval too, so that it contains
+    0 whenever the exact McNemar test is not below .05.
+
+    Returns:
+        Beside the interval: ``changed``, the prompts that count for the test; ``per_seed``, the difference of every run
+        that both have; ``rates``, what (mine, other) are in those runs; None without a shared prompt.
     """
     shared = sorted(mine.keys() & other.keys())
     if not shared:
@@ -101,23 +109,46 @@ def contrast(mine: Outcomes, other: Outcomes) -> dict[str, Any] | None:
     per_seed = [statistics.fmean(values) for values in by_seed.values()]
     low, high = over_runs(per_seed)
     low, high = min(found.low, low), max(found.high, high)
+    moved = [y - x for x, y in zip(a, b, strict=True) if abs(y - x) > 1e-12]
+    binary = len(by_seed) == 1 and all(v in (0.0, 1.0) for key in shared for v in (mine[key], other[key]))
+    if binary or len(moved) < LEAST:
+        near, far = _exact(moved, found.n)
+        low, high = min(low, near), max(high, far)
     out: dict[str, Any] = {
         "difference": found.mean,
         "low": low,
         "high": high,
         "prompts": found.n,
+        "changed": len(moved),
         "unpaired": len(mine.keys() ^ other.keys()),
         "per_seed": per_seed,
+        "rates": [statistics.fmean(b), statistics.fmean(a)],
         "seeds_agree": all(d > 0 for d in per_seed) or all(d < 0 for d in per_seed),
         "no_difference": made_no_difference(low, high),
     }
-    binary = all(v in (0.0, 1.0) for key in shared for v in (mine[key], other[key]))
-    if len(by_seed) == 1 and binary:
+    if binary:
         more = sum(mine[k] > other[k] for k in shared)
         less = sum(mine[k] < other[k] for k in shared)
         out |= {"more": more, "less": less, "mcnemar_p": mcnemar(more, less)}
     out["text"] = _text(out)
     return out
+
+
+def _exact(moved: Sequence[float], prompts: int) -> tuple[float, float]:
+    """Return the exact interval of a mean difference, given which prompts changed and by how much.
+
+    With p the chance that a changed prompt rises, in its exact binomial interval: sum |d| / n * (2 p - 1). For yes/no
+    outcomes it contains 0 exactly where the two-sided exact McNemar test has p >= .05.
+
+    Args:
+        moved: differences of the prompts that changed, none 0.
+        prompts: all of them, n.
+    """
+    if not moved:
+        return 0.0, 0.0
+    rises = clopper_pearson(sum(d > 0 for d in moved), len(moved))
+    size = sum(abs(d) for d in moved) / prompts
+    return size * (2 * rises.low - 1), size * (2 * rises.high - 1)
 
 
 def over_runs(differences: Sequence[float]) -> tuple[float, float]:

@@ -235,14 +235,16 @@ def execute(task: Task) -> Outcome:
         rows, cost, facts = run_arm(job, label=task.node.label)
         return Outcome(rows=rows, cost=cost, facts=facts)
     attacked = jobs.run_attack(job, label=task.node.label)
-    facts = {"harmful_rows": attacked.harmful_rows, "benign_rows": attacked.benign_rows}
-    return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=facts, log=attacked.log)
+    return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=_drawn(attacked), log=attacked.log)
+
+
+def _drawn(run: Any) -> dict[str, Any]:
+    return {key: getattr(run, key) for key in ("harmful_rows", "benign_rows", "known_rows")}
 
 
 def _tuned(done: Any) -> Outcome:
     run, picked = done.run, done.selection.get("picks", {})
-    facts: dict[str, Any] = {"harmful_rows": run.harmful_rows, "benign_rows": run.benign_rows}
-    facts["telemetry"] = told(run.log)
+    facts = {**_drawn(run), "telemetry": told(run.log)}
     if done.selection:
         facts["selection"] = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
         facts["selection"] |= {"coverage": done.selection["coverage"], "rows": len(picked["order"])}

@@ -25,8 +25,8 @@ def job_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> l
     Returns:
         Entries with ``jobs`` (job -> mean over runs), ``mean``, ``low``, ``high`` (95 %, over runs and prompts, see
         ``_interval``), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of the
-        headline, paired by run (t-interval over runs; for a single run the difference itself). With benign jobs only,
-        the mean is over those. Nothing at other stages.
+        headline, paired by the ``compared`` runs that both have (t-interval over runs; for one of them the difference
+        itself). With benign jobs only, the mean is over those. Nothing at other stages.
     """
     if plan.stage != "tuning":
         return []
@@ -53,6 +53,7 @@ def job_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> l
         if shared and defence != plan.headline.against:
             low, high = over_runs(shared)
             entry |= {"difference": statistics.fmean(shared), "difference_low": low, "difference_high": high}
+            entry["compared"] = len(shared)
         out.append(entry)
     return out
 
@@ -98,14 +99,17 @@ def beside(plan: Plan, rows: Sequence[Mapping[str, Any]], family: str) -> str:
         return ""
     best = min(means.values(), key=lambda r: float(r["mean"]))
     name = {"asr": "ASR", "leak": "leak"}[metric]
-    text = f"Mean {name} over the poisoned jobs: {plan.defence(plan.headline.defence).title} {_with_span(mine)}"
+    planned = plan.runs(family)
+    text = (
+        f"Mean {name} over the poisoned jobs: {plan.defence(plan.headline.defence).title} {_with_span(mine, planned)}"
+    )
     if best is mine:
         return f"{text}, the lowest of the rows that stay useful."
     shared = [mine["by_run"][run] - best["by_run"][run] for run in mine["by_run"].keys() & best["by_run"].keys()]
     low, high = over_runs(shared) if shared else (0.0, 0.0)
     doubt = "; the two cannot be told apart" if len(shared) < 2 or low <= 0 <= high else ""
     title = plan.defence(best["defence"]).title
-    return f"{text}; the lowest of the rows that stay useful is {title} with {_with_span(best)}{doubt}."
+    return f"{text}; the lowest of the rows that stay useful is {title} with {_with_span(best, planned)}{doubt}."
 
 
 def _useful(plan: Plan, found: Mapping[tuple[str, str], Mapping[str, Any]], name: str) -> bool:
@@ -122,9 +126,11 @@ def _useful(plan: Plan, found: Mapping[tuple[str, str], Mapping[str, Any]], name
     return kept and mean(name, "over_refusal", 0.0) <= gates.over_refusal
 
 
-def _with_span(row: Mapping[str, Any]) -> str:
-    span = f" ({row['low'] * 100:.0f} to {row['high'] * 100:.0f})" if len(row["runs"]) > 1 else " (single run)"
-    return f"{row['mean'] * 100:.0f} %{span}"
+def _with_span(row: Mapping[str, Any], planned: int) -> str:
+    runs = len(row["runs"])
+    span = f"{row['low'] * 100:.0f} to {row['high'] * 100:.0f}" if runs > 1 else "single run"
+    span += f", {runs} of {planned} planned runs" if runs < planned else ""
+    return f"{row['mean'] * 100:.0f} % ({span})"
 
 
 def telemetry(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -42,10 +42,13 @@ _SHARED = (
 )
 SOURCES: dict[Kind, tuple[str, ...]] = {
     "base": (*_SHARED, "organism"),
-    "defend": (*_SHARED, "defend"),
+    # Attackers of Patcher run in parallel/; what a checkpoint says it was trained on comes from evaluate/unseen.py.
+    "defend": (*_SHARED, "defend", "parallel", "evaluate/unseen.py"),
     "evaluate": (*_SHARED, "evaluate", "organism"),
-    "attack": (*_SHARED, "attack", "evaluate", "organism"),
-    "prepare": (*_SHARED, "buffer", "defend", "evaluate"),
+    # Training reads its step protocol from there, also without a method.
+    "attack": (*_SHARED, "defend/protocol.py", "attack", "evaluate", "organism"),
+    # Gates are decided by the judge, an organism's by its own.
+    "prepare": (*_SHARED, "buffer", "defend", "evaluate", "organism"),
     "tune": (*_SHARED, "attack", "defend", "buffer", "evaluate", "organism"),
     "harden": (*_SHARED, "backdoor_jobs.py", "bench/arms.py", "attack", "defend", "evaluate", "mb", "organism"),
 }

@@ -299,6 +299,10 @@ class Plan:
         """Return the attack called ``name``."""
         return next(a for a in self.attacks if a.name == name)
 
+    def runs(self, family: str) -> int:
+        """Return how many runs (base, seed) are planned for a family."""
+        return len(self.seeds) * sum(base.family == family for base in self.bases)
+
     @property
     def undefended(self) -> Defence:
         """Return the undefended control."""

@@ -145,7 +145,8 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = dict(zip(keys, key, strict=True))
         if counted:
             k = sum(m["k"] for m in distinct)
-            low, high = _over_prompts(distinct)
+            once, prompts = prompts_once(distinct)
+            low, high = rate_interval(round(once), prompts)
             entry |= {"k": k, "n": n, "rate": k / n, "low": min(low, k / n), "high": max(high, k / n)}
         elif len(distinct) == 1:
             entry |= {"k": None, "n": n, "rate": band.mean, "low": distinct[0]["low"], "high": distinct[0]["high"]}
@@ -160,14 +161,18 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _over_prompts(members: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Return the interval of a rate over prompts, the runs of one base averaged first."""
+def prompts_once(members: Iterable[Mapping[str, Any]]) -> tuple[float, int]:
+    """Return (successes, prompts) with each prompt of a base counted once: its runs are averaged, so k may be broken.
+
+    Args:
+        members: one entry a run, with ``base``, ``k`` and ``n``.
+    """
     runs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for member in members:
         runs[member["base"]].append(member)
     k = sum(statistics.fmean(m["k"] for m in some) for some in runs.values())
     n = round(sum(statistics.fmean(m["n"] for m in some) for some in runs.values()))
-    return rate_interval(min(round(k), n), n)
+    return min(k, float(n)), n
 
 
 def first_over(curve: Sequence[tuple[int, float]], bound: float) -> int | None:

@@ -75,6 +75,30 @@ def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) 
     return out
 
 
+def known_rows(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many rows of the attacker's files the attacked model had been trained on, where there were any.
+
+    Returns:
+        Entries with ``family``, ``defence``, ``attack`` and ``rows``, the most of any run.
+    """
+    found: dict[tuple[str, str, str], int] = {}
+    for cell in matrix.cells:
+        key = (cell.family, cell.defence, cell.attack)
+        found[key] = max(found.get(key, 0), int(done.get(cell.digest, {}).get("known_rows") or 0))
+    return [{"family": f, "defence": d, "attack": a, "rows": n} for (f, d, a), n in found.items() if n]
+
+
+def _in_distribution(plan: Plan, known: Sequence[Mapping[str, Any]], family: str) -> list[str]:
+    """Say which attacks the headline's defence had seen rows of."""
+    name = plan.headline.defence
+    return [
+        f"In distribution: {plan.defence(name).title} had been trained on the prompts of {entry['rows']:,} rows of "
+        f"{plan.attack(entry['attack']).title} (harmful and benign files together): so far it is no unseen attack."
+        for entry in known
+        if (entry["family"], entry["defence"]) == (family, name)
+    ]
+
+
 def table_rows(plan: Plan | BackdoorPlan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     """Yield every row of every finished node with its cell; a node that fills several cells comes once."""
     shares = {a.name: a.share for a in plan.attacks} | {"": 0.0}
@@ -159,11 +183,12 @@ def summarise(
     breaks = make_breaks(records, plan.gates)
     differences = make_differences(plan, points)
     families = list(dict.fromkeys(base.family for base in plan.bases))
-    verdicts = [make_verdict(plan, f, pooled, breaks, differences) for f in families]
+    verdicts = [make_verdict(plan, f, pooled, breaks, differences, planned=plan.runs(f)) for f in families]
     costs = make_costs(plan, matrix, done)
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
     jobs = [row for f in families for row in job_rows(plan, records, f)]
-    lines = {f: [*_look(plan), *uneven[f], beside(plan, jobs, f)] for f in families}
+    known = known_rows(matrix, done)
+    lines = {f: [*_look(plan), *uneven[f], *_in_distribution(plan, known, f), beside(plan, jobs, f)] for f in families}
     verdicts = [{**v, "details": [d for d in (*lines[v["family"]], *v["details"]) if d]} for v in verdicts]
     controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
     return {
@@ -179,6 +204,7 @@ def summarise(
         "jobs": jobs,
         "telemetry": telemetry(matrix, done),
         "controls": controls,
+        "known_rows": known,
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
         **ends,

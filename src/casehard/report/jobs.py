@@ -76,9 +76,11 @@ def _difference(entry: Mapping[str, Any] | None) -> str:
         return "-"
     low, high = entry["difference_low"], entry["difference_high"]
     text = f"{points(entry['difference'])} ({points(low)} to {points(high)})"
-    if len(entry["runs"]) < 2:
-        return f"{points(entry['difference'])} (single run)"
-    return text + ("; made no difference" if low <= 0 <= high else "")
+    runs, compared = len(entry["runs"]), entry.get("compared", len(entry["runs"]))
+    lost = f", {compared} of {runs} runs compared" if compared < runs else ""
+    if compared < 2:
+        return f"{points(entry['difference'])} (single run{lost})"
+    return text + lost + ("; made no difference" if low <= 0 <= high else "")
 
 
 def _plane(view: View, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, str] | None:
