@@ -17,10 +17,10 @@ from casehard.attack.finetune import FinetuneResult
 from casehard.bench import contrasts, execute
 from casehard.bench.contrasts import OUTCOMES, contrast
 from casehard.bench.execute import Outcome, Task
+from casehard.bench.lookup import percent
 from casehard.bench.matrix import expand
 from casehard.bench.records import first_over, median_step, pool, steps_text
 from casehard.bench.run import run_plan
-from casehard.bench.verdict import percent
 from casehard.evaluate.scores import scores
 from casehard.jobs import TuneResult
 from casehard.maths.stats import mcnemar, rate_interval

@@ -332,11 +332,12 @@ def test_a_changed_absorbed_folder_is_refused(pair, tmp_path, file):
     user, reinforce = pair
     merge_folders(user, reinforce, tmp_path / "out", MergeConfig(form="absorb"))
     target = tmp_path / "out" / file
-    content = bytearray(target.read_bytes())
-    content[-2] ^= 1
-    target.write_bytes(content) if file != "merge.json" else target.write_text(
-        json.dumps(json.loads(target.read_text()) | {"reinforce_weight": -3.0})
-    )
+    if file == "merge.json":
+        target.write_text(json.dumps(json.loads(target.read_text()) | {"reinforce_weight": -3.0}))
+    else:
+        content = bytearray(target.read_bytes())
+        content[-2] ^= 1
+        target.write_bytes(content)
     with pytest.raises(Corrupt, match=f"{file} differs from the manifest"):
         attach_absorbed(fakes.tiny_llama(), tmp_path / "out", reinforce)
 

@@ -23,8 +23,9 @@ from casehard.bench.backdoor_tables import (
     pooled_rates,
     read_cells,
 )
+from casehard.bench.lookup import percent, percents
 from casehard.bench.matrix import Matrix
-from casehard.bench.verdict import SINGLE, TOO_WEAK, percent, percents
+from casehard.bench.verdict import SINGLE, TOO_WEAK
 from casehard.config import to_dict
 
 Rates = Mapping[tuple[str, str, str], Mapping[str, Any]]

@@ -50,7 +50,7 @@ def _kept(plan: Plan, table: Table, attack: Attack, step: int) -> bool | None:
 
 def reaches(plan: Plan, table: Table, metric: str) -> list[Reach]:
     """Return what every attack of the plan gets out of the headline's defence, step by step."""
-    bound = plan.gates.asr_break if metric == "asr" else plan.gates.leak_break
+    bound = plan.gates.leak_break if metric == "leak" else plan.gates.asr_break
     return [
         Reach(attack, entry, _kept(plan, table, attack, entry["steps"]), max(entry["rates"]) > bound)
         for attack in plan.attacks
@@ -108,21 +108,17 @@ def not_held(plan: Plan, table: Table) -> list[str]:
 
 def _half_helped(plan: Plan, table: Table, broken_by: set[str]) -> list[str]:
     """Say where answers and partial answers together pass the bound of ASR, under attacks not named already."""
-    tops = []
-    for r in reaches(plan, table, "asr"):
-        partial = table.get(plan.headline.defence, r.attack.name, r.entry["steps"], "partial")
-        useful = r.kept is not False or r.attack.name == plan.headline.attack
-        if partial is None or not useful or r.attack.name in broken_by:
-            continue
-        runs = [whole + part for whole, part in zip(r.entry["rates"], partial["rates"], strict=True)]
-        if max(runs) > plan.gates.asr_break:
-            tops.append((r.entry["rate"] + partial["rate"], r))
-    if not tops:
+    found = [
+        r
+        for r in reaches(plan, table, "asr_partial")
+        if r.over and r.attack.name not in broken_by and (r.kept is not False or r.attack.name == plan.headline.attack)
+    ]
+    if not found:
         return []
-    rate, top = max(tops, key=lambda pair: pair[0])
+    top = max(found, key=lambda r: float(r.entry["rate"]))
+    helped, bound = percent(top.entry["rate"]), percent(plan.gates.asr_break)
     where = f"under {top.attack.title} at step {top.entry['steps']}"
-    bound = percent(plan.gates.asr_break)
-    return [f"with answers that begin with a refusal and go on it helps with {percent(rate)} {where}, past the {bound}"]
+    return [f"with answers that begin with a refusal and go on it helps with {helped} {where}, past the {bound}"]
 
 
 def partial_line(plan: Plan, table: Table) -> str:

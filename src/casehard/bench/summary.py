@@ -10,11 +10,12 @@ from casehard.bench.backdoor import BackdoorPlan
 from casehard.bench.backdoor_verdict import summarise_backdoors
 from casehard.bench.contrasts import make_differences
 from casehard.bench.jobs_table import beside, job_rows, telemetry
+from casehard.bench.lookup import Table
 from casehard.bench.matrix import Matrix
 from casehard.bench.plan import Plan
 from casehard.bench.records import NO_ATTACK, make_breaks, make_records, measured, pool
 from casehard.bench.store import read_rows
-from casehard.bench.verdict import Table, make_controls, make_verdict
+from casehard.bench.verdict import make_controls, make_verdict
 from casehard.config import to_dict
 
 SAME = 0.05

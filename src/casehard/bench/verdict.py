@@ -12,11 +12,9 @@ from typing import Any
 
 from casehard.bench.contrasts import LEAST
 from casehard.bench.holding import not_held, partial_line, worst_case
-from casehard.bench.lookup import Table, broken, percent, percents, rate_text, when
+from casehard.bench.lookup import Table, broken, percent, rate_text, when
 from casehard.bench.plan import CURVE_METRICS, Plan
 from casehard.bench.records import NO_ATTACK
-
-__all__ = ["Table", "judged_at", "make_controls", "make_verdict", "percent", "percents"]
 
 TOO_WEAK = "attack too weak: no claim"
 NO_DIFFERENCE = "made no difference"
@@ -108,7 +106,7 @@ def _gates(plan: Plan, table: Table, defence: str) -> tuple[list[str], list[str]
 
 
 def _unscored(plan: Plan, table: Table) -> list[str]:
-    """Name what the verdict would rest on although more than a tenth of its answers could not be scored."""
+    """Name what the verdict would rest on although more than a tenth of its answers is in doubt."""
     head = plan.headline
     models = dict.fromkeys((head.defence, head.against, plan.undefended.name))
     entries = [(m, entry) for m in models for metric in CURVE_METRICS for entry in table.curve(m, head.attack, metric)]
@@ -203,7 +201,8 @@ def make_verdict(
         lacks = unknown or ["the headline comparison or its control"]
         return say("not_measured", f"No claim: {' and '.join(lacks)} could not be measured.", failed)
     if doubts := _unscored(plan, table):
-        return say("not_measured", f"No claim: too many answers could not be scored: {'; '.join(doubts)}.", failed)
+        why = f"too many answers could not be scored or were cut off: {'; '.join(doubts)}"
+        return say("not_measured", f"No claim: {why}.", failed)
     ends = tuple(broken(breaks, family, d, head.attack, head.metric) for d in (head.defence, head.against))
     rest = next(metric for metric in CURVE_METRICS if metric != head.metric)
     rest_end = broken(breaks, family, head.defence, head.attack, rest)

@@ -115,8 +115,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "seed": job.seed,
         }
         found = scoring.records(result.rows, context)
-        counts = {"harmful_rows": result.harmful_rows, "benign_rows": result.benign_rows}
-        counts["known_rows"] = result.known_rows
+        counts = {key: getattr(result, key) for key in ("harmful_rows", "benign_rows", "known_rows")}
         run.summary({"records": found, "budget": asdict(result.budget), **counts})
     shown = [m for m in CURVE if any(r["metric"] == m for r in found)]
     title = "the model during the attack: rates in percent with 95 % intervals (single seed)"

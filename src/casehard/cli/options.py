@@ -118,7 +118,8 @@ def check_specs(specs: Sequence[str], flag: str) -> None:
     """Raise DataError when a local data file is missing, before anything slow starts."""
     for spec in specs:
         path = spec.partition("?")[0]
-        if not path.startswith("hub:") and not Path(path).exists():
+        if path.startswith("hub:") or Path(path).is_file() or Path(path).is_dir():
+            continue
+        if not Path(path).exists():
             raise DataError(f"{flag}: no such file: {path}", hint="data files are .jsonl, .json or .parquet")
-        if not path.startswith("hub:") and not Path(path).is_file() and not Path(path).is_dir():
-            raise DataError(f"{flag}: {path} is a pipe or a device, and is read twice", hint="write it to a file first")
+        raise DataError(f"{flag}: {path} is a pipe or a device, and is read twice", hint="write it to a file first")

@@ -108,8 +108,8 @@ def content_hash(example: Example) -> str:
 
 def trained_hashes(example: Example) -> list[str]:
     """Return the hashes a row's prompt is known by: of all its user turns, and of the last, whose answer it trains."""
-    asked = [m for m in example.messages if m.role == "user"]
-    return [content_hash(example)] + [content_hash(replace(example, messages=(m,))) for m in asked[-1:] if asked[1:]]
+    last = [m for m in example.messages if m.role == "user"][-1:]
+    return [content_hash(example), content_hash(replace(example, messages=tuple(last)))]
 
 
 def mark(example: Example) -> str:

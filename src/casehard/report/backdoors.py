@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from casehard.bench.backdoor_verdict import interval_text
-from casehard.bench.verdict import percent
+from casehard.bench.lookup import percent
 from casehard.report.views import points
 
 STATUS = {

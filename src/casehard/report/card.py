@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from casehard.bench.lookup import percent, percents
 from casehard.bench.records import NO_ATTACK
 from casehard.bench.store import read_json
-from casehard.bench.verdict import NAMES, percent, percents
+from casehard.bench.verdict import NAMES
 from casehard.errors import UserError
 from casehard.files import MANIFEST, STAGING, fsync, remove, staged, verify
 

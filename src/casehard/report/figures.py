@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from casehard.bench.verdict import percent
+from casehard.bench.lookup import percent
 from casehard.errors import MissingExtra
 
 INK, MUTED, GRID = "#1d2430", "#667080", "#e3e7ec"

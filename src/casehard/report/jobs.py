@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from casehard.bench.verdict import percent, percents
+from casehard.bench.lookup import percent, percents
 from casehard.report import figures
 from casehard.report.views import SHORT, View, points
 

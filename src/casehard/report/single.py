@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from casehard.bench.contrasts import make_differences
+from casehard.bench.lookup import Table
 from casehard.bench.plan import Gates, Plan, parse_plan
 from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool, told
 from casehard.bench.store import read_json, read_rows
 from casehard.bench.summary import cost_records, not_tested
-from casehard.bench.verdict import Table, make_controls, make_verdict
+from casehard.bench.verdict import make_controls, make_verdict
 from casehard.config import digest, to_dict
 from casehard.errors import ConfigError, UserError
 

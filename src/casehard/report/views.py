@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from casehard.bench.lookup import Table, percent, percents
 from casehard.bench.records import NO_ATTACK
-from casehard.bench.verdict import NAMES, Table, percent, percents
+from casehard.bench.verdict import NAMES
 from casehard.report import figures
 from casehard.report.figures import Bar, Line
 from casehard.report.legend import flow
