@@ -54,7 +54,7 @@ def _draw(rows: Sequence[T], n: int, *, kind: str, repeat: bool, rng: random.Ran
     if n > len(rows) and not repeat:
         raise DataError(
             f"the mix needs {n} {kind} rows and there are only {len(rows)}",
-            hint="give more rows, mix fewer (rows, n in Python), or allow repeats (oversample)",
+            hint="give more rows, or mix fewer: `attack finetune --set config.rows=N`, settings: {rows: N} in a plan",
         )
     drawn: list[T] = []
     while len(drawn) < n:
