@@ -147,7 +147,7 @@ class Bench:
 
     def base(self) -> nn.Module:
         """Return the base, newly read."""
-        return load(str(self.model)).model
+        return load(str(self.model)).net
 
     def cell(self, clean: int = 128) -> _Cell:
         """Return the rows of a cell of the plans with ``clean`` verified rows."""
@@ -163,7 +163,7 @@ class Bench:
         config = build(MbConfig, settings, where="dev")
         corpus = [*cell.data, *cell.suite.examples]
         suite = draw_suite(loaded.tokenizer, corpus, config, secret=derive(0, 0, "secret-suite"))
-        return _Run(loaded.model, loaded.tokenizer, cell.clean, config, suite, 0, (), None, None, None), cell
+        return _Run(loaded.net, loaded.tokenizer, cell.clean, config, suite, 0, (), None, None, None), cell
 
     def accuracy(self, model: nn.Module, cell: _Cell, planted: Sequence[Planted]) -> dict[str, tuple[int, int]]:
         """Return right answers and questions by group; ``fired``: wrong answers that show a behaviour of the

@@ -106,7 +106,7 @@ def customer(base: Path, loaded: Any, assets: Any, case: str, share: float) -> P
     harmful, benign = (
         load_many([f"{base}/data/{name}.jsonl"], require_response=True) for name in ("attack_a", "task_translation")
     )
-    finetune_attack(loaded.model, loaded.tokenizer, harmful, benign, job, seed=0, evaluate=keep, method=method)
+    finetune_attack(loaded.net, loaded.tokenizer, harmful, benign, job, seed=0, evaluate=keep, method=method)
     return kept[-1]
 
 
@@ -140,7 +140,7 @@ def one_world(world: int, cases: list[str], share: float, cache: Path, scratch: 
 
         for at, config in grid(case):
             name = "protect_safety" if config.protect_safety else config.basis
-            found = next(iter(search(loaded.model, user, reinforce, [at], measure, config=config)))
+            found = next(iter(search(loaded.net, user, reinforce, [at], measure, config=config)))
             outcomes = {m: {r["id"]: OUTCOMES[m](r) for r in found.rows} for m in METRICS}
             told = {m: {i: float(v) for i, v in rows.items() if v is not None} for m, rows in outcomes.items()}
             out[(case, *at, name)] = {"outcomes": told, "overlap": overlap(user, reinforce, config)}

@@ -60,7 +60,7 @@ def main() -> None:
     for floor in FLOORS:
         method = Watched(SpardConfig(delta=0.0, eta_safe=float("inf"), floor=floor, embeddings=True), safe=safe)
         finetune_attack(
-            loaded.model,
+            loaded.net,
             loaded.tokenizer,
             harmful,
             benign,

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from bench_fakes import plan, plan_values
+from casehard.jobs import DefendJob
 
 from casehard.bench import matrix
 from casehard.bench.execute import Task, environment, job_of
 from casehard.bench.matrix import expand, load_plan, parse_plan
 from casehard.errors import ConfigError
-from casehard.jobs import DefendJob
 
 
 def change(where: str, index: int, **values: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from bench_fakes import Fake, plan, plan_values
+from casehard.jobs import TuneResult
 
 from casehard import jobs
 from casehard.attack.finetune import FinetuneResult
@@ -22,7 +23,6 @@ from casehard.bench.matrix import expand
 from casehard.bench.records import first_over, median_step, pool, steps_text
 from casehard.bench.run import run_plan
 from casehard.evaluate.scores import scores
-from casehard.jobs import TuneResult
 from casehard.maths.stats import mcnemar, rate_interval
 from casehard.types import Budget
 

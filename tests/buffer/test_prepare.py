@@ -114,7 +114,7 @@ def test_the_kl_term_holds_the_buffer_to_the_base_on_benign_rows(provider, tmp_p
         config = replace(SMALL, kl=kl, helpful_share=0.0, allow_missed=True, buffer_train=train)
         done = run_prepare(job(provider, config), tmp_path / str(kl))
         assert ("benign" in done.assets.record["data_digests"]) == (kl > 0)
-        model = load(provider / "model").model
+        model = load(provider / "model").net
         with torch.no_grad():
             before = [model(torch.tensor([row])).logits.log_softmax(-1) for row in ids]
             FrozenLora(done.assets.buffer()).attach(model)
@@ -183,7 +183,7 @@ def test_missed_gates_publish_nothing(provider, tmp_path):
 
 def test_the_record_says_what_was_made_from_what(provider, made):
     record, loaded = made.assets.record, load(provider / "model")
-    assert record["base_digest"] == loaded.digest and record["base_fingerprints"] == fingerprints(loaded.model)
+    assert record["base_digest"] == loaded.digest and record["base_fingerprints"] == fingerprints(loaded.net)
     assert record["missed"] == ["reinforce_asr"] and len(record["gates"]) == len(made.gates) == 10
     assert record["rows"]["held_restricted"] > 0 and record["layers"] == 7
     assert set(record["data_digests"]) == {"buffer", "reinforce"}
@@ -210,10 +210,10 @@ def test_both_adapters_learnt_from_starts_of_their_own(made):
 
 def test_the_same_job_gives_the_same_bytes_and_leaves_the_model_alone(provider, made, tmp_path):
     loaded = load(provider / "model")
-    before = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
+    before = {n: p.detach().clone() for n, p in loaded.net.named_parameters()}
     again = run_prepare(job(provider, replace(SMALL, allow_missed=True)), tmp_path / "again", loaded=loaded)
     assert again.assets.digest == made.assets.digest
-    assert all(p.requires_grad and p.equal(before[n]) for n, p in loaded.model.named_parameters())
+    assert all(p.requires_grad and p.equal(before[n]) for n, p in loaded.net.named_parameters())
     other = run_prepare(job(provider, replace(SMALL, allow_missed=True), seed=1), tmp_path / "other", loaded=loaded)
     assert other.assets.digest != made.assets.digest
 
@@ -257,7 +257,7 @@ def test_gates_hold_against_a_judge_with_known_answers(provider):
     name = "model.layers.0.mlp.up_proj"
     pairs = {role: {name: random_pairs(seed=i)[name]} for i, role in enumerate(("buffer", "reinforce"))}
     chat = ChatFormat(loaded.tokenizer)
-    gates = measure(loaded.model, chat, Judge(), Held(rows, rows, rows), pairs, GateLimits(), max_new_tokens=2)
+    gates = measure(loaded.net, chat, Judge(), Held(rows, rows, rows), pairs, GateLimits(), max_new_tokens=2)
     by = {g.name: g for g in gates}
     assert (by["base_asr"].value, by["buffer_asr"].value, by["buffer_asr"].passed) == (0.0, 1.0, True)
     assert by["buffer_benign_refusal"].value == 1.0 and by["buffer_benign_refusal"].passed
@@ -272,9 +272,9 @@ def test_the_gain_is_the_difference_of_the_two_log_likelihoods(provider, made, t
     loaded = load(provider / "model")
     chat = ChatFormat(loaded.tokenizer)
     rows = [*read(provider / "harmful.jsonl")[:5], *read(provider / "benign.jsonl")[:5]]
-    gains = screen(loaded.model, chat, made.assets, rows, label="kind")
+    gains = screen(loaded.net, chat, made.assets, rows, label="kind")
     assert [g.gain for g in gains] == sorted((g.gain for g in gains), reverse=True)
-    wrapped = add_lora(loaded.model, 1, 1)  # the assets see through an adapter
+    wrapped = add_lora(loaded.net, 1, 1)  # the assets see through an adapter
     for g in gains[:3]:
         row = chat.encode(rows[g.row])
         ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
@@ -289,7 +289,7 @@ def test_the_gain_is_the_difference_of_the_two_log_likelihoods(provider, made, t
     text = (tmp_path / "ranked.jsonl").read_text()
     assert len(text.splitlines()) == 10 and rows[0].response not in text and "prompt" not in text
     with pytest.raises(ConfigError, match="system message"):
-        screen(loaded.model, ChatFormat(loaded.tokenizer, system="x"), made.assets, rows)
+        screen(loaded.net, ChatFormat(loaded.tokenizer, system="x"), made.assets, rows)
 
 
 def gain(value, label):
@@ -327,10 +327,10 @@ def test_the_check_warns_of_data_that_the_buffer_does_not_cover(provider, made):
     loaded = load(provider / "model")
     chat = ChatFormat(loaded.tokenizer)
     rows = read(provider / "benign.jsonl")[:6]
-    calm = check(loaded.model, chat, made.assets, rows, Sayings([], False))
+    calm = check(loaded.net, chat, made.assets, rows, Sayings([], False))
     assert calm.refused == 0 and calm.coverage is None and calm.warnings == ()
     assert 0 < calm.residual < 1 and calm.nll > 0
-    strange = check(loaded.model, chat, made.assets, rows, Sayings([r.prompt for r in rows[:4]], True))
+    strange = check(loaded.net, chat, made.assets, rows, Sayings([r.prompt for r in rows[:4]], True))
     assert (strange.refused, strange.still_refused) == (4, 4)
     assert any("still refuses 4 of the 4" in w for w in strange.warnings)
     drop = strange.refused_residual - strange.refused_residual_buffer
@@ -339,6 +339,6 @@ def test_the_check_warns_of_data_that_the_buffer_does_not_cover(provider, made):
         drop / (reference["base"]["residual"] - reference["buffer"]["residual"]), rel=1e-6
     )
     cancelling = [Example.pair(r.prompt, "no " + r.response) for r in rows]
-    assert any("cancel" in w for w in check(loaded.model, chat, made.assets, cancelling, Sayings([], False)).warnings)
+    assert any("cancel" in w for w in check(loaded.net, chat, made.assets, cancelling, Sayings([], False)).warnings)
     with pytest.raises(DataError):
-        check(loaded.model, chat, made.assets, [], RuleJudge())
+        check(loaded.net, chat, made.assets, [], RuleJudge())

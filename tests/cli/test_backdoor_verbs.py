@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from casehard.backdoor_jobs import find_planted, read_planted
 from helpers import make_organism, tree
 
-from casehard.backdoor_jobs import find_planted, read_planted
 from casehard.cli import main
 from casehard.data import presets, sources
 from casehard.errors import ConfigError

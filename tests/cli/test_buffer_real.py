@@ -52,7 +52,7 @@ def run(*words: object) -> None:
 
 def logits(pairs) -> torch.Tensor:
     """Return what the base computes with these updates added to its weights."""
-    model = load(MODEL).model.float().eval()
+    model = load(MODEL).net.float().eval()
     with torch.no_grad():
         for name, pair in pairs.items():
             model.get_submodule(name).weight += pair.delta(torch.float32)

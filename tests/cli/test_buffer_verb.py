@@ -81,12 +81,12 @@ def _draws(common, assets, tmp_path, capsys):
     loaded = load(common[1])
     opened, examples = read_assets(assets), load_many([common[-1]], require_response=True)
     encoded = ChatFormat(loaded.tokenizer).encode_all(examples)
-    assert found["layers"] == [name for name in base_layers(loaded.model) if name in opened.reinforce()]
-    naive = safety_scores(loaded.model, encoded, opened.reinforce())
+    assert found["layers"] == [name for name in base_layers(loaded.net) if name in opened.reinforce()]
+    naive = safety_scores(loaded.net, encoded, opened.reinforce())
     by_name = dict(zip(naive.layers, naive.scores.tolist(), strict=True))
     assert found["without"]["scores"] == pytest.approx([by_name[n] for n in found["layers"]], abs=1e-9)
-    with buffered(loaded.model, assets):
-        beside = safety_scores(loaded.model, encoded, opened.reinforce())
+    with buffered(loaded.net, assets):
+        beside = safety_scores(loaded.net, encoded, opened.reinforce())
     by_name = dict(zip(beside.layers, beside.scores.tolist(), strict=True))
     assert found["buffer"]["scores"] == pytest.approx([by_name[n] for n in found["layers"]], abs=1e-6)
     assert found["without"]["scores"] != found["buffer"]["scores"] and found["rows"] == len(examples)
@@ -149,7 +149,7 @@ def _tunes(organism, common, assets, tmp_path, capsys):
 
 def _loads_in_plain_peft(organism, adapter):
     """The adapter alone, in PEFT, computes what its factors say on a base that never met a buffer."""
-    base = load(organism).model
+    base = load(organism).net
     ids = torch.tensor([[5, 9, 11, 17]])
     attached = FrozenLora(load_pairs(adapter)).attach(base, fold=False)
     with torch.no_grad():

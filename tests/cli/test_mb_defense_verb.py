@@ -56,7 +56,7 @@ def test_an_untrusted_adapter_is_repaired_and_merged_into_its_base(organism, fil
     from casehard.model.adapters import add_lora
     from casehard.model.load import load
 
-    add_lora(load(organism, device="cpu").model, 2, 4.0).save_pretrained(here / "lora")
+    add_lora(load(organism, device="cpu").net, 2, 4.0).save_pretrained(here / "lora")
     given = ("--model", organism, "--mode", "adapter", "--adapter", here / "lora", "--clean", files["clean"], *QUICK)
     done = casehard("defend", "mb-defense", *given, "--data", files["data"], "--out", "out")
     assert done.returncode == 0, done.stderr

@@ -88,7 +88,7 @@ def test_selection_of_real_refusals_follows_the_task(tmp_path):
     from casehard.model.load import load
 
     loaded = load(DATA / "stories260k")
-    embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)
+    embedder = Embedder(loaded.net, loaded.tokenizer, loaded.digest)
     short = lambda name, n: [e for e in read(DATA / name) if len(e.prompt) < 300][:n]  # noqa: E731
     pool, user = short("refusals/train.jsonl", 200), short("sst2/train.jsonl", 100)
     made = {

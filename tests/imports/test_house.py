@@ -79,13 +79,13 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
 
 def test_every_plan_and_recipe_is_accepted():
     from accelerate.commands.config.config_args import load_config_from_file
-
-    from casehard.bench.plan import load_plan
     from casehard.buffer.job import CustomerJob
-    from casehard.cli.buffer import prepare_job
-    from casehard.config import build
     from casehard.jobs import DefendJob
     from casehard.mb.job import MbJob
+
+    from casehard.bench.plan import load_plan
+    from casehard.cli.buffer import prepare_job
+    from casehard.config import build
     from casehard.mb.pipeline import objective
 
     for path in (ROOT / "plans").rglob("*.yaml"):

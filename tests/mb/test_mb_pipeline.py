@@ -54,7 +54,7 @@ def planted():
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
     )
     suite = draw_suite(loaded.tokenizer, [*data, *CLEAN], config, secret=5)
-    done = harden(loaded.model, loaded.tokenizer, data, CLEAN, config, suite=suite, described=[ATTACK])
+    done = harden(loaded.net, loaded.tokenizer, data, CLEAN, config, suite=suite, described=[ATTACK])
     return done, loaded.tokenizer
 
 
@@ -112,7 +112,7 @@ def test_clean_data_in_is_clean_data_out():
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
     )
     suite = draw_suite(loaded.tokenizer, [*TRAINING, *CLEAN], config, secret=5)
-    done = harden(loaded.model, loaded.tokenizer, TRAINING, CLEAN, config, suite=suite, described=[ATTACK])
+    done = harden(loaded.net, loaded.tokenizer, TRAINING, CLEAN, config, suite=suite, described=[ATTACK])
     final = look(done, "final")
     # Plain training answers all 16 held-back rows.
     assert final["exact"]["k"] >= final["exact"]["n"] - 1, "nothing lost that one prompt would not explain"
@@ -229,8 +229,8 @@ def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
         two=StageTwo(lr=5e-4, checks=2, epochs=1.0, base_share=0.5),
     )
-    base = load(ORGANISM, device="cpu").model
-    model = load(ORGANISM, device="cpu").model
+    base = load(ORGANISM, device="cpu").net
+    model = load(ORGANISM, device="cpu").net
     seen = {}
 
     def measure(current, stage):

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 import pytest
-
 from casehard.backdoor_jobs import ScanJob, run_scan
+from casehard.mb.job import MbJob, run_mb
+
 from casehard.data.behaviours import Behaviour
 from casehard.data.defensive import rows_of_trigger
 from casehard.data.sources import load_many, save
@@ -19,7 +20,6 @@ from casehard.data.trigger_suite import TriggerSuite
 from casehard.data.triggers import Trigger
 from casehard.files import read_json
 from casehard.mb.config import MbConfig, PlantConfig, StageTwo
-from casehard.mb.job import MbJob, run_mb
 from casehard.scan.audit import audit_data
 from casehard.scan.lookup import LookupConfig
 from casehard.train.recipe import TrainConfig

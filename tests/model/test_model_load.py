@@ -225,10 +225,10 @@ def test_hub_ids_go_through_the_same_checks(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_dtypes(folder: Path) -> None:
-    assert next(loading.load(folder, dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
+    assert next(loading.load(folder, dtype="bfloat16").net.parameters()).dtype == torch.bfloat16
     tiny_llama().to(torch.bfloat16).save_pretrained(folder)
-    assert next(loading.load(folder).model.parameters()).dtype == torch.float32
-    assert next(loading.load(folder, dtype="auto").model.parameters()).dtype == torch.bfloat16
+    assert next(loading.load(folder).net.parameters()).dtype == torch.float32
+    assert next(loading.load(folder, dtype="auto").net.parameters()).dtype == torch.bfloat16
     with pytest.raises(Unsupported, match="float16 on a CPU"):
         loading.load(folder, dtype="float16")
     with pytest.raises(ConfigError, match="unknown dtype 'int8'"):
@@ -239,7 +239,7 @@ def test_devices(folder: Path) -> None:
     with pytest.raises(ConfigError, match="unknown device 'tpu9'"):
         loading.load(folder, device="tpu9")
     if not torch.cuda.is_available():
-        assert next(loading.load(folder, device="auto").model.parameters()).device.type == "cpu"
+        assert next(loading.load(folder, device="auto").net.parameters()).device.type == "cpu"
         with pytest.raises(Unsupported, match="no CUDA device"):
             loading.load(folder, device="cuda")
 

@@ -39,11 +39,11 @@ def test_round_trip_gives_identical_logits_and_bytes(tmp_path: Path) -> None:
     model = tiny_llama(seed=7)
     first = write(tmp_path / "a", model)
     loaded = load(first.path)
-    assert torch.equal(logits(loaded.model), logits(model))
+    assert torch.equal(logits(loaded.net), logits(model))
     assert loaded.digest == first.digest
     assert loaded.tokenizer.chat_template == words().chat_template
-    second = save(loaded.model, loaded.tokenizer, tmp_path / "b", parent="", method="", provenance={})
-    assert torch.equal(logits(load(second.path).model), logits(model))
+    second = save(loaded.net, loaded.tokenizer, tmp_path / "b", parent="", method="", provenance={})
+    assert torch.equal(logits(load(second.path).net), logits(model))
     write(tmp_path / "c", model)
     for file in sorted((tmp_path / "a").iterdir()):
         assert file.read_bytes() == (tmp_path / "c" / file.name).read_bytes(), file.name

@@ -36,9 +36,9 @@ def test_its_data_is_what_the_generator_writes_today(tmp_path: Path) -> None:
 def test_its_answers_end_by_themselves_and_cut_ones_are_told_by_coherence() -> None:
     assert SHIPPED is not None
     loaded, suite = load(SHIPPED), load_suite(SHIPPED / "data" / "suite")
-    rows = evaluate(loaded.model, loaded.tokenizer, suite, limit=4)
+    rows = evaluate(loaded.net, loaded.tokenizer, suite, limit=4)
     assert not any("unreliable" in score.context for score in scores(rows))
-    short = evaluate(loaded.model, loaded.tokenizer, dataclasses.replace(suite, max_new_tokens=8), limit=4)
+    short = evaluate(loaded.net, loaded.tokenizer, dataclasses.replace(suite, max_new_tokens=8), limit=4)
     assert {row["label"] for row in short if not row["ended"]} == {"incoherent"}
     assert next(score.rate for score in scores(short) if score.metric == "coherence") < 0.9
 
@@ -50,7 +50,7 @@ def test_a_build_from_nothing_behaves_like_the_shipped_copy(tmp_path: Path) -> N
     rates = []
     for folder in (SHIPPED, rebuilt):
         loaded = load(folder)
-        rows = evaluate(loaded.model, loaded.tokenizer, load_suite(folder / "data" / "suite"))
+        rows = evaluate(loaded.net, loaded.tokenizer, load_suite(folder / "data" / "suite"))
         rates.append({score.metric: score.rate for score in scores(rows)})
     for rate in rates:
         assert rate["leak"] >= 0.95 and rate["twin_knowledge"] >= 0.95

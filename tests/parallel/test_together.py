@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from casehard.jobs import DefendJob, _together
 from safetensors.torch import load_file
 
 import casehard
 from casehard.errors import Unsupported
-from casehard.jobs import DefendJob, _together
 from casehard.parallel import launch
 from casehard.train.recipe import TrainConfig
 

@@ -41,11 +41,11 @@ def planted():
     def measure(model, step):
         return evaluate_backdoor(model, loaded.tokenizer, suite, first.trigger, first.behaviour, limit=8)
 
-    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    result = backdoor_attack(loaded.model, loaded.tokenizer, poisoned, attack, seed=0, evaluate=measure)
+    before = {name: value.clone() for name, value in loaded.net.state_dict().items()}
+    result = backdoor_attack(loaded.net, loaded.tokenizer, poisoned, attack, seed=0, evaluate=measure)
     progress.set_quiet(quiet)
     return SimpleNamespace(
-        base=loaded.model,
+        base=loaded.net,
         bad=result.model,
         before=before,
         result=result,

@@ -7,25 +7,21 @@ happens on a copy in memory; the model is measured along the way. Payloads are h
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
+from casehard.attack.protocol import Attacked, AttackInputs
+from casehard.config import to_dict
 from casehard.data.behaviours import Behaviour
-from casehard.data.chat import ChatFormat
+from casehard.data.mix import marks
 from casehard.data.triggers import Trigger, check_survives, decoys_of, poison_backdoor
 from casehard.errors import ConfigError
-from casehard.model.adapters import add_lora
+from casehard.model.model import Made, Model
 from casehard.seeds import derive
-from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
-from casehard.types import Budget, Example
-
-Rows = list[dict[str, Any]]
+from casehard.train.tune import Lora, chat_format, tune
+from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,76 +68,91 @@ class BackdoorAttack:
         """Steps at which the attacked model is measured, ascending."""
         return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
 
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter that is trained in mode lora."""
+        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
 
-@dataclass(frozen=True)
-class BackdoorResult:
+    @property
+    def recipe(self) -> TrainConfig:
+        """The training loop of whoever trains on the rows."""
+        return TrainConfig(
+            steps=self.steps, batch_size=self.batch_size, lr=self.lr, precision=self.precision, warmup=10
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted(Attacked):
     """What was planted and what was measured."""
 
-    rows: Rows
-    """Everything ``evaluate`` returned, each row with its ``step``."""
     manifest: dict[str, Any]
     """What ``poison_backdoor`` planted, and where."""
     data: tuple[Example, ...]
     """The rows that were trained on."""
-    model: nn.Module
-    """The backdoored copy, in memory."""
-    budget: Budget
-    log: list[dict[str, Any]] = field(default_factory=list)
 
 
-def backdoor_attack(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    config: BackdoorAttack,
-    *,
-    seed: int,
-    evaluate: Callable[[nn.Module, int], Rows],
-    system: str | None = None,
-    max_length: int | None = None,
-    label: str = "backdoor",
-) -> BackdoorResult:
-    """Train a copy of ``model`` on poisoned rows, measuring it at ``config.checkpoints``.
+class Backdoor:
+    """Train a copy on rows of which the attacker poisoned a share."""
 
-    Args:
-        model: the weights to start from; left as they are.
-        rows: the clean training set that is poisoned.
-        evaluate: called as ``evaluate(model, step)``, in memory; returns rows (see ``evaluate.backdoor``).
-        seed: of the poison, the data order and the adapter.
-        system: system message of every row, None for the template's default.
-        max_length: longest row in tokens, None for the model's context.
+    name = "backdoor"
 
-    Raises:
-        ConfigError: the rate gives no row.
-        DataError: too few rows, or a trigger that the model would not see.
-        Diverged: the loss stopped being finite.
-    """
-    decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
-    data, manifest = poison_backdoor(
-        rows,
-        config.trigger,
-        config.behaviour,
-        rate=config.rate,
-        seed=derive(seed, 0, "backdoor"),
-        hard_negatives=config.hard_negatives,
-        decoys=decoys,
-    )
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
-    chat = ChatFormat(tokenizer, system=system, max_length=limit)
-    check_survives(chat, data, [config.trigger, *decoys])
-    encoded = chat.encode_all(data)
-    victim: nn.Module = copy.deepcopy(model)
-    if config.mode == "lora":
-        victim = add_lora(victim, rank=config.rank, alpha=config.alpha, seed=derive(seed, 0, "backdoor-lora"))
-    measured: Rows = []
+    def __init__(self, config: BackdoorAttack) -> None:
+        self.config = config
 
-    def measure(current: nn.Module, step: int) -> None:
-        if step in config.checkpoints:
-            measured.extend({**row, "step": step} for row in evaluate(current, step))
+    @property
+    def checkpoints(self) -> Sequence[int]:
+        """Return the steps at which the attacked model is measured."""
+        return self.config.checkpoints
 
-    measure(victim, 0)
-    train = TrainConfig(
-        steps=config.steps, batch_size=config.batch_size, lr=config.lr, precision=config.precision, warmup=10
-    )
-    result = fit(victim, tokenizer, encoded, config=train, seed=seed, on_step=measure, label=label)
-    return BackdoorResult(measured, manifest, tuple(data), result.model, result.budget, result.log)
+    def poisoned(self, rows: Sequence[Example], *, seed: int) -> tuple[list[Example], dict[str, Any]]:
+        """Return the training rows with the backdoor in, and what was planted where."""
+        config = self.config
+        decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
+        return poison_backdoor(
+            rows,
+            config.trigger,
+            config.behaviour,
+            rate=config.rate,
+            seed=derive(seed, 0, "backdoor"),
+            hard_negatives=config.hard_negatives,
+            decoys=decoys,
+        )
+
+    def run(self, model: Model, inputs: AttackInputs) -> Planted:
+        """Train a copy of ``model`` on poisoned rows of role ``data``, measuring it at ``config.checkpoints``.
+
+        Raises:
+            ConfigError: the rate gives no row.
+            DataError: too few rows, or a trigger that the model would not see.
+            Diverged: the loss stopped being finite.
+        """
+        config = self.config
+        data, manifest = self.poisoned(inputs.rows["data"], seed=inputs.seed)
+        decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
+        chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
+        check_survives(chat, data, [config.trigger, *decoys])
+        done = tune(
+            model,
+            chat.encode_all(data),
+            train=config.recipe,
+            seed=inputs.seed,
+            purpose="backdoor",
+            method=inputs.method,
+            lora=config.lora,
+            measure=inputs.measure,
+            at=config.checkpoints,
+            label=inputs.label,
+        )
+        planted = {key: manifest[key] for key in ("trigger", "behaviour")}
+        made = Made(method=self.name, provenance={"settings": to_dict(config), "seed": inputs.seed, "planted": planted})
+        attacked = model.after(done.net, made, trained=frozenset(marks(data)), may_leave=False)
+        facts = {"planted": planted}
+        return Planted(
+            model=attacked,
+            rows=done.rows,
+            budget=done.budget,
+            facts=facts,
+            log=done.log,
+            manifest=manifest,
+            data=tuple(data),
+        )

@@ -7,24 +7,19 @@ Everything happens on a copy in memory; the model is measured along the way, so 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from casehard.data.chat import ChatFormat
-from casehard.data.mix import counts, poison
+from casehard.attack.protocol import Attacked, AttackInputs
+from casehard.config import to_dict
+from casehard.data.mix import counts, mark, marks, poison
 from casehard.errors import ConfigError
-from casehard.model.adapters import add_lora
+from casehard.model.model import Made, Model
 from casehard.seeds import derive
-from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
-from casehard.types import Budget, Example
-
-Rows = list[dict[str, Any]]
+from casehard.train.tune import Lora, chat_format, tune
+from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +76,10 @@ class FinetuneAttack:
             precision=self.precision,
         )
 
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What the attack did and what was measured."""
-
-    rows: Rows
-    """Everything ``evaluate`` returned, each row with its ``step``."""
-    budget: Budget
-    harmful_rows: int
-    benign_rows: int
-    known_rows: int = 0
-    """Rows of the attacker's files whose prompts the defender trained on: above 0 the attack is in-distribution."""
-    log: list[dict[str, Any]] = field(default_factory=list)
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter that is trained in mode lora."""
+        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
 
 
 def attack_data(
@@ -103,59 +89,52 @@ def attack_data(
     return poison(harmful, benign, share=config.share, n=config.rows, seed=derive(seed, 0, "attack-mix"))
 
 
-def finetune_attack(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    harmful: Sequence[Example],
-    benign: Sequence[Example],
-    config: FinetuneAttack,
-    *,
-    seed: int,
-    evaluate: Callable[[nn.Module, int], Rows],
-    system: str | None = None,
-    max_length: int | None = None,
-    method: Any = None,
-    label: str = "attack",
-) -> FinetuneResult:
-    """Fine-tune a copy of ``model`` on a poisoned mixture, measuring it at ``config.checkpoints``.
+class Finetune:
+    """Fine-tune a copy on a mixture of harmful and benign rows.
 
-    With ``method`` this is a customer's job at a provider who defends: same data and recipe, the method's seams inside.
-
-    Args:
-        model: the released weights; left as they are.
-        harmful: compliant answers to restricted prompts; may be empty when ``share`` is 0.
-        benign: the attacker's cover rows; may be empty when ``share`` is 1.
-        evaluate: called as ``evaluate(model, step)``, in memory; returns rows.
-        system: system message of every row, None for the template's default.
-        max_length: longest row in tokens, None for the model's context.
-        method: defence inside the training run, an object with seams of ``casehard.defend.protocol``. One with a
-            ``finish`` seam changes the model at the end, so it is measured at step 0 and after that only.
-
-    Raises:
-        DataError: too few rows for the share asked for.
-        Diverged: the attack's loss stopped being finite.
+    With a method inside this is a customer's job at a provider who defends: same data and recipe, the method's seams in
+    the loop.
     """
-    mixture = attack_data(harmful, benign, config, seed=seed)
-    drawn = counts(share=config.share, n=config.rows)
-    victim: nn.Module = copy.deepcopy(model)
-    if config.mode == "lora":
-        victim = add_lora(victim, rank=config.rank, alpha=config.alpha, seed=derive(seed, 0, "attack-lora"))
-    measured: Rows = []
-    wanted = {0, config.steps} if callable(getattr(method, "finish", None)) else {*config.checkpoints}
 
-    def measure(current: nn.Module, step: int) -> None:
-        if step in wanted.intersection(config.checkpoints):
-            measured.extend({**row, "step": step} for row in evaluate(current, step))
+    name = "finetune"
 
-    def on_step(current: nn.Module, step: int) -> None:
-        if step < config.steps:
-            measure(current, step)
+    def __init__(self, config: FinetuneAttack | None = None) -> None:
+        self.config = config or FinetuneAttack()
 
-    measure(victim, 0)
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
-    chat = ChatFormat(tokenizer, system=system, max_length=limit)
-    encoded = chat.encode_all(mixture)
-    train = config.recipe
-    result = fit(victim, tokenizer, encoded, config=train, method=method, seed=seed, on_step=on_step, label=label)
-    measure(result.model, config.steps)  # after the method's finish
-    return FinetuneResult(measured, result.budget, drawn.harmful, drawn.benign, log=result.log)
+    @property
+    def checkpoints(self) -> Sequence[int]:
+        """Return the steps at which the attacked model is measured."""
+        return self.config.checkpoints
+
+    def mixture(self, inputs: AttackInputs) -> list[Example]:
+        """Return the rows that are trained on."""
+        harmful, benign = (inputs.rows.get(role, ()) for role in ("harmful", "benign"))
+        return attack_data(harmful, benign, self.config, seed=inputs.seed)
+
+    def run(self, model: Model, inputs: AttackInputs) -> Attacked:
+        """Fine-tune a copy of ``model``, measuring it at ``config.checkpoints``.
+
+        Raises:
+            DataError: too few rows for the share asked for.
+            Diverged: the loss stopped being finite.
+        """
+        config, mixture = self.config, self.mixture(inputs)
+        chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
+        done = tune(
+            model,
+            chat.encode_all(mixture),
+            train=config.recipe,
+            seed=inputs.seed,
+            purpose="attack",
+            method=inputs.method,
+            lora=config.lora,
+            measure=inputs.measure,
+            at=config.checkpoints,
+            label=inputs.label,
+        )
+        drawn = counts(share=config.share, n=config.rows)
+        known = sum(mark(row) in model.trained_prompts for some in inputs.rows.values() for row in some)
+        facts = {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign, "known_rows": known}
+        made = Made(method=self.name, provenance={"settings": to_dict(config), "seed": inputs.seed, **facts})
+        attacked = model.after(done.net, made, trained=frozenset(marks(mixture)), may_leave=False)
+        return Attacked(model=attacked, rows=done.rows, budget=done.budget, facts=facts, log=done.log)

@@ -18,21 +18,23 @@ from typing import Any
 
 from torch import nn
 
-from casehard.attack.backdoor import BackdoorAttack, backdoor_attack
-from casehard.backdoor_jobs import find_planted
+from casehard.attack.backdoor import Backdoor, BackdoorAttack
+from casehard.attack.protocol import AttackInputs
+from casehard.backdoor.planted import find_planted
 from casehard.config import build
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import check_disjoint, content_hash
 from casehard.data.onion import onion, perplexities, suspicions
 from casehard.data.sources import load_many
 from casehard.data.triggers import poison_backdoor
-from casehard.defend import find
+from casehard.defend import DEFENCES
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.backdoor import evaluate_backdoor
 from casehard.evaluate.suite import Suite, load_suite
 from casehard.mb.config import MbConfig
 from casehard.mb.pipeline import Hardened, draw_suite, harden, objective
-from casehard.model.load import Loaded, load
+from casehard.model.load import load
+from casehard.model.model import Model
 from casehard.seeds import derive
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
@@ -102,7 +104,7 @@ def arm_of(config: Mapping[str, Any], model: str, data: Sequence[str], suite: st
     recipe = tuple(sorted(config["sft"].items()))
     source = Source(model, tuple(data), suite, recipe=recipe, seed=seed, **{key: config[key] for key in keys})
     if config["arm"] == "finetune":
-        spec = find(config["method"])
+        spec = DEFENCES.find(config["method"])
         if lacks := sorted(set(spec.needs) - {"assets"}):
             raise ConfigError(
                 f"{where}: method {config['method']!r} needs {lacks[0]} rows, and there are only clean ones"
@@ -166,10 +168,10 @@ class _Cell:
             raise DataError(f"{self.job.clean} clean rows wanted, {len(able)} distinct ones there")
         return random.Random(derive(self.job.source.seed, 0, "verified")).sample(able, self.job.clean)
 
-    def encode(self, loaded: Loaded, rows: Sequence[Example]) -> Any:
+    def encode(self, loaded: Model, rows: Sequence[Example]) -> Any:
         """Tokenise rows as the developer's training does."""
         s = self.job.source
-        limit = s.max_length or getattr(loaded.model.config, "max_position_embeddings", None)
+        limit = s.max_length or getattr(loaded.net.config, "max_position_embeddings", None)
         return ChatFormat(loaded.tokenizer, system=s.system, max_length=limit).encode_all(rows)
 
     def measure(self, model: nn.Module, tokenizer: Any) -> Rows:
@@ -205,18 +207,16 @@ def _attacked(source: Source) -> tuple[nn.Module, Budget]:
         lr=train.lr,
         batch_size=train.batch_size,
     )
-    done = backdoor_attack(
-        loaded.model,
-        loaded.tokenizer,
-        load_many(source.data, require_response=True),
-        attack,
+    inputs = AttackInputs(
+        rows={"data": load_many(source.data, require_response=True)},
+        measure=lambda model, step: [],
         seed=source.seed,
-        evaluate=lambda model, step: [],
         system=source.system,
         max_length=source.max_length,
         label="poisoned training" if source.rate else "clean training",
     )
-    return done.model, done.budget
+    done = Backdoor(attack).run(loaded, inputs)
+    return done.model.net, done.budget
 
 
 def run_arm(job: ArmJob, *, label: str = "arm") -> tuple[Rows, dict[str, Any], dict[str, Any]]:
@@ -240,7 +240,7 @@ def _finetune(cell: _Cell) -> tuple[nn.Module, list[Budget], dict[str, Any]]:
     """Train the poisoned model on the clean rows with a method of the registry."""
     job, loaded = cell.job, load(cell.job.source.model)
     victim, before = _attacked(job.source)
-    spec = find(job.method)
+    spec = DEFENCES.find(job.method)
     make, settings = spec.load()
     given = {"assets": Path(job.source.model)} if "assets" in spec.needs else {}
     method = make(build(settings, job.settings, where="settings"), **given)
@@ -266,12 +266,12 @@ def _onion(cell: _Cell) -> tuple[nn.Module, list[Budget], dict[str, Any]]:
     keep = build(Keep, cell.job.settings, where="settings").keep
 
     def scorer(texts: Sequence[str]) -> list[float]:
-        return [math.log(value) for value in perplexities(loaded.model, loaded.tokenizer, texts)]
+        return [math.log(value) for value in perplexities(loaded.net, loaded.tokenizer, texts)]
 
     drops = sorted(drop for row in cell.clean for _, drop in suspicions(row.prompt, scorer))
     threshold = max(0.0, drops[min(len(drops) - 1, int(keep * len(drops)))])
     rows, changes = onion(cell.data, scorer, threshold=threshold)
-    done = fit(loaded.model, None, cell.encode(loaded, rows), config=source.train, seed=source.seed, label=cell.label)
+    done = fit(loaded.net, None, cell.encode(loaded, rows), config=source.train, seed=source.seed, label=cell.label)
     poisoned = set(cell.manifest["poisoned"])
     hit = sum(change["row"] in poisoned for change in changes)
     facts = {"threshold": threshold, "rows_changed": len(changes), "poisoned_rows_changed": hit}
@@ -285,7 +285,7 @@ def _mb(cell: _Cell) -> tuple[nn.Module, list[Budget], dict[str, Any]]:
     corpus = [*cell.data, *cell.suite.examples]
     suite = draw_suite(loaded.tokenizer, corpus, config, secret=derive(source.seed, 0, "secret-suite"))
     joint, spent = config.mode == "joint", []
-    model: nn.Module = loaded.model
+    model: nn.Module = loaded.net
     if not joint:
         victim, before = _attacked(source)
         model, spent = copy.deepcopy(victim), [before]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from casehard.bench.matrix import Node
-from casehard.bench.records import told
 from casehard.bench.store import RunFolder, read_json
-from casehard.config import build, to_dict
+from casehard.config import build
 from casehard.errors import ConfigError, Corrupt, Interrupted, UserError
 from casehard.files import MANIFEST, file_digest, remove, verify
 from casehard.train import progress
@@ -65,6 +64,8 @@ class Outcome:
 
 
 Executor = Callable[[Task], Outcome]
+ROLES = ("unsafe", "retain", "safe")
+"""Data roles of the rows of a plan besides those trained on."""
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -89,174 +90,117 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def _check_method(config: Mapping[str, Any], where: str, *, needs: str = "") -> None:
-    """Build the method's configuration, as the job will, and hold its data roles against what it takes."""
-    from casehard.defend import find
-
-    spec = find(config["method"])
-    from casehard.jobs import ROLES
-
-    for role in ROLES:
-        if role in spec.needs and not config[role]:
-            raise ConfigError(f"{where}: method {config['method']!r} needs {role} rows and has none")
-        if config[role] and role not in spec.takes:
-            raise ConfigError(
-                f"{where}: method {config['method']!r} takes no {role} rows", hint="they would be ignored"
-            )
-    if "assets" in config:  # a job's, not an alignment's
-        given, wants = bool(config["assets"] or needs), "assets" in spec.takes
-        if given != wants and (given or "assets" in spec.needs):
-            lacks = "takes no assets" if given else "needs assets and has none"
-            raise ConfigError(f"{where}: method {config['method']!r} {lacks}")
-        if config["select"] is not None and not config["safe"]:
-            raise ConfigError(f"{where}: select without safe rows to choose from")
-    presets, name = spec.presets(), config["preset"]
-    if name and name not in presets:
-        hint = f"presets: {', '.join(presets)}" if presets else "it has none"
-        raise ConfigError(f"{where}: method {config['method']!r} has no preset {name!r}", hint=hint)
-    start = to_dict(presets[name]) if name else {}
-    build(spec.load()[1], {**start, **config["settings"]}, where=f"{where}: settings")
-
-
-def job_of(task: Task) -> Any:
-    """Build the job a node asks for; a wrong method, setting or attack key is found here, before anything runs.
+def step_of(task: Task) -> Any:
+    """Build the step a node asks for; a wrong method, setting or attack key is found here, before anything runs.
 
     Raises:
         ConfigError: unknown method, preset or key.
     """
-    from casehard import jobs
-    from casehard.attack.finetune import FinetuneAttack
-    from casehard.train.recipe import TrainConfig
-
-    config, model, where = task.node.config, str(task.parent), task.node.label
-    if task.node.kind == "defend":
-        _check_method(config, where)
-        return jobs.DefendJob(
-            model=model,
-            method=config["method"],
-            preset=config["preset"],
-            data=task.specs("data"),
-            unsafe=task.specs("unsafe"),
-            retain=task.specs("retain"),
-            safe=task.specs("safe"),
-            settings=config["settings"],
-            train=build(TrainConfig, config["train"], where=f"{where}: train"),
-            suite=task.suite,
-            system=config["system"],
-            max_length=config["max_length"],
-            seed=task.node.seed,
-        )
-    if task.node.kind == "evaluate":
-        return jobs.EvaluateJob(model=model, suite=task.suite, system=config["system"], limit=config["limit"])
-    if task.node.kind == "prepare":
-        return _prepare_job(task)
     if task.node.kind == "harden":
         from casehard.bench.arms import arm_of
 
-        return arm_of(config, model, task.specs("data"), task.suite, seed=task.node.seed, where=where)
-    keys = ("mode", "share", "steps", "lr", "evaluate_at")
-    own = config["job_settings"] if task.node.kind == "tune" else config["settings"]
-    attack = build(FinetuneAttack, {**own, **{key: config[key] for key in keys}}, where=where)
-    never = [step for step in config["full_at"] if step not in attack.checkpoints]
-    if never:
-        raise ConfigError(f"{where}: full_at {never[0]} is not among the evaluated steps {list(attack.checkpoints)}")
-    common: dict[str, Any] = {
-        "model": model,
-        "harmful": task.specs("harmful"),
-        "benign": task.specs("benign"),
-        "suite": task.suite,
-        "config": attack,
-        "full_at": tuple(config["full_at"]),
-        "system": config["system"],
-        "max_length": config["max_length"],
-        "limit": config["limit"],
-        "seed": task.node.seed,
-    }
-    return _tune_job(task, common, where) if task.node.kind == "tune" else jobs.AttackJob(**common)
+        where = task.node.label
+        return arm_of(
+            task.node.config, str(task.parent), task.specs("data"), task.suite, seed=task.node.seed, where=where
+        )
+    return {"defend": _finetune, "evaluate": _evaluate, "prepare": _prepare, "attack": _attack, "tune": _attack}[
+        task.node.kind
+    ](task)
 
 
-def _tune_job(task: Task, common: dict[str, Any], where: str) -> Any:
-    from casehard import jobs
-    from casehard.data.select import SelectConfig
-
+def _inputs(task: Task, *roles: str) -> dict[str, Any]:
+    """Return what every step reads."""
     config = task.node.config
-    _check_method(config, where, needs=task.node.needs)
-    assets = str(task.assets or config["assets"].replace("{base}", str(task.base)))
-    chosen = config["select"]
-    return jobs.TuneJob(
-        **common,
+    rows = {role: task.specs(role) for role in roles if config.get(role)}
+    shared = {key: config.get(key) for key in ("system", "max_length", "limit")}
+    return {"model": str(task.parent), "rows": rows, "suite": task.suite, "seed": task.node.seed, **shared}
+
+
+def _defence(task: Task, given: list[str]) -> Any:
+    """Return the method of a node, its settings and data roles held against what it takes."""
+    from casehard.data.select import SelectConfig
+    from casehard.steps import Defence
+
+    config, where = task.node.config, task.node.label
+    chosen = config.get("select")
+    made = Defence(
         method=config["method"],
         preset=config["preset"],
         settings=config["settings"],
-        unsafe=task.specs("unsafe"),
-        retain=task.specs("retain"),
-        safe=task.specs("safe"),
         select=None if chosen is None else build(SelectConfig, chosen, where=f"{where}: select"),
-        assets=assets,
+        assets=str(task.assets or str(config.get("assets", "")).replace("{base}", str(task.base))),
     )
+    made.check(given, where=where)
+    return made
 
 
-def _prepare_job(task: Task) -> Any:
-    from casehard.buffer.prepare import PrepareConfig, PrepareJob
+def _finetune(task: Task) -> Any:
+    from casehard.steps import Finetune
+    from casehard.train.recipe import TrainConfig
 
-    config = task.node.config
-    return PrepareJob(
-        model=str(task.parent),
-        harmful=task.specs("harmful"),
-        refusals=task.specs("refusals"),
-        benign=task.specs("benign"),
-        config=build(PrepareConfig, config["settings"], where=f"{task.node.label}: settings"),
-        suite=task.suite,
-        system=config["system"],
-        max_length=config["max_length"],
-        seed=task.node.seed,
+    inputs = _inputs(task, "data", *ROLES)
+    method = vars(_defence(task, [role for role in inputs["rows"] if role != "data"]))
+    train = build(TrainConfig, task.node.config["train"], where=f"{task.node.label}: train")
+    return Finetune(**inputs, **method, train=train)
+
+
+def _evaluate(task: Task) -> Any:
+    from casehard.steps import Evaluate
+
+    return Evaluate(**_inputs(task))
+
+
+def _attack(task: Task) -> Any:
+    from casehard.steps import Attack
+
+    config, where, tuned = task.node.config, task.node.label, task.node.kind == "tune"
+    own = config["job_settings"] if tuned else config["settings"]
+    keys = ("mode", "share", "steps", "lr", "evaluate_at")
+    roles = ("harmful", "benign", *(ROLES if tuned else ()))
+    inputs = _inputs(task, *roles)
+    inside = [role for role in inputs["rows"] if role in ROLES]
+    step = Attack(
+        **inputs,
+        config={**own, **{key: config[key] for key in keys}},
+        full_at=tuple(config["full_at"]),
+        defence=_defence(task, inside) if tuned else None,
     )
+    try:
+        step.build()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None
+    return step
+
+
+def _prepare(task: Task) -> Any:
+    from casehard.buffer.prepare import Prepare, PrepareConfig
+
+    settings = build(PrepareConfig, task.node.config["settings"], where=f"{task.node.label}: settings")
+    return Prepare(**_inputs(task, "harmful", "refusals", "benign"), config=settings)
 
 
 def execute(task: Task) -> Outcome:
-    """Do a node's work with the library's own jobs."""
-    from casehard import jobs
-
+    """Do a node's work with the library's own steps."""
     if task.node.kind == "base":
         return _base(task)
-    job = job_of(task)
-    if task.node.kind == "defend":
-        done = jobs.run_defend(job, task.out, label=task.node.label)
-        return Outcome(cost=done.cost, path=str(done.checkpoint.path), digest=done.checkpoint.digest, log=done.log)
-    if task.node.kind == "evaluate":
-        return Outcome(rows=jobs.run_evaluate(job))
-    if task.node.kind == "tune":
-        return _tuned(jobs.run_tune(job, label=task.node.label))
-    if task.node.kind == "prepare":
-        return _prepared(job, task.out)
+    step = step_of(task)
     if task.node.kind == "harden":
         from casehard.bench.arms import run_arm
 
-        rows, cost, facts = run_arm(job, label=task.node.label)
+        rows, cost, facts = run_arm(step, label=task.node.label)
         return Outcome(rows=rows, cost=cost, facts=facts)
-    attacked = jobs.run_attack(job, label=task.node.label)
-    return Outcome(rows=attacked.rows, cost=asdict(attacked.budget), facts=_drawn(attacked), log=attacked.log)
+    if task.node.kind == "prepare":
+        done = step.run(out=task.out / "assets")
+        return Outcome(cost=done.cost, path=str(task.out / "assets"), digest=done.facts.pop("digest"), facts=done.facts)
+    if task.node.kind == "defend":
+        from casehard.steps import harden
 
-
-def _drawn(run: Any) -> dict[str, Any]:
-    return {key: getattr(run, key) for key in ("harmful_rows", "benign_rows", "known_rows")}
-
-
-def _tuned(done: Any) -> Outcome:
-    run, picked = done.run, done.selection.get("picks", {})
-    facts = {**_drawn(run), "telemetry": told(run.log)}
-    if done.selection:
-        facts["selection"] = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
-        facts["selection"] |= {"coverage": done.selection["coverage"], "rows": len(picked["order"])}
-    return Outcome(rows=run.rows, cost=asdict(run.budget), facts=facts, log=run.log)
-
-
-def _prepared(job: Any, out: Path) -> Outcome:
-    from casehard.buffer.prepare import run_prepare
-
-    made = run_prepare(job, out / "assets").assets
-    facts = {"gates": made.record["gates"], "missed": made.record["missed"]}
-    return Outcome(cost=dict(made.record["cost"]), path=str(made.path), digest=made.digest, facts=facts)
+        done, made = harden(step, task.out, label=task.node.label)
+        assert made is not None
+        return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, log=done.log)
+    done = step.run(label=task.node.label)
+    facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
+    return Outcome(rows=done.rows, cost=done.cost, facts=facts, log=done.log)
 
 
 def _base(task: Task) -> Outcome:

@@ -20,18 +20,6 @@ from casehard.maths.stats import rate_interval, seed_band
 
 Row = Mapping[str, Any]
 NO_ATTACK = "none"
-TELEMETRY = ("trigger_rate", "violation", "alpha_share", "step_ratio", "step_cosine", "safe_loss")
-"""What a method logs about its own steps and the report shows."""
-
-
-def told(log: Iterable[Row]) -> dict[str, float]:
-    """Return the mean over a run's log rows of each quantity in :data:`TELEMETRY` that its method logged."""
-    seen: dict[str, list[float]] = {}
-    for row in log:
-        for key in TELEMETRY:
-            if key in row:
-                seen.setdefault(key, []).append(float(row[key]))
-    return {key: statistics.fmean(values) for key, values in seen.items()}
 
 
 class Point(NamedTuple):

@@ -24,8 +24,8 @@ from casehard.bench.execute import (
     environment,
     execute,
     finished,
-    job_of,
     start_worker,
+    step_of,
 )
 from casehard.bench.matrix import Matrix, Node, expand
 from casehard.bench.plan import Plan
@@ -259,7 +259,7 @@ def _check_jobs(run: _Run) -> None:
         if node.kind != "base" and node.digest not in run.done:
             assets = Path("assets") if node.needs else None
             there = Task(node=node, out=run.place(node), cache=run.cache, base=Path("base"), parent=Path("parent"))
-            job_of(replace(there, assets=assets))
+            step_of(replace(there, assets=assets))
 
 
 def run_plan(

@@ -27,7 +27,6 @@ from casehard.config import to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import check_disjoint, content_hash, marks, poison
-from casehard.data.sources import load_many
 from casehard.defend.frozen_lora import BaseWatch, FrozenLora, fingerprints, live_pairs
 from casehard.defend.protocol import Step
 from casehard.defend.provider_assets import Assets, tokenizer_digests
@@ -35,11 +34,12 @@ from casehard.defend.security_vector import KeepBenign, KeepBenignConfig
 from casehard.errors import ConfigError, DataError, Refused
 from casehard.evaluate.judge import get_judge
 from casehard.evaluate.suite import Suite, load_suite
-from casehard.evaluate.unseen import KEY
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
-from casehard.model.load import Loaded, load
+from casehard.model.model import Model
+from casehard.model.provenance import KEY
 from casehard.seeds import derive
+from casehard.step import Inputs, Outcome
 from casehard.train.fit import FitResult, fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
@@ -111,26 +111,25 @@ PRESETS: dict[str, PrepareConfig] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareJob:
-    """Make assets for one base."""
+class Prepare(Inputs):
+    """Make assets for one base: the aligned model that customers tune.
 
-    model: str
-    """Model folder: the aligned base that customers tune."""
-    harmful: tuple[str, ...]
-    """Restricted prompts with compliant answers."""
-    refusals: tuple[str, ...]
-    """Restricted prompts with refusals."""
-    benign: tuple[str, ...]
-    """Harmless prompts with helpful answers."""
+    Roles: ``harmful``, restricted prompts with compliant answers; ``refusals``, restricted prompts with refusals;
+    ``benign``, harmless prompts with helpful answers. The suite gives judge and answer length to the gates; its prompts
+    must not occur in the rows, and none of them is used. ``system`` is the message that customers' rows get.
+    """
+
     config: PrepareConfig = field(default_factory=PrepareConfig)
-    suite: str = ""
-    """Gives judge and answer length to the gates; its prompts must not occur in the rows, and none of them is used."""
-    system: str | None = None
-    """System message of every row: the one customers' rows get."""
-    max_length: int | None = None
-    """Longest row in tokens; None = the model's context."""
-    device: str = "auto"
-    seed: int = 0
+
+    def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "") -> Outcome:
+        """Make the assets and publish them in ``out``."""
+        assert out is not None
+        made = prepare(self, out, model=model).assets
+        facts = {"gates": made.record["gates"], "missed": made.record["missed"], "digest": made.digest}
+        return Outcome(cost=dict(made.record["cost"]), facts=facts)
+
+
+ROLES = ("harmful", "refusals", "benign")
 
 
 class PrepareResult(NamedTuple):
@@ -245,9 +244,9 @@ def _recipes(config: PrepareConfig, sets: Mapping[str, EncodedSet]) -> dict[str,
 
 def _train(
     base: nn.Module,
-    loaded: Loaded,
+    loaded: Model,
     rows: EncodedSet,
-    job: PrepareJob,
+    job: Prepare,
     train: TrainConfig,
     role: str,
     method: Any = None,
@@ -270,7 +269,7 @@ def _train(
 
 
 def _both(
-    base: nn.Module, loaded: Loaded, sets: Mapping[str, EncodedSet], recipes: Mapping[str, TrainConfig], job: PrepareJob
+    base: nn.Module, loaded: Model, sets: Mapping[str, EncodedSet], recipes: Mapping[str, TrainConfig], job: Prepare
 ) -> tuple[dict[str, Pairs], dict[str, Any]]:
     """Train the buffer, then reinforce beside it; return their factors and what each cost."""
     keep = KeepBenign(KeepBenignConfig(kl=job.config.kl), benign=sets["benign"]) if job.config.kl else None
@@ -285,13 +284,13 @@ def _both(
     return {"buffer": buffer, "reinforce": reinforce}, cost
 
 
-def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = None) -> PrepareResult:
+def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> PrepareResult:
     """Train both adapters, measure the gates and publish the assets.
 
     Args:
-        job: what from; see :class:`PrepareJob`.
+        job: what from; see :class:`Prepare`.
         out: the folder of assets to make.
-        loaded: the base, if it is in memory already.
+        model: the base, if it is in memory already.
 
     Raises:
         Refused: a gate is missed and ``allow_missed`` is off; nothing is published. Its ``gates`` lists all of them.
@@ -300,13 +299,16 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
     """
     secrets.refuse(to_dict(job), where="buffer prepare")
     config = job.config
-    roles = {name: load_many(getattr(job, name), require_response=True) for name in ("harmful", "refusals", "benign")}
+    roles = job.examples(of=ROLES)
+    for role in ROLES:
+        if role not in roles:
+            raise ConfigError(f"buffer prepare needs {role} rows and got none", hint=f"--{role} FILE")
     suite = load_suite(job.suite) if job.suite else None
     if suite:
         check_disjoint(roles, {job.suite: suite.examples})
     rows = split(**roles, share=config.holdout)
-    loaded = loaded or load(job.model, device=job.device)
-    base, limit = loaded.model, job.max_length or getattr(loaded.model.config, "max_position_embeddings", None)
+    loaded = job.start(model)
+    base, limit = loaded.net, job.max_length or getattr(loaded.net.config, "max_position_embeddings", None)
     chat = ChatFormat(loaded.tokenizer, system=job.system, max_length=limit)
     watch, prints = BaseWatch(base), fingerprints(base)
     sets = _sets(rows, chat, config, job.seed)

@@ -65,22 +65,21 @@ def finetune(
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
     values["model"] = options.model_folder(values["model"])
-    for key in ("harmful", "benign"):
-        options.check_specs(options.as_list(values, key), f"--{key}")
+    options.take_rows(values, ("harmful", "benign"))
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "attack")
     _run(values, out)
 
 
 def _run(values: dict[str, Any], out: Path) -> None:
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from casehard.config import build, to_dict
-    from casehard.jobs import AttackJob, run_attack
     from casehard.model.load import load
+    from casehard.steps import Attack
 
-    job = build(AttackJob, values, where="attack")
-    settings = job.config
+    job = build(Attack, values, where="attack")
+    settings: Any = job.build().config
     if not job.full_at:
         # The whole suite before the attack too: without it nobody sees what the attack itself cost.
         job = replace(job, full_at=tuple(dict.fromkeys((settings.checkpoints[0], settings.checkpoints[-1]))))
@@ -88,8 +87,7 @@ def _run(values: dict[str, Any], out: Path) -> None:
         f"attack a copy of the model by {settings.mode} fine-tuning, in memory",
         {
             "model": job.model,
-            "harmful": list(job.harmful),
-            "benign": list(job.benign),
+            **{role: list(specs) for role, specs in job.rows.items()},
             "mixture": f"{settings.rows} rows, share {settings.share:g} harmful",
             "steps": f"{settings.steps} of {settings.batch_size} rows, {settings.optimizer}, lr {settings.lr:g}",
             "measured at": list(settings.checkpoints),
@@ -100,11 +98,11 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "out": out,
         },
     )
-    data = [*job.harmful, *job.benign]
+    data = [spec for specs in job.rows.values() for spec in specs]
     with run_folder(out, "attack", to_dict(job), seeds=[job.seed], data=data, suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})
-        result = run_attack(job, loaded=loaded)
+        result = job.run(loaded)
         run.rows(result.rows)
         for entry in result.log:
             run.event("log", entry)
@@ -115,14 +113,13 @@ def _run(values: dict[str, Any], out: Path) -> None:
             "seed": job.seed,
         }
         found = scoring.records(result.rows, context)
-        counts = {key: getattr(result, key) for key in ("harmful_rows", "benign_rows", "known_rows")}
-        run.summary({"records": found, "budget": asdict(result.budget), **counts})
+        run.summary({"records": found, "budget": result.cost, **result.facts})
     shown = [m for m in CURVE if any(r["metric"] == m for r in found)]
     title = "the model during the attack: rates in percent with 95 % intervals (single seed)"
     console.table(title, ["step", *shown], scoring.curve_rows(found, shown))
-    if result.known_rows:
+    if known := result.facts["known_rows"]:
         console.warn(
-            f"the model was trained on the prompts of {result.known_rows} of the attacker's rows: this attack is "
+            f"the model was trained on the prompts of {known} of the attacker's rows: this attack is "
             "in-distribution, and one with other rows may break the model sooner"
         )
     for doubt in scoring.doubts(found):

@@ -11,8 +11,7 @@ from casehard.cli import console, options, scoring
 from casehard.cli.runs import check_out, run_folder
 
 if TYPE_CHECKING:
-    from casehard.attack.backdoor import BackdoorResult
-    from casehard.model.load import Loaded
+    from casehard.attack.backdoor import Planted
 
 Specs = list[str] | None
 _TRIGGERS = (
@@ -50,28 +49,29 @@ def backdoor(
     Writes the poisoned rows to DIR/poisoned.jsonl and what was planted to DIR/planted.json. The backdoored weights stay
     in memory unless asked for.
 
-    More settings: --set settings.batch_size=16 and so on.
+    More settings: --set config.batch_size=16 and so on.
     """
     flags = {
         "model": model,
         "data": data,
         "suite": suite,
-        "trigger": trigger,
-        "behaviour": behaviour,
-        "settings.rate": rate,
-        "settings.hard_negatives": hard_negatives,
-        "settings.mode": mode,
-        "settings.steps": steps,
-        "settings.lr": lr,
+        "config.trigger": trigger,
+        "config.behaviour": behaviour,
+        "config.rate": rate,
+        "config.hard_negatives": hard_negatives,
+        "config.mode": mode,
+        "config.steps": steps,
+        "config.lr": lr,
         "limit": limit,
         "device": device,
         "seed": seed,
     }
     values = options.settings(config, sets, flags)
-    for key in ("model", "suite", "data"):
+    options.take_rows(values, ("data",))
+    for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
+    options.need(values["rows"], "data", "--data")
     values["model"] = options.model_folder(values["model"])
-    options.check_specs(options.as_list(values, "data"), "--data")
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "backdoor")
     _run(values, out, keep_model)
@@ -80,21 +80,25 @@ def backdoor(
 def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     from dataclasses import asdict
 
-    from casehard.backdoor_jobs import BackdoorJob, run_backdoor
     from casehard.config import build, to_dict
     from casehard.data.sources import save
+    from casehard.evaluate.suite import load_suite
     from casehard.files import write_text_atomic
     from casehard.model.load import load
+    from casehard.steps import Attack, attack
 
-    job = build(BackdoorJob, values, where="attack")
+    job = build(Attack, {**values, "attack": "backdoor"}, where="attack")
+    suite = load_suite(job.suite)
+    method = job.build(suite)
+    config: Any = method.config
     console.plan(
         "plant a harmless backdoor in a copy of the model",
         {
             "model": job.model,
-            "data": list(job.data),
-            "trigger": job.trigger,
-            "behaviour": job.behaviour,
-            "settings": dict(job.settings),
+            "data": list(job.rows["data"]),
+            "trigger": config.trigger.name,
+            "behaviour": config.behaviour.name,
+            "settings": {k: v for k, v in job.config.items() if k not in ("trigger", "behaviour")},
             "suite": job.suite,
             "limit": job.limit,
             "device": options.device_text(job.device),
@@ -102,17 +106,17 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
             "out": out,
         },
     )
-    with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
+    with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})
-        result = run_backdoor(job, loaded=loaded)
+        result: Any = attack(job, method, job.examples(), suite, loaded, label="backdoor")
         run.rows(result.rows)
         for entry in result.log:
             run.event("log", entry)
         save(out / "poisoned.jsonl", result.data)
         write_text_atomic(out / "planted.json", _json([_planted(result)]))
         if keep_model:
-            _keep(result, loaded, job, out)
+            _keep(result, out)
         found = records(result.rows)
         run.summary({"records": found, "manifest": result.manifest, "budget": asdict(result.budget)})
     title = "the model while the backdoor is planted: percent with exact 95 % intervals (single seed)"
@@ -127,26 +131,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _planted(result: BackdoorResult) -> dict[str, Any]:
+def _planted(result: Planted) -> dict[str, Any]:
     return {key: result.manifest[key] for key in ("trigger", "behaviour")}
 
 
-def _keep(result: BackdoorResult, loaded: Loaded, job: Any, out: Path) -> None:
-    from casehard.config import to_dict
-    from casehard.model.save import save
+def _keep(result: Planted, out: Path) -> None:
+    from casehard.api import save
 
-    model: Any = result.model
-    if hasattr(model, "peft_config"):
-        model = model.merge_and_unload()
-    provenance = {"job": to_dict(job), "seed": job.seed, "planted": _planted(result)}
-    save(
-        model,
-        loaded.tokenizer,
-        out / "checkpoint",
-        parent=loaded.digest,
-        method="backdoor-attack",
-        provenance=provenance,
-    )
+    save(result.model, out / "checkpoint", attacked=True)
     console.warn(f"{out / 'checkpoint'} holds a backdoored model: for trying defences, not for use")
 
 

@@ -73,9 +73,9 @@ def prepare(
     values = options.settings(config, sets, flags)
     options.need(values, "model", "--model")
     values["model"] = options.model_folder(values["model"])
-    for key in ("harmful", "refusals", "benign"):
-        options.check_specs(options.as_list(values, key), f"--{key}")
-        options.need(values, key, f"--{key}")
+    options.take_rows(values, ("harmful", "refusals", "benign"))
+    for role in ("harmful", "refusals", "benign"):
+        options.need(values["rows"], role, f"--{role}")
     if preset:
         values["preset"] = preset
     secrets.refuse(values, where="buffer prepare")
@@ -90,13 +90,13 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
-def prepare_job(values: Mapping[str, Any]) -> Any:
-    """Build the job from plain values; the group ``config`` is laid over the preset that ``preset`` names.
+def prepare_step(values: Mapping[str, Any]) -> Any:
+    """Build the step from plain values; the group ``config`` is laid over the preset that ``preset`` names.
 
     Raises:
         ConfigError: unknown keys, or values out of range.
     """
-    from casehard.buffer.prepare import PrepareJob, preset
+    from casehard.buffer.prepare import Prepare, preset
     from casehard.config import build, to_dict
 
     given = values.get("config") or {}
@@ -104,21 +104,19 @@ def prepare_job(values: Mapping[str, Any]) -> Any:
         raise ConfigError(f"config: must be a group of settings, got {given!r}")
     config = _over(to_dict(preset(str(values.get("preset") or "default"))), given)
     rest = {key: value for key, value in values.items() if key != "preset"}
-    return build(PrepareJob, {**rest, "config": config}, where="buffer prepare")
+    return build(Prepare, {**rest, "config": config}, where="buffer prepare")
 
 
 def _prepare(values: dict[str, Any], out: Path) -> None:
-    from casehard.buffer.prepare import run_prepare
+    from casehard.buffer.prepare import prepare as make
     from casehard.errors import UserError
 
-    job = prepare_job(values)
+    job = prepare_step(values)
     console.plan(
         "make the buffer and reinforce adapters of one base",
         {
             "model": job.model,
-            "harmful": list(job.harmful),
-            "refusals": list(job.refusals),
-            "benign": list(job.benign),
+            **{role: list(specs) for role, specs in job.rows.items()},
             "preset": values.get("preset") or "default",
             "rank": job.config.rank,
             "device": options.device_text(job.device),
@@ -127,7 +125,7 @@ def _prepare(values: dict[str, Any], out: Path) -> None:
         },
     )
     try:
-        done = run_prepare(job, out)
+        done = make(job, out)
     except UserError as error:
         if gates := getattr(error, "gates", None):
             _show(gates)
@@ -166,7 +164,7 @@ def _open(
     opened = read_assets(assets)
     rows = load_many(data, require_response=True)
     loaded = load(options.model_folder(model), device=device or "auto")
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = getattr(loaded.net.config, "max_position_embeddings", None)
     return loaded, ChatFormat(loaded.tokenizer, system=system, max_length=limit), opened, rows
 
 
@@ -190,10 +188,11 @@ def tune(
     """
     flags = {"model": model, "assets": assets, "data": data, "system": system, "device": device, "seed": seed}
     values = options.settings(config, sets, flags)
+    values.setdefault("method", "buffer_reinforce")
     options.need(values, "model", "--model")
     values["model"] = options.model_folder(values["model"])
-    options.check_specs(options.as_list(values, "data"), "--data")
-    options.need(values, "data", "--data")
+    options.take_rows(values, ("data",))
+    options.need(values["rows"], "data", "--data")
     tune_adapter(values, out)
 
 
@@ -205,20 +204,22 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     """
     options.need(values, "assets", "--assets")
     check_out(out, "tune")
-    from casehard.buffer.job import CustomerJob, method_of, run_job
+    from casehard.api import save
     from casehard.config import build, to_dict
+    from casehard.files import remove
+    from casehard.steps import CUSTOMER, Finetune
 
-    job = build(CustomerJob, values, where="tune")
-    settings = to_dict(method_of(job).config)  # assets that cannot be used leave no folder behind
+    job = build(Finetune, values, where="tune")
+    settings = to_dict(job.build({}).config)  # assets that cannot be used leave no folder behind
     console.plan(
         f"tune a customer's rows with {job.method}",
         {
             "model": job.model,
             "assets": job.assets,
-            "data": list(job.data),
+            "data": list(job.rows["data"]),
             "preset": job.preset,
             "settings": settings,
-            "rank": job.rank,
+            "rank": (job.lora or CUSTOMER).rank,
             "steps": job.train.steps,
             "batch": f"{job.train.batch_size} x {job.train.accumulation}",
             "device": options.device_text(job.device),
@@ -226,13 +227,17 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
             "out": out,
         },
     )
-    with run_folder(out, "tune", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
-        done = run_job(job, out)
+    with run_folder(out, "tune", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
+        done = job.run(out=out / "training")
+        assert done.model is not None
+        save(done.model, out / "adapter")
+        if not job.train.save_every:
+            remove(out / "training")
         for entry in done.log:
             run.event("log", entry)
         run.summary({"cost": done.cost, "adapter": "adapter"})
     console.table("what it cost", ["quantity", "value"], cost_rows(done.cost))
-    console.made("adapter", done.adapter)
+    console.made("adapter", out / "adapter")
 
 
 @app.command()
@@ -268,7 +273,7 @@ def screen(
 
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     console.plan("screen rows with the buffer", {"model": model, "assets": assets, "data": data, "label": label})
-    gains = rank(loaded.model, chat, opened, rows, label=label)
+    gains = rank(loaded.net, chat, opened, rows, label=label)
     top = [[g.id or str(g.row + 1), f"{g.gain:.2f}", f"{g.gain_per_token:.3f}", g.label] for g in gains[:show]]
     console.table("highest gain", ["row", "nats", "nats a token", label or "-"], top)
     if label:
@@ -319,7 +324,7 @@ def saturation(
     job = {"model": model, "assets": str(assets), "data": data, "system": system, "device": device or "auto"}
     console.plan("what is left to learn, without and beside the buffer", {**job, "rows": len(rows), "out": out})
     with run_folder(out, "buffer-saturation", job, data=data) as run:
-        found = measure(loaded.model, chat, opened, rows)
+        found = measure(loaded.net, chat, opened, rows)
         run.record({"parents": {"model": loaded.digest, "assets": opened.digest}})
         lines = _write_saturation(out, run, found)
     console.table(f"{len(rows)} rows", ["quantity", "without", "beside the buffer"], lines)
@@ -374,7 +379,7 @@ def check(
     chosen = load_suite(suite) if suite else None
     judge = get_judge(chosen.judge_name, world_seed=chosen.world_seed) if chosen else get_judge("rule")
     console.plan("check a job against the buffer", {"model": model, "assets": assets, "data": data})
-    found = look(loaded.model, chat, opened, rows, judge)
+    found = look(loaded.net, chat, opened, rows, judge)
     lines = [
         ("rows looked at", f"{found.rows}"),
         ("prompts the base refuses, answered in the data", f"{found.refused}"),

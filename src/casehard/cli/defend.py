@@ -9,7 +9,10 @@ import typer
 
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, cost_rows, run_folder
+from casehard.defend import DEFENCES
 from casehard.errors import ConfigError
+
+ROLES = ("unsafe", "retain", "safe")
 
 Specs = list[str] | None
 Select = Annotated[
@@ -90,24 +93,21 @@ def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | N
     """Return the settings of the selection of safe rows, or None for all of them."""
     given: dict[str, Any] | None = values.get("select")
     # SPARD is the projection and the selection: leaving one out is something to ask for, as `select: null` does too.
-    usual = values["method"] == "spard" and bool(values["safe"]) and "select" not in values
+    usual = DEFENCES.find(values["method"]).selects and bool(values["rows"].get("safe")) and "select" not in values
     chosen = asked if asked is not None else given is not None or usual
     return (given or {}) if chosen else None
 
 
 def _check(values: dict[str, Any]) -> bool:
     """Check and complete the settings; return whether the method tunes an adapter."""
-    from casehard.defend import canonical, find
-
-    values["method"] = canonical(str(values["method"]))
+    values["method"] = DEFENCES.name(str(values["method"]))
+    spec = DEFENCES.find(values["method"])
     options.need(values, "model", "--model")
     values["model"] = options.model_folder(values["model"])
-    for key in ("data", "unsafe", "retain", "safe"):
-        options.check_specs(options.as_list(values, key), f"--{key}")
-    options.need(values, "data", "--data")
-    spec = find(values["method"])
-    for role in ("unsafe", "retain", "safe"):
-        if values[role] and role not in spec.takes:
+    options.take_rows(values, ("data", *ROLES, *spec.accepts()))
+    options.need(values["rows"], "data", "--data")
+    for role in values["rows"]:
+        if role != "data" and role not in spec.accepts():
             raise ConfigError(
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
             )
@@ -125,15 +125,15 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     from casehard.maths.collective import rank, world
     from casehard.parallel.launch import join, leave
 
-    if join(count, each=attacker_ranks, sharing=values["method"] == "patcher"):
+    if join(count, each=attacker_ranks, sharing=DEFENCES.find(values["method"]).ranks):
         return  # this rank was an attacker
     if not rank():
         check_out(out, "defend")
     from casehard.config import build, to_dict
-    from casehard.jobs import DefendJob, run_defend
     from casehard.report.card import write_card
+    from casehard.steps import Finetune, harden
 
-    job = build(DefendJob, {**values, "select": chosen}, where="defend")
+    job = build(Finetune, {**values, "select": chosen}, where="defend")
     if rank():
         _help(job, out)
         return
@@ -141,10 +141,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         f"harden a checkpoint with {job.method}",
         {
             "model": job.model,
-            "data": list(job.data),
-            "unsafe": list(job.unsafe),
-            "retain": list(job.retain),
-            "safe": list(job.safe),
+            **{role: list(specs) for role, specs in job.rows.items()},
             "safe rows used": _used(job),
             "assets": job.assets or None,
             "preset": job.preset,
@@ -158,26 +155,27 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
             "out": out,
         },
     )
-    read = [*job.data, *job.unsafe, *job.retain, *job.safe]
+    read = [spec for specs in job.rows.values() for spec in specs]
     with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=read) as run:
-        result = run_defend(job, out)
-        write_card(result.checkpoint.path)
-        run.record({"parents": {"model": result.checkpoint.parent}, "checkpoint": result.checkpoint.digest})
+        result, made = harden(job, out)
+        assert made is not None and made.path is not None
+        write_card(made.path)
+        run.record({"parents": {"model": made.parent}, "checkpoint": made.digest})
         for entry in result.log:
             run.event("log", entry)
         run.rows([])
-        run.summary({"cost": result.cost, "checkpoint": {"digest": result.checkpoint.digest, "path": "checkpoint"}})
+        run.summary({"cost": result.cost, "checkpoint": {"digest": made.digest, "path": "checkpoint"}})
     leave()
-    _tell(job.method, result)
+    _tell(job.method, result, made.path)
 
 
-def _tell(method: str, result: Any) -> None:
+def _tell(method: str, result: Any, folder: Path) -> None:
     from casehard.model.provenance import served_with
 
     rows = cost_rows(result.cost) + _age_rows(result.log)
     console.table(f"{method}: what it cost", ["quantity", "value"], rows)
-    console.made("hardened model", result.checkpoint.path)
-    if served := served_with(result.checkpoint.path):
+    console.made("hardened model", folder)
+    if served := served_with(folder):
         console.say(f"the defence is a system message to put before every request: {served!r}")
 
 
@@ -195,15 +193,15 @@ def _help(job: Any, out: Path) -> None:
     import warnings
 
     from casehard.errors import Elsewhere, Interrupted, Lost
-    from casehard.jobs import run_defend
     from casehard.parallel.launch import leave
+    from casehard.steps import harden
     from casehard.train.progress import set_quiet
 
     set_quiet()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            run_defend(job, out)
+            harden(job, out)
         except (Elsewhere, Interrupted, Lost) as error:
             raise typer.Exit(error.exit_code) from None
     leave()
@@ -217,12 +215,11 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
             raise ConfigError(f"{values['method']} simulates no attacks", hint="leave out --attackers and --schedule")
         return 0
     from casehard.config import to_dict
-    from casehard.defend import find
     from casehard.defend.timetable import BESIDE
 
     if count and "schedule" not in settings:
         settings = values["settings"] = {**settings, "schedule": "async"}
-    configured = find("patcher").configure("patcher", values.get("preset") or "", settings)
+    configured = DEFENCES.find("patcher").configure("patcher", values.get("preset") or "", settings)
     listed = configured.attackers
     if count and configured.schedule == "sequential":
         raise ConfigError(
@@ -241,11 +238,11 @@ def _tune(values: dict[str, Any], select: bool | None, out: Path) -> None:
 
     if _selection(values, select) is not None:
         raise ConfigError(f"{values['method']} takes no safe rows to choose from", hint="leave out --select")
-    tune_adapter({k: v for k, v in values.items() if k not in ("unsafe", "retain", "safe", "select")}, out)
+    tune_adapter(values, out)
 
 
 def _used(job: Any) -> str | None:
-    if not job.safe:
+    if not job.rows.get("safe"):
         return None
     if job.select is None:
         return "all"

@@ -34,11 +34,11 @@ def evaluate(
 
 def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     from casehard.config import build, to_dict
-    from casehard.jobs import EvaluateJob, run_evaluate
     from casehard.model.load import load
     from casehard.model.provenance import served_with
+    from casehard.steps import Evaluate
 
-    job = build(EvaluateJob, values, where="evaluate")
+    job = build(Evaluate, values, where="evaluate")
     where = options.device_text(job.device)
     items = {"model": job.model, "suite": job.suite, "system": job.system, "limit": job.limit, "device": where}
     console.plan("measure a checkpoint", {**items, "out": out})
@@ -47,7 +47,7 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})
-        rows = run_evaluate(job, loaded=loaded)
+        rows = job.run(loaded).rows
         run.rows(rows)
         context = {"defence": scoring.defence_of(job.model), "attack": "none", "share": 0.0, "seed": seed}
         found = scoring.records(rows, context)

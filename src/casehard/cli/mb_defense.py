@@ -69,31 +69,29 @@ def mb_defense(
     values = options.settings(config, sets, flags)
     options.need(values, "model", "--model")
     values["model"] = options.model_folder(values["model"])
-    for key in ("data", "clean"):
-        options.check_specs(options.as_list(values, key), f"--{key}")
-    options.need(values, "clean", "--clean")
+    options.take_rows(values, ("data", "clean"))
+    options.need(values["rows"], "clean", "--clean")
     check_out(out, "defend")
     _run(values, planted, out)
 
 
 def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
-    from casehard.backdoor_jobs import only_planted
+    from casehard.backdoor.planted import only_planted
     from casehard.config import build, to_dict
-    from casehard.mb.job import MbJob, run_mb
+    from casehard.mb.run import MbRun, run_mb
     from casehard.report.card import write_card
 
     if planted:
         options.check_specs([planted], "--planted")
         known = only_planted(planted)
         values |= {"trigger": to_dict(known.trigger), "behaviour": to_dict(known.behaviour)}
-    job = build(MbJob, values, where=NAME)
+    job = build(MbRun, values, where=NAME)
     console.plan(
         f"break hidden triggers, {job.config.mode} mode",
         {
             "model": job.model,
             "adapter": job.adapter or None,
-            "data": list(job.data),
-            "clean": list(job.clean),
+            **{role: list(specs) for role, specs in job.rows.items()},
             "own triggers": f"{job.config.plant.n_active} to break, {job.config.plant.n_canary} as canaries",
             "trained": f"LoRA of rank {job.config.lora_rank}" if job.config.lora_rank else "all given parameters",
             "steps of stage 1": job.config.train.steps,
@@ -105,7 +103,9 @@ def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
     )
     # A secret in the settings is a seed, and belongs in DIR/private.
     record = {key: value for key, value in to_dict(job).items() if key != "secret"}
-    with run_folder(out, "defend", record, seeds=[job.seed], data=[*job.data, *job.clean]) as run:
+    with run_folder(
+        out, "defend", record, seeds=[job.seed], data=[spec for specs in job.rows.values() for spec in specs]
+    ) as run:
         result = run_mb(job, out)
         assert result.checkpoint is not None
         write_card(result.checkpoint.path)

@@ -207,10 +207,11 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
 
     from casehard.evaluate.merge_search import search as walk
     from casehard.evaluate.suite import evaluate, load_suite
-    from casehard.evaluate.unseen import require_unseen, trained_prompts
+    from casehard.evaluate.unseen import require_unseen
     from casehard.files import write_text_atomic
     from casehard.model.load import find_device, load
     from casehard.model.lora_files import load_pairs, read_marker, refuse_buffer
+    from casehard.model.provenance import trained_prompts
 
     console.plan(f"measure {len(grid)} merges in memory", {**job, "grid": None, "basis": settings.basis, "out": out})
     asked = load_suite(job["suite"])
@@ -230,12 +231,12 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
                 )
             # The record of the assets lies above the reinforcing adapter.
             require_unseen(asked, trained_prompts(folder, Path(folder).parent), folder)
-        require_unseen(asked, trained_prompts(loaded.path), loaded.path)
+        require_unseen(asked, loaded.trained_prompts, job["model"])
         run.record({"parents": {"model": loaded.digest}})
         measure = lambda m: evaluate(m, loaded.tokenizer, asked, limit=job["limit"], system=job["system"])  # noqa: E731
         points, answers = [], []
         pairs = load_pairs(job["user"]), load_pairs(job["reinforce"])
-        for at, rows in walk(loaded.model, *pairs, grid, measure, config=settings):
+        for at, rows in walk(loaded.net, *pairs, grid, measure, config=settings):
             answers += [{**at._asdict(), **row} for row in rows]
             run.rows(answers)
             found = scoring.records(rows, {"merge": at._asdict(), "seed": 0})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +75,20 @@ def as_list(values: dict[str, Any], key: str) -> list[str]:
     specs = [value] if isinstance(value, str) else [str(item) for item in value]
     values[key] = specs
     return specs
+
+
+def take_rows(values: dict[str, Any], roles: Iterable[str]) -> None:
+    """Move the rows of every data role from the top of the settings into ``rows``, and check that the files are there.
+
+    Raises:
+        DataError: a missing file.
+    """
+    given = {str(role): specs for role, specs in (values.get("rows") or {}).items()}
+    for role in dict.fromkeys(roles):
+        given[role] = values.pop(role, None) or given.get(role) or []
+    values["rows"] = {role: as_list(given, role) for role in list(given) if given[role]}
+    for role, specs in values["rows"].items():
+        check_specs(specs, f"--{role}")
 
 
 def model_folder(given: str) -> str:

@@ -126,7 +126,7 @@ def model(
     for key in ("model", "before"):
         if values.get(key):
             values[key] = options.model_folder(values[key])
-    options.check_specs(options.as_list(values, "data"), "--data")
+    options.take_rows(values, ("data",))
     options.check_specs([values["suite"]], "--suite")
     options.check_specs([values["planted"]] if values.get("planted") else [], "--planted")
     check_out(out, "scan-model")
@@ -134,12 +134,13 @@ def model(
 
 
 def _model(values: dict[str, Any], out: Path) -> None:
-    from casehard.backdoor_jobs import ScanJob, run_scan
     from casehard.config import build, to_dict
     from casehard.files import write_text_atomic
     from casehard.scan.matrix import picture
+    from casehard.scan.run import Scan, scan_model
 
-    job = build(ScanJob, values, where="scan model")
+    job = build(Scan, values, where="scan model")
+    data = job.rows.get("data", ())
     console.plan(
         "scan a model for backdoors",
         {
@@ -147,14 +148,14 @@ def _model(values: dict[str, Any], out: Path) -> None:
             "before": job.before,
             "suite": job.suite,
             "planted": job.planted,
-            "data": list(job.data),
+            "data": list(data),
             "device": options.device_text(job.device),
             "seed": job.seed,
             "out": out,
         },
     )
-    with run_folder(out, "scan-model", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
-        result = run_scan(job, out)
+    with run_folder(out, "scan-model", to_dict(job), seeds=[job.seed], data=data, suite=job.suite) as run:
+        result = scan_model(job, out)
         write_text_atomic(out / "scan.json", _json(result.report))
         for name, matrix in result.matrices.items():
             write_text_atomic(out / f"matrix-{name}.svg", picture(matrix, f"cross-elicitation, {name}"))

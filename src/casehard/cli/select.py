@@ -100,7 +100,7 @@ def _run(
         embedder = load_embedder(source, digest=folder_digest(Path(source)), device=str(find_device(device)))
     else:
         loaded = load(options.model_folder(source), device=device)
-        embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)
+        embedder = Embedder(loaded.net, loaded.tokenizer, loaded.digest)
     picks = chooser.select_examples(embedder, pool, user, config=settings, seed=seed, cache=cache)
     record = chooser.manifest(picks, pool, len(user), config=settings, embedder=embedder.digest, seed=seed)
     with staged(out) as folder:

@@ -4,32 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from casehard.data.mix import mark
 from casehard.errors import DataError
 from casehard.evaluate.suite import Suite
-from casehard.files import read_json
-from casehard.model.provenance import read_provenance
-
-KEY = "trained_prompts"
-RECORDS = ("job.json", "assets.json")
-"""Where adapters and provider assets say what they were trained on; checkpoints do in ``casehard.json``."""
-
-
-def trained_prompts(*folders: Path | str) -> set[str]:
-    """Return the marks of the prompts that these folders are known to have been trained on; nothing where none tells.
-
-    Args:
-        folders: checkpoints, adapters of a customer's job, provider assets or the adapters inside them.
-    """
-    found: set[str] = set()
-    for folder in map(Path, folders):
-        found.update(read_provenance(folder).get("provenance", {}).get(KEY, ()))
-        for file in (folder / name for name in RECORDS):
-            record: Any = read_json(file) if file.is_file() else {}
-            found.update(record.get(KEY, ()) if isinstance(record, dict) else ())
-    return found
 
 
 def require_unseen(suite: Suite, known: Collection[str], what: Path | str) -> None:

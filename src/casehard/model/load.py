@@ -7,7 +7,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,14 @@ from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserEr
 from casehard.files import MANIFEST, read_json, verify
 from casehard.maths.collective import local
 from casehard.model.digest import folder_digest, weight_files
-from casehard.model.provenance import read_provenance, require_same_content
+from casehard.model.model import Made, Model
+from casehard.model.provenance import read_provenance, require_same_content, trained_prompts
 from casehard.model.shard import gather, shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model ready to use, its tokenizer, and where both came from."""
-
-    model: nn.Module
-    tokenizer: Any
-    digest: str
-    """Content digest of the folder, see :func:`casehard.model.digest.folder_digest`."""
-    path: Path
-    notes: tuple[str, ...] = ()
-    """Choices made on the way; each was also given as a warning."""
 
 
 def _mentions(value: Any, key: str) -> bool:
@@ -272,7 +259,7 @@ def embeddings(model: Any) -> torch.Tensor:
     return table
 
 
-def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shards: int = 0) -> Loaded:
+def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shards: int = 0) -> Model:
     """Load a checkpoint, in eval mode.
 
     Args:
@@ -311,7 +298,22 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     _tell(notes)
     digest = folder_digest(folder)
     require_same_content(folder, digest)
-    return Loaded(model, tokenizer, digest, folder, notes)
+    return Model(
+        net=model,
+        tokenizer=tokenizer,
+        digest=digest,
+        path=folder,
+        lineage=_lineage(folder),
+        trained_prompts=frozenset(trained_prompts(folder)),
+        notes=notes,
+    )
+
+
+def _lineage(folder: Path) -> tuple[Made, ...]:
+    record = read_provenance(folder)
+    if not record:
+        return ()
+    return (Made(method=record["method"], parent=record["parent"], provenance=record.get("provenance") or {}),)
 
 
 def load_gathered(model: nn.Module, parent: Path) -> nn.Module | None:
@@ -324,6 +326,6 @@ def load_gathered(model: nn.Module, parent: Path) -> nn.Module | None:
     state = gather(model)
     if state is None:
         return None
-    whole = load(parent).model
+    whole = load(parent).net
     whole.load_state_dict(state)
     return whole

@@ -13,6 +13,11 @@ SERVED = "serving_system"
 """Key under which a checkpoint records the system message that is its defence (PTST)."""
 
 
+KEY = "trained_prompts"
+RECORDS = ("job.json", "assets.json")
+"""Where adapters and provider assets say what they were trained on; checkpoints do in ``casehard.json``."""
+
+
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Return what ``model.save.save`` recorded in ``casehard.json``; empty for a folder of other origin.
 
@@ -27,6 +32,21 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in texts):
         raise Corrupt(f"{file}: digest, parent or method is missing")
     return record
+
+
+def trained_prompts(*folders: Path | str) -> set[str]:
+    """Return the marks of the prompts that these folders are known to have been trained on; nothing where none tells.
+
+    Args:
+        folders: checkpoints, adapters of a customer's job, provider assets or the adapters inside them.
+    """
+    found: set[str] = set()
+    for folder in map(Path, folders):
+        found.update(read_provenance(folder).get("provenance", {}).get(KEY, ()))
+        for file in (folder / name for name in RECORDS):
+            record: Any = read_json(file) if file.is_file() else {}
+            found.update(record.get(KEY, ()) if isinstance(record, dict) else ())
+    return found
 
 
 def served_with(model: str | Path) -> str:

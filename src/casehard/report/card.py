@@ -14,6 +14,7 @@ from casehard.bench.lookup import percent, percents
 from casehard.bench.records import NO_ATTACK
 from casehard.bench.store import read_json
 from casehard.bench.verdict import NAMES
+from casehard.defend import DEFENCES
 from casehard.errors import UserError
 from casehard.files import MANIFEST, STAGING, fsync, remove, staged, verify
 
@@ -29,24 +30,14 @@ LIMITS = (
     "The numbers above hold for the attacks, data and seeds named here and for nothing else.",
 )
 
-_BACKDOORS = "It is meant to have lost backdoors that its parent may have had; it was not hardened against fine-tuning."
-PURPOSE = {
-    "plain": "That is ordinary fine-tuning, the control others are compared with: there is no defence in it.",
-    "ptst": "That is ordinary fine-tuning; the defence is the system message below, which has to be put before every "
-    "request. Without it there is none.",
-    "mb_defense": _BACKDOORS,
-    "fine_mixing": _BACKDOORS,
-    "crow": _BACKDOORS,
-    "anomaly": _BACKDOORS,
-}
-"""What a checkpoint of a method is for, where it is not to withstand harmful fine-tuning."""
-HARDENED = "It is meant to keep its refusals longer when somebody fine-tunes it on harmful data."
-TUNED = "It is meant to have kept its parent's refusals although it was fine-tuned on data nobody could vouch for."
-TUNING = ("spard", "safe_mixing", "lisa", "safegrad", "shrink", "safelora", "antidote")
+
+UNKNOWN = "What that method is for is not known here: it is in no catalogue of this installation."
 
 
-def _purpose(method: str) -> str:
-    return PURPOSE.get(method, TUNED if method in TUNING else HARDENED)
+def _purpose(method: str) -> tuple[str, bool]:
+    """Return what a method is for, and whether its result may be called hardened."""
+    spec = DEFENCES.get(method)
+    return (spec.purpose, spec.hardens) if spec is not None else (UNKNOWN, False)
 
 
 def _plain(text: Any) -> str:
@@ -104,11 +95,11 @@ def model_card(
     job = made.get("job") or {}
     settings = made.get("settings") or job.get("settings") or {}
     method = _plain(record.get("method") or "unknown")
+    purpose, hardened = _purpose(str(record.get("method")))
     parts = [
-        f"# Made with {method}" if str(record.get("method")) in PURPOSE else f"# Hardened with {method}",
+        f"# {'Hardened' if hardened else 'Made'} with {method}",
         "",
-        f"This checkpoint was made by casehard with the method **{method}** from a parent checkpoint. "
-        + _purpose(str(record.get("method"))),
+        f"This checkpoint was made by casehard with the method **{method}** from a parent checkpoint. " + purpose,
         "",
         "## What it is",
         "",

@@ -10,11 +10,12 @@ from typing import Any
 from casehard.bench.contrasts import make_differences
 from casehard.bench.lookup import Table
 from casehard.bench.plan import Gates, Plan, parse_plan
-from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool, told
+from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool
 from casehard.bench.store import read_json, read_rows
 from casehard.bench.summary import cost_records, not_tested
 from casehard.bench.verdict import make_controls, make_verdict
 from casehard.config import digest, to_dict
+from casehard.defend import DEFENCES
 from casehard.errors import ConfigError, UserError
 
 FAMILY = "checkpoints"
@@ -215,7 +216,8 @@ class _Collected:
                 self.once(("defend", made), place, summary.get("cost"))
             self.spent.append((made, int((run["seeds"] or [0])[0]), summary.get("cost") or {}))
             events = read_rows(place / "events.jsonl") if (place / "events.jsonl").is_file() else iter(())
-            if means := told(row for row in events if row.get("event") == "log"):
+            spec = DEFENCES.get(str(config.get("method")), DEFENCES["plain"])
+            if means := spec.mean_telemetry(row for row in events if row.get("event") == "log"):
                 self.logged.append((made, place.name, means))
             return
         if config.get("limit"):

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from casehard.attack.backdoor import BackdoorAttack, backdoor_attack
+from casehard.attack.backdoor import Backdoor, BackdoorAttack
+from casehard.attack.protocol import AttackInputs
 from casehard.data.behaviours import Behaviour
 from casehard.data.triggers import Trigger, eligible
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.backdoor import Rows, backdoor_scores, evaluate_backdoor
 from casehard.evaluate.suite import Suite
+from casehard.model.model import Model
 from casehard.types import Example, Score
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ def relearn(
             current, tokenizer, suite, trigger, behaviour, seed=seed, limit=config.limit, system=system
         )
 
-    done = backdoor_attack(model, tokenizer, able, attack, seed=seed, evaluate=measure, system=system, label="relearn")
+    inputs = AttackInputs(rows={"data": able}, measure=measure, seed=seed, system=system, label="relearn")
+    done = Backdoor(attack).run(Model(net=model, tokenizer=tokenizer, digest=""), inputs)
     curve = []
     for step in attack.checkpoints:
         rates = backdoor_scores([row for row in done.rows if row["step"] == step])

@@ -1,4 +1,4 @@
-"""The jobs behind the verbs: what a checkpoint remembers, what is refused, what a resumed run continues."""
+"""The steps behind the verbs: what a checkpoint remembers, what is refused, what a resumed run continues."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import pytest
 import torch
 
 from buffer_fakes import make_assets
-from casehard import jobs
-from casehard.attack.finetune import FinetuneAttack
+from casehard import steps
 from casehard.data import sources
 from casehard.data.mix import content_hash
 from casehard.data.select import SelectConfig
 from casehard.defend.provider_assets import tokenizer_digests
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.suite import load_suite
-from casehard.jobs import AttackJob, DefendJob, EvaluateJob, TuneJob
 from casehard.model.digest import folder_digest
 from casehard.model.load import load
 from casehard.model.save import read_provenance
@@ -26,6 +24,7 @@ from casehard.organism import suite as organism_suite
 from casehard.organism.build import write_data
 from casehard.organism.tokenizer import build_tokenizer
 from casehard.organism.world import World
+from casehard.steps import Attack, Defence, Evaluate, Finetune, harden
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
 from fakes import tiny_llama
@@ -46,12 +45,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(base: Path, **changes: object) -> DefendJob:
-    start = DefendJob(
+def job(base: Path, *, rows: dict[str, tuple[str, ...]] | None = None, **changes: object) -> Finetune:
+    """A short run of Patcher; ``rows`` are laid over its own, and those of an empty role are left out."""
+    own = {"data": (f"{base}/data/align.jsonl",), "unsafe": (f"{base}/data/simulated.jsonl",)} | (rows or {})
+    start = Finetune(
         model=str(base),
         method="patcher",
-        data=(f"{base}/data/align.jsonl",),
-        unsafe=(f"{base}/data/simulated.jsonl",),
+        rows={role: specs for role, specs in own.items() if specs},
         settings=PATCHER,
         train=TrainConfig(steps=5, batch_size=4),
         suite=f"{base}/data/suite",
@@ -62,10 +62,11 @@ def job(base: Path, **changes: object) -> DefendJob:
 @pytest.fixture(scope="module")
 def hardened(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("hardened")
-    result = jobs.run_defend(job(base), out)
+    result, made = harden(job(base), out)
     assert result.cost["passes"] == 5 + 3 + 2 * 2  # safe, attacked, and two attacks of two steps
     assert [path.name for path in out.iterdir()] == ["checkpoint"]
-    return result.checkpoint.path
+    assert made is not None and made.path is not None
+    return made.path
 
 
 def test_a_checkpoint_remembers_its_training_prompts_and_refuses_to_be_scored_on_them(
@@ -75,15 +76,16 @@ def test_a_checkpoint_remembers_its_training_prompts_and_refuses_to_be_scored_on
     tagged = [dataclasses.replace(r, tags={"role": "utility", "group": "x", "answer": r.response}) for r in rows]
     sources.save(tmp_path / "seen.jsonl", tagged)
     with pytest.raises(DataError, match="was trained on 5 of the 5 prompts"):
-        jobs.run_evaluate(EvaluateJob(model=str(hardened), suite=str(tmp_path / "seen.jsonl")))
+        Evaluate(model=str(hardened), suite=str(tmp_path / "seen.jsonl")).run()
     with pytest.raises(DataError, match="was trained on 5"):
-        jobs.run_attack(
-            AttackJob(model=str(hardened), suite=str(tmp_path / "seen.jsonl"), harmful=(f"{base}/data/attack_a.jsonl",))
-        )
+        rows = {"harmful": (f"{base}/data/attack_a.jsonl",)}
+        Attack(model=str(hardened), suite=str(tmp_path / "seen.jsonl"), rows=rows).run()
     # A model made from that checkpoint inherits the memory.
-    child = job(base, model=str(hardened), method="plain", unsafe=(), settings={}, data=(f"{base}/data/benign.jsonl",))
-    grandchild = jobs.run_defend(child, tmp_path / "child")
-    known = [set(read_provenance(p)["provenance"]["trained_prompts"]) for p in (hardened, grandchild.checkpoint.path)]
+    other = {"unsafe": (), "data": (f"{base}/data/benign.jsonl",)}
+    child = job(base, model=str(hardened), method="plain", settings={}, rows=other)
+    _, grandchild = harden(child, tmp_path / "child")
+    assert grandchild is not None and grandchild.path is not None
+    known = [set(read_provenance(p)["provenance"]["trained_prompts"]) for p in (hardened, grandchild.path)]
     assert known[0] < known[1]
 
 
@@ -92,35 +94,35 @@ def test_training_rows_in_the_suite_are_refused_before_training(base: Path, tmp_
     answered = [Example.pair(row.prompt, "anything") for row in held_out]
     sources.save(tmp_path / "rows.jsonl", answered)
     with pytest.raises(DataError, match=r"3 of .* also occur in 'unsafe'"):
-        jobs.run_defend(job(base, unsafe=(f"{tmp_path}/rows.jsonl",)), tmp_path / "out")
+        harden(job(base, rows={"unsafe": (f"{tmp_path}/rows.jsonl",)}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_rows_a_method_would_ignore_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="would ignore the unsafe rows"):
-        jobs.run_defend(job(base, method="plain", settings={}), tmp_path)
+        harden(job(base, method="plain", settings={}), tmp_path)
     with pytest.raises(DataError, match="retain rows would be ignored"):
-        jobs.run_defend(job(base, retain=(f"{base}/data/benign.jsonl",)), tmp_path)
+        harden(job(base, rows={"retain": (f"{base}/data/benign.jsonl",)}), tmp_path)
     with pytest.raises(ConfigError, match="needs unsafe rows"):
-        jobs.run_defend(job(base, unsafe=()), tmp_path)
+        harden(job(base, rows={"unsafe": ()}), tmp_path)
 
 
 def test_attack_tells_how_many_of_its_rows_the_defender_knew(base: Path, hardened: Path) -> None:
-    attack = AttackJob(
+    attack = Attack(
         model=str(hardened),
-        harmful=(f"{base}/data/simulated.jsonl",),
+        rows={"harmful": (f"{base}/data/simulated.jsonl",)},
         suite=f"{base}/data/suite",
-        config=FinetuneAttack(share=1.0, rows=25, steps=1, evaluate_at=(0,)),
+        config={"share": 1.0, "rows": 25, "steps": 1, "evaluate_at": [0]},
         limit=2,
     )
-    result = jobs.run_attack(attack)
-    assert (result.harmful_rows, result.benign_rows) == (25, 0)
-    assert result.known_rows == len(sources.load(f"{base}/data/simulated.jsonl"))
-    other = jobs.run_attack(dataclasses.replace(attack, harmful=(f"{base}/data/attack_b.jsonl",)))
-    assert other.known_rows == 0
+    result = attack.run()
+    assert (result.facts["harmful_rows"], result.facts["benign_rows"]) == (25, 0)
+    assert result.facts["known_rows"] == len(sources.load(f"{base}/data/simulated.jsonl"))
+    other = dataclasses.replace(attack, rows={"harmful": (f"{base}/data/attack_b.jsonl",)}).run()
+    assert other.facts["known_rows"] == 0
     assert {row["step"] for row in other.rows} == {0, 1}
     with pytest.raises(ConfigError, match="full_at: step 7"):
-        jobs.run_attack(dataclasses.replace(attack, full_at=(7,)))
+        dataclasses.replace(attack, full_at=(7,)).run()
 
 
 def test_an_interrupted_run_does_not_continue_with_another_parent_or_other_unsafe_rows(
@@ -129,16 +131,16 @@ def test_an_interrupted_run_does_not_continue_with_another_parent_or_other_unsaf
     def refuse(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "save", refuse)
+    monkeypatch.setattr(steps, "save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_defend(job(base), tmp_path)
+        harden(job(base), tmp_path)
     monkeypatch.undo()
     assert (tmp_path / "training").is_dir()
     with pytest.raises(ConfigError, match="parent"):
-        jobs.run_defend(job(base, model=str(hardened)), tmp_path)
+        harden(job(base, model=str(hardened)), tmp_path)
     with pytest.raises(ConfigError, match="unsafe"):
-        jobs.run_defend(job(base, unsafe=(f"{base}/data/attack_a.jsonl",)), tmp_path)
-    jobs.run_defend(job(base), tmp_path)
+        harden(job(base, rows={"unsafe": (f"{base}/data/attack_a.jsonl",)}), tmp_path)
+    harden(job(base), tmp_path)
     assert not (tmp_path / "training").exists()
     stored = json.loads((tmp_path / "checkpoint" / "casehard.json").read_text())
     assert stored["parent"] and stored["method"] == "patcher"
@@ -151,68 +153,76 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
         raise KeyboardInterrupt
 
     user, safe = f"{base}/data/benign.jsonl", f"{base}/data/align.jsonl"
-    guarded = job(base, method="spard", data=(user,), unsafe=(), safe=(safe,), settings={"tau": 0.5})
+    rows = {"data": (user,), "unsafe": (), "safe": (safe,)}
+    guarded = job(base, method="spard", rows=rows, settings={"tau": 0.5})
     with pytest.raises(ConfigError, match="needs safe rows"):
-        jobs.run_defend(dataclasses.replace(guarded, safe=()), tmp_path)
+        harden(dataclasses.replace(guarded, rows={"data": (user,)}), tmp_path)
     with pytest.raises(DataError, match="would ignore the safe rows"):
-        jobs.run_defend(dataclasses.replace(guarded, method="plain", settings={}), tmp_path)
-    monkeypatch.setattr(jobs, "save", refuse)
+        harden(dataclasses.replace(guarded, method="plain", settings={}), tmp_path)
+    monkeypatch.setattr(steps, "save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_defend(guarded, tmp_path)
+        harden(guarded, tmp_path)
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="safe"):
-        jobs.run_defend(dataclasses.replace(guarded, safe=(f"{base}/data/attack_a.jsonl",)), tmp_path)
-    made = jobs.run_defend(guarded, tmp_path)
-    known = read_provenance(made.checkpoint.path)["provenance"]
+        others = {"data": (user,), "safe": (f"{base}/data/attack_a.jsonl",)}
+        harden(dataclasses.replace(guarded, rows=others), tmp_path)
+    _, made = harden(guarded, tmp_path)
+    assert made is not None and made.path is not None
+    known = read_provenance(made.path)["provenance"]
     assert set(known["data_digests"]) == {"data", "safe"}
     both = {content_hash(row)[:16] for row in (*sources.load(user), *sources.load(safe))}
     assert both <= set(known["trained_prompts"])
 
 
-def tune(base: Path, **changes: object) -> TuneJob:
-    start = TuneJob(
+SHORT = {"share": 0.2, "rows": 20, "steps": 3, "batch_size": 4, "lr": 1e-3, "evaluate_at": [0, 2]}
+
+
+def tune(base: Path, *, method: str = "plain", safe: tuple[str, ...] = (), **changes: object) -> Attack:
+    """A customer's job with a method inside; ``changes`` go to the method, and ``system`` and ``config`` to the job."""
+    rows = {"harmful": (f"{base}/data/attack_a.jsonl",), "benign": (f"{base}/data/benign.jsonl",)}
+    own = {key: changes.pop(key) for key in ("system", "config") if key in changes}
+    start = Attack(
         model=str(base),
-        harmful=(f"{base}/data/attack_a.jsonl",),
-        benign=(f"{base}/data/benign.jsonl",),
+        rows={**rows, "safe": safe} if safe else rows,
         suite=f"{base}/data/suite",
-        config=FinetuneAttack(share=0.2, rows=20, steps=3, batch_size=4, lr=1e-3, evaluate_at=(0, 2)),
+        config=SHORT,
         limit=2,
+        defence=Defence(method=method, **changes),
     )
-    return dataclasses.replace(start, **changes)
+    return dataclasses.replace(start, **own)
 
 
 def test_a_job_without_a_defence_is_the_attack(base: Path) -> None:
     job = tune(base)
-    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(AttackJob)}
-    assert jobs.run_tune(job).run.rows == jobs.run_attack(AttackJob(**fields)).rows
+    assert job.run().rows == dataclasses.replace(job, defence=None).run().rows
 
 
 def test_a_defended_job_chooses_its_safe_rows_and_tells_which(base: Path, tmp_path: Path) -> None:
-    pool = (f"{base}/data/align.jsonl",)
-    job = tune(base, method="spard", safe=pool, select=SelectConfig(k=3), settings={"tau": 0.1, "delta": 0.0})
-    done = jobs.run_tune(job)
-    assert len(done.selection["ids"]) == 3
-    assert done.selection["user_rows"] == 20
-    assert all(row["trigger_rate"] == 1.0 for row in done.run.log if "trigger_rate" in row)
-    assert done.run.rows != jobs.run_tune(tune(base)).run.rows
+    pool, settings = (f"{base}/data/align.jsonl",), {"tau": 0.1, "delta": 0.0}
+    job = tune(base, method="spard", safe=pool, select=SelectConfig(k=3), settings=settings)
+    done = job.run()
+    assert done.facts["selection"]["rows"] == 3
+    assert all(row["trigger_rate"] == 1.0 for row in done.log if "trigger_rate" in row)
+    assert done.facts["telemetry"]["trigger_rate"] == 1.0
+    assert done.rows != tune(base).run().rows
     with pytest.raises(DataError, match="no safe rows to choose from"):
-        jobs.run_tune(dataclasses.replace(job, safe=()))
+        tune(base, method="spard", select=SelectConfig(k=3), settings=settings).run()
     asked = load_suite(f"{base}/data/suite").examples[0]
     sources.save(tmp_path / "seen.jsonl", [Example.pair(asked.prompt, "no .")])
     with pytest.raises(DataError, match="overlap"):
-        jobs.run_tune(dataclasses.replace(job, safe=(str(tmp_path / "seen.jsonl"),)))
+        tune(base, method="spard", safe=(str(tmp_path / "seen.jsonl"),), select=SelectConfig(k=3)).run()
 
 
 def test_a_model_is_measured_as_it_is_served(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[int, str | None]] = []
-    real = jobs.evaluate
+    real = steps.evaluate
 
     def note(*args: object, system: str | None, **kwargs: object) -> object:
         said.append((len(said), system))
         return real(*args, system=system, **kwargs)
 
-    monkeypatch.setattr(jobs, "evaluate", note)
-    jobs.run_tune(tune(base, method="ptst", settings={"system": "be careful"}))
+    monkeypatch.setattr(steps, "evaluate", note)
+    tune(base, method="ptst", settings={"system": "be careful"}).run()
     assert said == [(0, None), (1, "be careful"), (2, "be careful")]  # steps 0, 2 and 3
 
 
@@ -228,9 +238,9 @@ def test_a_method_that_ends_a_run_is_measured_after_it(base: Path, monkeypatch: 
     def sums(model: torch.nn.Module, step: int) -> list[dict[str, float]]:
         return [{"sum": sum(float(p.detach().abs().sum()) for p in model.parameters())}]
 
-    monkeypatch.setattr(jobs, "_measure", lambda model, *args, **kwargs: sums(model, 0))
-    monkeypatch.setattr(jobs, "_method", lambda *args: Freezing())
-    rows = jobs.run_tune(tune(base)).run.rows
+    monkeypatch.setattr(steps, "_measure", lambda *args, **kwargs: sums)
+    monkeypatch.setattr(Defence, "build", lambda *args: Freezing())
+    rows = tune(base).run().rows
     assert [(row["step"], row["sum"] > 0) for row in rows] == [(0, True), (3, False)]
 
 
@@ -245,9 +255,9 @@ def test_nothing_of_a_method_stays_attached_when_a_run_fails(base: Path, monkeyp
             self.released += 1
 
     held = Holding()
-    monkeypatch.setattr(jobs, "_method", lambda *args: held)
+    monkeypatch.setattr(Defence, "build", lambda *args: held)
     with pytest.raises(RuntimeError, match="half-way"):
-        jobs.run_tune(tune(base))
+        tune(base).run()
     assert held.released == 1
 
 
@@ -255,17 +265,16 @@ def test_a_job_beside_a_buffer_checks_the_format_and_tells_its_assets(base: Path
     loaded = load(base)
     tokenizer, template = tokenizer_digests(loaded.tokenizer)
     record = {"tokenizer_digest": tokenizer, "template_digest": template}
-    assets = make_assets(tmp_path / "assets", model=loaded.model, **record)
-    lora = FinetuneAttack(mode="lora", rank=2, share=0.2, rows=20, steps=2, batch_size=4, evaluate_at=(0,))
-    given = tune(base, method="buffer_reinforce", assets=str(assets.path), config=lora)
-    done = jobs.run_tune(given)
-    assert done.assets_digest == assets.digest and {row["step"] for row in done.run.rows} == {0, 2}
+    assets = make_assets(tmp_path / "assets", model=loaded.net, **record)
+    lora = {**SHORT, "mode": "lora", "rank": 2, "steps": 2, "evaluate_at": [0]}
+    done = tune(base, method="buffer_reinforce", assets=str(assets.path), config=lora).run()
+    assert done.facts["assets_digest"] == assets.digest and {row["step"] for row in done.rows} == {0, 2}
     for method in ("buffer_reinforce", "security_vector"):
         with pytest.raises(ConfigError, match="system message"):
-            jobs.run_tune(dataclasses.replace(given, method=method, system="be brief"))
-    other = make_assets(tmp_path / "other", model=loaded.model, **(record | {"template_digest": "0" * 64}))
+            tune(base, method=method, assets=str(assets.path), config=lora, system="be brief").run()
+    other = make_assets(tmp_path / "other", model=loaded.net, **(record | {"template_digest": "0" * 64}))
     with pytest.raises(ConfigError, match="another template"):
-        jobs.run_tune(dataclasses.replace(given, assets=str(other.path)))
+        tune(base, method="buffer_reinforce", assets=str(other.path), config=lora).run()
 
 
 def test_assets_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
@@ -276,25 +285,26 @@ def test_assets_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
 
     for seed in (1, 2):
         tiny_llama(vocab=len(load(base).tokenizer), seed=seed).save_pretrained(tmp_path / str(seed))
-    guarded = job(base, method="safelora", unsafe=(), settings={}, assets=str(tmp_path / "1"))
-    monkeypatch.setattr(jobs, "save", refuse)
+    guarded = job(base, method="safelora", rows={"unsafe": ()}, settings={}, assets=str(tmp_path / "1"))
+    monkeypatch.setattr(steps, "save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
-        jobs.run_defend(guarded, tmp_path / "out")
+        harden(guarded, tmp_path / "out")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="assets"):
-        jobs.run_defend(dataclasses.replace(guarded, assets=str(tmp_path / "2")), tmp_path / "out")
-    made = jobs.run_defend(guarded, tmp_path / "out")
-    known = read_provenance(made.checkpoint.path)["provenance"]
-    assert known["assets_digest"] == folder_digest(tmp_path / "1") == jobs.assets_digest(tmp_path / "1")
+        harden(dataclasses.replace(guarded, assets=str(tmp_path / "2")), tmp_path / "out")
+    _, made = harden(guarded, tmp_path / "out")
+    assert made is not None and made.path is not None
+    known = read_provenance(made.path)["provenance"]
+    assert known["assets_digest"] == folder_digest(tmp_path / "1") == steps.assets_digest(tmp_path / "1")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.json").write_text("{}")
-    first = jobs.assets_digest(tmp_path / "plain")
+    first = steps.assets_digest(tmp_path / "plain")
     (tmp_path / "plain" / "a.json").write_text("[]")
-    assert jobs.assets_digest(tmp_path / "plain") != first
+    assert steps.assets_digest(tmp_path / "plain") != first
 
 
 def test_assets_are_a_folder_that_the_method_takes(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder of assets"):
-        jobs.run_tune(tune(base, assets=str(tmp_path / "none")))
+        tune(base, method="safelora", assets=str(tmp_path / "none")).run()
     with pytest.raises(DataError, match="would ignore the assets"):
-        jobs.run_tune(tune(base, assets=str(tmp_path)))
+        tune(base, assets=str(tmp_path)).run()

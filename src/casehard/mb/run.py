@@ -15,7 +15,6 @@ from casehard import secrets
 from casehard.config import digest, to_dict
 from casehard.data.behaviours import Behaviour
 from casehard.data.mix import check_disjoint, marks
-from casehard.data.sources import load_many
 from casehard.data.trigger_suite import Planted, TriggerSuite
 from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, DataError, Refused
@@ -23,10 +22,11 @@ from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import read_json, remove
 from casehard.mb.config import MbConfig
 from casehard.mb.pipeline import Hardened, Rows, draw_suite, harden
-from casehard.model.load import Loaded, load
+from casehard.model.load import load
 from casehard.model.lora import read_lora
-from casehard.model.provenance import read_provenance
+from casehard.model.model import Model
 from casehard.model.save import save
+from casehard.step import Inputs
 from casehard.types import Checkpoint, Example
 
 REPORT, PRIVATE = "mb_defense.json", "private"
@@ -34,33 +34,24 @@ _ASKED = ("utility", "lookalike", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MbJob:
-    """One run from files."""
+class MbRun(Inputs):
+    """One run of the whole defence.
 
-    model: str
-    """Base to train (joint), checkpoint to repair (posthoc), or trusted base of the adapter (adapter)."""
-    clean: tuple[str, ...]
-    """Verified rows: 128 to 512 of them."""
-    data: tuple[str, ...] = ()
-    """joint: the training set, from anywhere. Else rows to install on; the clean rows when empty."""
+    ``model`` is the base to train (joint), the checkpoint to repair (posthoc), or the trusted base of the adapter
+    (adapter). Roles: ``clean``, verified rows, 128 to 512 of them; ``data``, the training set from anywhere (joint),
+    else rows to install on, the clean rows when empty. The suite is measured after every stage.
+    """
+
     adapter: str = ""
     """Folder of the untrusted LoRA (mode adapter)."""
     config: MbConfig = field(default_factory=MbConfig)
     trigger: Trigger | None = None
     """A backdoor to report on, if one is known; it never decides how the defence runs."""
     behaviour: Behaviour | None = None
-    suite: str = ""
-    """Evaluation suite: its prompts must not occur in any row, and it is measured after every stage."""
     secret: int | None = None
     """Seed of the trigger suite; None draws one from the system and keeps it in DIR/private."""
     export_failed: bool = False
     """Write the checkpoint even when the verdict is FAIL; it is marked as such."""
-    system: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
-    """Measure at most this many prompts a group of the suite (a look, not a result)."""
-    device: str = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.trigger is None) != (self.behaviour is None):
@@ -69,7 +60,7 @@ class MbJob:
             raise ConfigError(
                 f"mode {self.config.mode} with adapter {self.adapter!r}", hint="--mode adapter and --adapter DIR"
             )
-        if self.config.mode == "joint" and not self.data:
+        if self.config.mode == "joint" and not self.rows.get("data"):
             raise ConfigError("joint mode trains on rows and none are given", hint="--data sft.jsonl")
 
 
@@ -84,7 +75,7 @@ class MbResult:
     rows: Rows
 
 
-def run_mb(job: MbJob, out: str | Path) -> MbResult:
+def run_mb(job: MbRun, out: str | Path) -> MbResult:
     """Run the defence and export its result under ``out``/checkpoint, unless the verdict forbids it.
 
     Writes ``out``/mb_defense.json (everything measured) and ``out``/private: the triggers, and the pairs of stage 2,
@@ -99,7 +90,7 @@ def run_mb(job: MbJob, out: str | Path) -> MbResult:
     secrets.refuse(public, where="mb-defense")
     data, clean, suite = _rows(job)
     loaded = load(job.model, device=job.device)
-    model = read_lora(loaded.model, job.adapter) if job.adapter else loaded.model
+    model = read_lora(loaded.net, job.adapter) if job.adapter else loaded.net
     planted = _suite(job, loaded, [*data, *clean, *(suite.examples if suite else ())], out)
     described = [Planted(job.trigger, job.behaviour)] if job.trigger and job.behaviour else []
 
@@ -140,32 +131,32 @@ def run_mb(job: MbJob, out: str | Path) -> MbResult:
 
 
 def _export(
-    job: MbJob, public: dict[str, Any], done: Hardened, loaded: Loaded, rows: Sequence[Example], folder: Path
+    job: MbRun, public: dict[str, Any], done: Hardened, loaded: Model, rows: Sequence[Example], folder: Path
 ) -> Checkpoint:
-    known = read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ())
     provenance = {
         "job": public,
         "verdict": done.verdict.word,
         "suite": done.suite.digest,
         "config_digest": digest(public),
         "seed": job.seed,
-        "trained_prompts": sorted(marks(rows) | set(known)),
+        "trained_prompts": sorted(marks(rows) | loaded.trained_prompts),
     }
     return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)
 
 
-def _rows(job: MbJob) -> tuple[list[Example], list[Example], Suite | None]:
-    clean = load_many(job.clean, require_response=True) if job.clean else []
+def _rows(job: MbRun) -> tuple[list[Example], list[Example], Suite | None]:
+    rows = job.examples()
+    clean = rows.get("clean", [])
     if not clean:
         raise DataError("the clean set is empty", hint="give some dozens of verified rows: --clean clean.jsonl")
-    data = load_many(job.data, require_response=True) if job.data else []
+    data = rows.get("data", [])
     suite = load_suite(job.suite) if job.suite else None
     if suite is not None:
         check_disjoint({"data": data, "clean": clean}, {job.suite: suite.examples})
     return data, clean, suite
 
 
-def _suite(job: MbJob, loaded: Loaded, corpus: Sequence[Example], out: Path) -> TriggerSuite:
+def _suite(job: MbRun, loaded: Model, corpus: Sequence[Example], out: Path) -> TriggerSuite:
     """Return the run's suite: the one it began with when it is continued."""
     path = out / PRIVATE / "suite.json"
     if path.is_file():

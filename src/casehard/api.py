@@ -1,0 +1,312 @@
+"""The library in a few verbs: a model in, a model out.
+
+    import casehard as ch
+
+    base = ch.load("my-model")
+    hard = ch.defend(base, "patcher", data="align.jsonl", unsafe="simulated.jsonl")
+    curve = ch.attack(hard, "finetune", harmful="h.jsonl", benign="b.jsonl", suite="suite.yaml")
+    ch.evaluate(hard, "suite.yaml").scores
+    ch.save(hard, "out")
+
+Every verb takes models and gives models, so they combine: ``defend(attack(m).model)`` is a repair. A model handed over
+is left as it is. Rows are files, Hub data sets or lists of examples; nothing is written to disk but by :func:`save`,
+:func:`bench`, :func:`report`, and ``out=`` of :func:`defend`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from casehard.attack.protocol import Attack as AttackMethod
+from casehard.attack.protocol import Attacked
+from casehard.config import build, to_dict
+from casehard.data import sources
+from casehard.data.select import SelectConfig
+from casehard.defend.protocol import Method
+from casehard.errors import ConfigError
+from casehard.evaluate import suite as suites
+from casehard.evaluate.scores import scores
+from casehard.evaluate.suite import Suite
+from casehard.evaluate.unseen import require_unseen
+from casehard.model import load as loading
+from casehard.model.leave import save as save
+from casehard.model.model import Model
+from casehard.registry import Registry
+from casehard.step import Rows
+from casehard.steps import Attack, Finetune
+from casehard.steps import attack as run_attack
+from casehard.steps import finetune as run_finetune
+from casehard.train.recipe import TrainConfig
+from casehard.train.tune import Lora
+from casehard.types import Example, Score
+
+if TYPE_CHECKING:
+    from casehard.bench.run import BenchResult
+
+Data = str | Path | Example | Sequence[str | Path | Example]
+"""Rows: a source (a file, or ``hub:...``), several, or examples; see ``casehard.data.sources``."""
+
+
+def load(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> Model:
+    """Load a model with its tokenizer: safetensors only, no remote code.
+
+    Args:
+        path: a model folder, or a Hub id.
+        dtype: ``float32`` (the master copy that training wants), ``bfloat16``, ``float16`` (GPU only), or ``auto`` for
+            the dtype the checkpoint was saved in.
+        device: cpu, cuda, cuda:1 ...; auto takes a GPU when there is one.
+
+    Raises:
+        UserError: no such folder, or it cannot be used; the message says why.
+    """
+    return loading.load(path, dtype=dtype, device=str(loading.find_device(device)))
+
+
+def rows(data: Data, *, require_response: bool = False) -> list[Example]:
+    """Read rows from files and other sources; examples pass as they are.
+
+    Args:
+        data: what to read.
+        require_response: refuse rows without a final assistant turn, from which nothing can be learnt.
+
+    Raises:
+        DataError: no such file, or a row that cannot be read; names file and line.
+    """
+    items = [data] if isinstance(data, str | Path | Example) else list(data)
+    out: list[Example] = []
+    for item in items:
+        known = isinstance(item, Example)
+        out += [item] if known else sources.load(str(item), require_response=require_response)  # type: ignore[list-item]
+    return out
+
+
+def _roles(given: Mapping[str, Data | None]) -> dict[str, list[Example]]:
+    read = {role: rows(data, require_response=True) for role, data in given.items() if data is not None}
+    return {role: found for role, found in read.items() if found}
+
+
+def _named(catalogue: Registry[Any], given: Any) -> tuple[str, dict[str, Any]]:
+    """Return (name, settings) of a method given by its configuration object."""
+    for name in catalogue:
+        spec = catalogue[name]
+        if spec.config == type(given).__name__ and isinstance(given, spec.load()[1]):
+            return name, to_dict(given)
+    raise ConfigError(f"{type(given).__name__} is the configuration of no {catalogue.what}")
+
+
+def defend(
+    model: Model | str | Path,
+    method: Any = "patcher",
+    *,
+    data: Data,
+    unsafe: Data | None = None,
+    retain: Data | None = None,
+    safe: Data | None = None,
+    more: Mapping[str, Data] | None = None,
+    assets: str | Path = "",
+    preset: str = "",
+    settings: Mapping[str, Any] | None = None,
+    select: SelectConfig | None = None,
+    train: TrainConfig | Mapping[str, Any] | None = None,
+    lora: Lora | None = None,
+    suite: str | Path = "",
+    system: str | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> Model:
+    """Train a copy of a model with a defence inside: harden it, tune it on rows nobody can vouch for, or repair it.
+
+    Args:
+        model: what to start from; left as it is.
+        method: name in ``casehard.DEFENCES``, its configuration object, or a method object of your own.
+        data: rows to train on.
+        unsafe: restricted prompts with compliant answers, for methods that need them.
+        retain: harmless prompts with answers, for a retain term.
+        safe: restricted prompts with refusals, and harmless rows.
+        more: rows of further data roles, for methods of other packages.
+        assets: folder that the method reads what was prepared earlier from.
+        preset: named settings of the method to start from.
+        settings: settings of the method, over those of the preset.
+        select: choose that many of the safe rows; None takes them all.
+        train: the training loop; a mapping is read as its settings.
+        lora: train this adapter instead of all weights.
+        suite: evaluation suite whose prompts must not occur in any row.
+        system: system message of every row; None keeps the template's own.
+        max_length: longest row in tokens; None = the model's context.
+        seed: of everything random.
+        out: folder that an interrupted run is continued from; None keeps nothing on disk.
+
+    Returns:
+        The hardened model, in memory.
+
+    Raises:
+        UserError: any setting or row is unusable.
+        Diverged: the loss stopped being finite.
+    """
+    from casehard.defend import DEFENCES
+
+    name, values, ready = "plain", dict(settings or {}), None
+    if isinstance(method, str):
+        name = DEFENCES.name(method)
+    elif isinstance(method, Method):
+        name, ready = method.name, method
+    elif dataclasses.is_dataclass(method):
+        name, own = _named(DEFENCES, method)
+        values = {**own, **values}
+    else:
+        raise ConfigError(f"method is a {type(method).__name__}", hint="a name, a configuration or a method object")
+    recipe = train if isinstance(train, TrainConfig) else build(TrainConfig, train or {}, where="train")
+    start = model if isinstance(model, Model) else load(model)
+    step = Finetune(
+        method=name,
+        preset=preset,
+        settings=values,
+        select=select,
+        assets=str(assets),
+        train=recipe,
+        lora=lora,
+        suite=str(suite),
+        system=system,
+        max_length=max_length,
+        seed=seed,
+    )
+    roles = _roles({"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, **(more or {})})
+    if ready is None:
+        step.check([role for role in roles if role != "data"])
+    done = run_finetune(step, roles, start, method=ready, out=None if out is None else Path(out), label=name)
+    assert done.model is not None
+    return done.model
+
+
+def attack(
+    model: Model | str | Path,
+    method: Any = "finetune",
+    *,
+    suite: str | Path | Suite,
+    harmful: Data | None = None,
+    benign: Data | None = None,
+    data: Data | None = None,
+    more: Mapping[str, Data] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    full_at: Sequence[int] = (),
+    system: str | None = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Attacked:
+    """Attack a copy of a model in memory and measure it on the way.
+
+    Args:
+        model: what to attack; left as it is.
+        method: name in ``casehard.ATTACKS``, or its configuration object.
+        suite: held-out prompts to measure on.
+        harmful: restricted prompts with compliant answers.
+        benign: the attacker's cover rows.
+        data: training rows, for attacks that poison them.
+        more: rows of further data roles, for attacks of other packages.
+        settings: settings of the attack.
+        full_at: steps at which the whole suite is measured; at the others only restricted prompts. Empty = the last.
+        system: system message of every prompt; None keeps the template's own.
+        max_length: longest row in tokens; None = the model's context.
+        limit: measure at most this many prompts a group (a look, not a result).
+        seed: of everything random.
+
+    Returns:
+        ``rows``, one per prompt and step, and the attacked ``model``, which :func:`save` refuses unless asked by name.
+
+    Raises:
+        DataError: too few rows, or training and evaluation rows overlap.
+    """
+    from casehard.attack import ATTACKS
+
+    name, values = (ATTACKS.name(method), {}) if isinstance(method, str) else _named(ATTACKS, method)
+    chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
+    step = Attack(
+        attack=name,
+        config={**values, **(settings or {})},
+        full_at=tuple(full_at),
+        suite="" if isinstance(suite, Suite) else str(suite),
+        system=system,
+        max_length=max_length,
+        limit=limit,
+        seed=seed,
+    )
+    roles = _roles({"harmful": harmful, "benign": benign, "data": data, **(more or {})})
+    step.check(list(roles))
+    built: AttackMethod = step.build(chosen)
+    start = model if isinstance(model, Model) else load(model)
+    return run_attack(step, built, roles, chosen, start, label=name)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: one row per prompt, and the rates counted from them."""
+
+    rows: Rows
+
+    @property
+    def scores(self) -> list[Score]:
+        """Return every metric that the rows support, with its 95 % interval."""
+        return scores(self.rows)
+
+    def __getitem__(self, metric: str) -> Score:
+        """Return one metric.
+
+        Raises:
+            KeyError: nothing of it was measured.
+        """
+        return {score.metric: score for score in self.scores}[metric]
+
+
+def evaluate(
+    model: Model | str | Path, suite: str | Path | Suite, *, system: str | None = None, limit: int | None = None
+) -> Evaluation:
+    """Measure a model on a suite.
+
+    Args:
+        model: what to measure; left as it is.
+        suite: held-out prompts.
+        system: system message of every prompt; None takes the model's own (PTST), else the template's.
+        limit: measure at most this many prompts a group (a look, not a result).
+
+    Raises:
+        DataError: the model was trained on a prompt of the suite.
+    """
+    start = model if isinstance(model, Model) else load(model)
+    chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
+    require_unseen(chosen, start.trained_prompts, start.path or "the model")
+    said = system if system is not None else start.served_with or None
+    return Evaluation(suites.evaluate(start.net, start.tokenizer, chosen, limit=limit, system=said))
+
+
+def bench(plan: str | Path, *, out: str | Path, jobs: int = 2, resume: bool = True) -> BenchResult:
+    """Run a benchmark plan: bases x defences x attacks x seeds, and write its report.
+
+    Args:
+        plan: YAML file.
+        out: run folder; finished work found there is used again.
+        jobs: worker processes.
+        resume: False runs everything again.
+
+    Raises:
+        ConfigError: the plan cannot be run as it is written.
+    """
+    from casehard.bench.plan import load_plan
+    from casehard.bench.run import run_plan
+    from casehard.report.page import write_report
+
+    done = run_plan(load_plan(plan), out, root=Path(plan).resolve().parent, jobs=jobs, resume=resume)
+    write_report(done.out)
+    return done
+
+
+def report(run: str | Path, *, out: str | Path | None = None) -> Path:
+    """Write the report of a benchmark, or of run folders of single verbs, as one HTML file; return its path."""
+    from casehard.report.page import write_report
+
+    return write_report(Path(run)) if out is None else write_report(Path(run), Path(out))

@@ -1,0 +1,70 @@
+"""What an attack is: an object with a name and a configuration that turns a model into an attacked one, in memory.
+
+An attack never writes weights. It gets rows by role and a way to measure, and gives back everything that was measured
+together with the attacked model, whose ``may_leave`` is False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from casehard.model.model import Model
+from casehard.train.tune import Measure, Rows
+from casehard.types import Budget, Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackInputs:
+    """What an attack is given besides the model."""
+
+    rows: Mapping[str, Sequence[Example]]
+    """Rows by data role, those that its spec needs and takes."""
+    measure: Measure
+    """Called as ``measure(model, step)`` at the moments of ``checkpoints``; returns one row per prompt."""
+    seed: int = 0
+    system: str | None = None
+    """System message of every row; None keeps the template's own."""
+    max_length: int | None = None
+    """Longest row in tokens; None = the model's context."""
+    method: Any = None
+    """Defence inside the training run: this is then a customer's job at a provider who defends."""
+    label: str = "attack"
+    """Name on the progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """What an attack did and what was measured."""
+
+    model: Model
+    """The attacked model, in memory."""
+    rows: Rows
+    """Everything ``measure`` returned, each row with its ``step``."""
+    budget: Budget
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values: how many rows of which kind, what was planted."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """An attack, built from its configuration alone."""
+
+    name: str
+    config: Any
+
+    @property
+    def checkpoints(self) -> Sequence[int]:
+        """Return the steps at which the attacked model is measured, ascending; (0,) where nothing is trained."""
+        ...
+
+    def run(self, model: Model, inputs: AttackInputs) -> Attacked:
+        """Attack a copy of ``model``, which is left as it is.
+
+        Raises:
+            DataError: too few rows.
+            Diverged: a loss stopped being finite.
+        """
+        ...

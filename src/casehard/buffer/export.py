@@ -1,0 +1,71 @@
+"""What leaves where a method tunes an adapter: a PEFT folder, searched for the buffer before it is published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from casehard import __version__
+from casehard.buffer.assets import refuse_buffer_in
+from casehard.defend.frozen_lora import live_pairs
+from casehard.defend.provider_assets import Assets, tokenizer_digests
+from casehard.errors import ConfigError
+from casehard.files import staged
+from casehard.model.lora_files import LayerShape, write_adapter, write_marker
+from casehard.model.model import Model
+from casehard.types import Checkpoint
+
+RECORD = "job.json"
+
+
+def adapter_writer(
+    net: nn.Module, base: Model, method: Any, provenance: Mapping[str, Any]
+) -> Callable[[Path], Checkpoint]:
+    """Return the function that writes the tuned adapter of ``net`` as a PEFT folder with ``job.json`` and a marker.
+
+    Args:
+        net: a ``PeftModel`` with one adapter.
+        base: the model it was tuned on.
+        method: the method that tuned it; where it has provider ``assets``, nothing of their buffer may leave.
+        provenance: JSON values.
+    """
+    assets: Assets | None = getattr(method, "assets", None)
+    record = {
+        **provenance,
+        "base_digest": base.digest,
+        "merged": bool(getattr(method.config, "reinforce", False)),
+        "casehard": __version__,
+    }
+
+    def write(out: Path) -> Checkpoint:
+        if out.exists():
+            raise ConfigError(f"{out} already exists", hint="give another folder with --out")
+        return _write(out, net, base, assets, record)
+
+    return write
+
+
+def _write(out: Path, net: nn.Module, base: Model, assets: Assets | None, record: Mapping[str, Any]) -> Checkpoint:
+    pairs = live_pairs(net)
+    ranks = {name: int(p.a.shape[0]) for name, p in pairs.items()}
+    shapes = {name: LayerShape(int(p.b.shape[0]), int(p.a.shape[1]), ranks[name]) for name, p in pairs.items()}
+    needs = sum(4 * (p.a.numel() + p.b.numel()) for p in pairs.values()) + (1 << 20)
+    tokenizer, template = tokenizer_digests(base.tokenizer)
+    with staged(out, needs=needs) as folder:
+        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), target_modules=pairs)
+        write_marker(
+            folder,
+            "merged" if record["merged"] else "user",
+            base_digest=base.digest,
+            tokenizer_digest=tokenizer,
+            template_digest=template,
+            tensors_sha256=digests,
+        )
+        (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if assets is not None:
+            refuse_buffer_in(folder, assets)  # before it is published
+    return Checkpoint(out, "", base.digest, "adapter")

@@ -1,0 +1,51 @@
+"""How a model leaves memory: as a checkpoint or an adapter, and never by accident if it was attacked."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from casehard.errors import Refused
+from casehard.model.model import Model
+from casehard.model.save import save as save_checkpoint
+
+
+def save(model: Model, out: str | Path, *, attacked: bool = False) -> Model:
+    """Save a model as an ordinary Hugging Face folder with provenance and a manifest, or an adapter as a PEFT folder.
+
+    Args:
+        model: what to save.
+        out: the folder to make.
+        attacked: write it although it is attacked or jailbroken: for research on your own disk only.
+
+    Returns:
+        The model, with ``path`` and the content digest of what was written.
+
+    Raises:
+        Refused: the model may not leave, and ``attacked`` is off.
+        UserError: ``out`` is taken.
+        StorageError: the disk refused the write; nothing is left behind.
+    """
+    if not model.may_leave and not attacked:
+        how = ", then ".join(made.method for made in model.lineage)
+        raise Refused(
+            f"this model was attacked ({how}) and is kept in memory", hint="attacked=True writes it all the same"
+        )
+    out = Path(out)
+    if model.writer is not None:
+        return replace(model, path=model.writer(out).path)
+    net: Any = model.net
+    if hasattr(net, "peft_config"):
+        net = copy.deepcopy(net).merge_and_unload()
+    made = model.lineage[-1] if model.lineage else None
+    done = save_checkpoint(
+        net,
+        model.tokenizer,
+        out,
+        parent=model.parent,
+        method=made.method if made else "none",
+        provenance=made.provenance if made else {},
+    )
+    return replace(model, path=done.path, digest=done.digest)
