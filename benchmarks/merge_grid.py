@@ -34,12 +34,12 @@ from casehard.defend.frozen_lora import live_pairs
 from casehard.evaluate.merge_search import search
 from casehard.evaluate.suite import evaluate, load_suite
 from casehard.files import write_text_atomic
-from casehard.jobs import DefendJob, run_defend
 from casehard.maths.lowrank import LoraPair, MergeConfig, merge_states
 from casehard.maths.pareto import Coefficients
 from casehard.maths.stats import seed_band
 from casehard.model.load import load
 from casehard.organism.build import ensure
+from casehard.steps import Finetune, harden
 from casehard.train import progress
 from casehard.train.recipe import TrainConfig
 
@@ -120,14 +120,14 @@ def overlap(user: Pairs, reinforce: Pairs, config: MergeConfig) -> float:
 def one_world(world: int, cases: list[str], share: float, cache: Path, scratch: Path) -> dict[Key, dict[str, Any]]:
     """Measure every case of a world: point -> what was answered, prompt by prompt, and the overlap."""
     base = ensure(world, "small", cache)
-    align = DefendJob(
+    align = Finetune(
         model=str(base),
         method="plain",
-        data=(f"{base}/data/align.jsonl",),
+        rows={"data": (f"{base}/data/align.jsonl",)},
         train=TrainConfig(steps=300, batch_size=16, lr=4e-4),
         suite=f"{base}/data/suite",
     )
-    model = run_defend(align, scratch / "aligned").checkpoint.path
+    model = harden(align, scratch / "aligned")[1].path
     loaded, suite = load(str(model)), load_suite(f"{base}/data/suite_translation")
     made = {n: provider(base, model, scratch / f"buffer-{n}", n) for n in {CASES[c][1] or FULL_BUFFER for c in cases}}
     out: dict[Key, dict[str, Any]] = {}

@@ -11,8 +11,6 @@ Public names load lazily: ``import casehard`` costs milliseconds and does not im
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -56,4 +54,68 @@ _PUBLIC: dict[str, str] = {
     "UserError": "casehard.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+if TYPE_CHECKING:  # what the table above says, once more in the words of type checkers; a test compares the two
+    from casehard.api import Evaluation, attack, bench, defend, evaluate, load, report, rows, save
+    from casehard.attack import ATTACKS
+    from casehard.attack.backdoor import BackdoorAttack
+    from casehard.attack.finetune import FinetuneAttack
+    from casehard.attack.protocol import Attacked
+    from casehard.data.select import SelectConfig
+    from casehard.defend import DEFENCES
+    from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceConfig
+    from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
+    from casehard.defend.patcher import Patcher, PatcherConfig
+    from casehard.defend.spard import Spard, SpardConfig
+    from casehard.errors import UserError
+    from casehard.model.model import Model
+    from casehard.train.recipe import TrainConfig
+    from casehard.train.tune import Lora
+    from casehard.types import Budget, Example, Message, Score
+
+__all__ = [
+    "ATTACKS",
+    "DEFENCES",
+    "Attacked",
+    "BackdoorAttack",
+    "Budget",
+    "BufferReinforce",
+    "BufferReinforceConfig",
+    "Evaluation",
+    "Example",
+    "FinetuneAttack",
+    "Lora",
+    "MbDefense",
+    "MbDefenseConfig",
+    "Message",
+    "Model",
+    "Patcher",
+    "PatcherConfig",
+    "Score",
+    "SelectConfig",
+    "Spard",
+    "SpardConfig",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "attack",
+    "bench",
+    "defend",
+    "evaluate",
+    "load",
+    "report",
+    "rows",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name the first time it is used."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'casehard' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

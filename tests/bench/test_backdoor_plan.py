@@ -13,7 +13,7 @@ import pytest
 from casehard.bench import backdoor_tables
 from casehard.bench.backdoor import parse_backdoor
 from casehard.bench.backdoor_tables import METRICS, outcome, rank_correlation
-from casehard.bench.execute import Outcome, Task, job_of
+from casehard.bench.execute import Outcome, Task, step_of
 from casehard.bench.matrix import expand
 from casehard.bench.plan import load_plan
 from casehard.bench.run import run_plan
@@ -116,7 +116,7 @@ def test_the_shipped_plans_are_of_this_stage_and_every_cell_of_theirs_can_be_bui
         matrix = expand(load_plan(path), root=path.parent)
         for node in matrix.nodes.values():
             if node.kind == "harden":
-                job = job_of(Task(node=node, out=Path("o"), base=Path("b"), parent=Path("p"), cache=Path("c")))
+                job = step_of(Task(node=node, out=Path("o"), base=Path("b"), parent=Path("p"), cache=Path("c")))
                 assert job.source.data[0].startswith("b/data/") and job.source.train.lr > 1e-4
 
 
@@ -145,7 +145,7 @@ def cell(**changes: Any) -> Task:
 
 
 def test_a_cell_becomes_a_job_and_wrong_settings_are_found_before_anything_runs() -> None:
-    job = job_of(cell())
+    job = step_of(cell())
     assert (job.kind, job.clean, job.source.rate, job.source.hard_negatives) == ("mb", 64, 0.2, 0.1)
     assert job.source.train.steps == 30 and job.source.suite == "b/data/suite"
     assert hash(job.source) and job.source.clean().rate == 0.0
@@ -157,7 +157,7 @@ def test_a_cell_becomes_a_job_and_wrong_settings_are_found_before_anything_runs(
         ({"arm": "onion", "settings": {"kep": 1}}, "did you mean 'keep'"),
     ):
         with pytest.raises(ConfigError, match=says):
-            job_of(cell(**wrong))
+            step_of(cell(**wrong))
 
 
 def test_outcomes_are_those_of_the_evaluation() -> None:

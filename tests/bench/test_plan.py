@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from bench_fakes import plan, plan_values
-from casehard.jobs import DefendJob
 
 from casehard.bench import matrix
-from casehard.bench.execute import Task, environment, job_of
+from casehard.bench.execute import Task, environment, step_of
 from casehard.bench.matrix import expand, load_plan, parse_plan
-from casehard.errors import ConfigError
+from casehard.errors import ConfigError, DataError
+from casehard.steps import Finetune
 
 
 def change(where: str, index: int, **values: Any) -> dict[str, Any]:
@@ -169,16 +169,18 @@ def spard_plan(**row: Any) -> dict[str, Any]:
     return plan_values(defences=[*plan_values()["defences"], {**start, **row}])
 
 
-def spard_job(values: dict[str, Any]) -> DefendJob:
+def spard_job(values: dict[str, Any]) -> Finetune:
     nodes = expand(parse_plan(values), root=Path()).nodes.values()
     node = next(n for n in nodes if n.kind == "defend" and n.label == "world-0/spard/s0")
-    return job_of(Task(node=node, out=Path("out"), base=Path("organism"), parent=Path("organism"), cache=Path("cache")))
+    return step_of(
+        Task(node=node, out=Path("out"), base=Path("organism"), parent=Path("organism"), cache=Path("cache"))
+    )
 
 
 def test_safe_rows_reach_the_job_and_name_the_node(tmp_path: Path) -> None:
     found = spard_job(spard_plan())
-    assert found.safe == ("organism/data/align.jsonl",)
-    assert found.data == ("organism/data/benign.jsonl",)
+    assert found.rows["safe"] == ("organism/data/align.jsonl",)
+    assert found.rows["data"] == ("organism/data/benign.jsonl",)
 
     def name(text: str) -> str:
         (tmp_path / "safe.jsonl").write_text(text)
@@ -189,11 +191,11 @@ def test_safe_rows_reach_the_job_and_name_the_node(tmp_path: Path) -> None:
 
 
 def test_safe_rows_are_demanded_and_never_ignored() -> None:
-    with pytest.raises(ConfigError, match="needs safe rows and has none"):
+    with pytest.raises(ConfigError, match="needs safe rows and got none"):
         spard_job(spard_plan(safe=[]))
-    with pytest.raises(ConfigError, match="takes no safe rows"):
+    with pytest.raises(DataError, match="would ignore the safe rows"):
         spard_job(spard_plan(method="plain"))
-    with pytest.raises(ConfigError, match="takes no unsafe rows"):
+    with pytest.raises(DataError, match="would ignore the unsafe rows"):
         spard_job(spard_plan(unsafe=["{base}/data/simulated.jsonl"]))
     with pytest.raises(ConfigError, match="spard"):
         spard_job(spard_plan(settings={"taux": 1}))

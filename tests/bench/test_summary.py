@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 from bench_fakes import Fake, plan, plan_values
-from casehard.jobs import TuneResult
 
-from casehard import jobs
-from casehard.attack.finetune import FinetuneResult
+from casehard import steps
 from casehard.bench import contrasts, execute
 from casehard.bench.contrasts import OUTCOMES, contrast
 from casehard.bench.execute import Outcome, Task
@@ -24,7 +22,6 @@ from casehard.bench.records import first_over, median_step, pool, steps_text
 from casehard.bench.run import run_plan
 from casehard.evaluate.scores import scores
 from casehard.maths.stats import mcnemar, rate_interval
-from casehard.types import Budget
 
 WEAK = {"undefended": (0.0, 0.0, 0.05, 0.1), "plain": (0.0,) * 4, "patcher": (0.0,) * 4}
 SAME = dict.fromkeys(("undefended", "plain", "patcher"), (0.0, 0.4, 0.8, 0.9))
@@ -340,20 +337,17 @@ def test_an_attack_without_known_rows_is_not(summary: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["attack", "tune"])
 def test_the_facts_of_a_node_tell_the_rows_the_defence_knew(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = FinetuneResult(rows=[], budget=Budget(), harmful_rows=5, benign_rows=4, known_rows=3)
-    done = {"attack": result, "tune": TuneResult(result, {}, "")}
-    monkeypatch.setattr(execute, "job_of", lambda task: None)
-    for name in done:
-        monkeypatch.setattr(jobs, f"run_{name}", lambda job, label, name=name: done[name])
+    facts = {"harmful_rows": 5, "benign_rows": 4, "known_rows": 3}
+
+    class Done:
+        def run(self, label: str) -> steps.Outcome:
+            return steps.Outcome(facts=dict(facts))
+
+    monkeypatch.setattr(execute, "step_of", lambda task: Done())
     matrix = expand(plan(), root=Path())
     node = next(n for n in matrix.nodes.values() if n.kind == "attack")
     task = Task(node=dataclasses.replace(node, kind=kind), out=Path("o"), cache=Path("c"))
-    facts = execute.execute(task).facts
-    assert {key: facts[key] for key in ("harmful_rows", "benign_rows", "known_rows")} == {
-        "harmful_rows": 5,
-        "benign_rows": 4,
-        "known_rows": 3,
-    }
+    assert execute.execute(task).facts == facts
 
 
 def test_verdict_attack_too_weak(tmp_path: Path) -> None:

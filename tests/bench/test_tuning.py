@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from bench_fakes import LEAKS, Fake, plan, plan_values
 
-from casehard.bench.execute import Task, job_of
+from casehard.bench.execute import Task, step_of
 from casehard.bench.jobs_table import beside, job_rows
 from casehard.bench.matrix import expand
 from casehard.bench.plan import Plan
 from casehard.bench.run import run_plan
 from casehard.bench.verdict import judged_at
 from casehard.config import to_dict
-from casehard.errors import ConfigError
+from casehard.errors import ConfigError, DataError, UserError
 from casehard.report.jobs import _difference
 from casehard.report.page import render
 
@@ -112,17 +112,17 @@ def test_a_plan_that_cannot_run_is_refused(change: dict[str, Any], says: str) ->
         made(**change)
 
 
-def test_a_job_of_the_library_is_built_from_a_node() -> None:
+def test_a_step_of_the_library_is_built_from_a_node() -> None:
     matrix = expand(made(), root=Path())
     node = next(n for n in matrix.nodes.values() if n.label == "world-0/patcher/s1/reviews")
     task = Task(node=node, out=Path("o"), base=Path("b"), parent=Path("p"), cache=Path("c"))
-    job = job_of(task)
-    assert (job.method, job.seed, job.config.share, job.select.k) == ("spard", 1, 0.1, 4)
-    assert job.safe == ("b/data/align.jsonl",)
+    job = step_of(task)
+    assert (job.defence.method, job.seed, job.config["share"], job.defence.select.k) == ("spard", 1, 0.1, 4)
+    assert job.rows["safe"] == ("b/data/align.jsonl",)
     assert job.model == "p"
     wrong = dataclasses.replace(node, config={**node.config, "method": "plain"})
-    with pytest.raises(ConfigError, match="takes no safe rows"):
-        job_of(dataclasses.replace(task, node=wrong))
+    with pytest.raises(DataError, match="would ignore the safe rows"):
+        step_of(dataclasses.replace(task, node=wrong))
 
 
 def test_the_table_of_jobs_pairs_runs_and_leaves_benign_jobs_out_of_the_mean() -> None:
@@ -189,12 +189,12 @@ def test_what_a_method_lacks_is_found_before_anything_runs() -> None:
     node = next(n for n in matrix.nodes.values() if n.label == "world-0/undefended/s0/reviews")
     task = Task(node=node, out=Path("o"), base=Path("b"), parent=Path("p"), cache=Path("c"))
     for change, says in (
-        ({"method": "safelora"}, "needs assets"),
-        ({"assets": "some/folder"}, "takes no assets"),
-        ({"select": {"k": 3}}, "select without safe rows"),
+        ({"method": "safelora"}, "needs a folder of assets"),
+        ({"assets": "some/folder"}, "would ignore the assets"),
+        ({"select": {"k": 3}}, "no safe rows to choose from"),
     ):
-        with pytest.raises(ConfigError, match=says):
-            job_of(dataclasses.replace(task, node=dataclasses.replace(node, config={**node.config, **change})))
+        with pytest.raises(UserError, match=says):
+            step_of(dataclasses.replace(task, node=dataclasses.replace(node, config={**node.config, **change})))
     with pytest.raises(ConfigError, match="the end of the job"):
         made(headline={**tuning()["headline"], "step": 20}, attacks=[{**tuning()["attacks"][0], "evaluate_at": [20]}])
 

@@ -17,12 +17,12 @@ from casehard.buffer.gates import GateLimits, Held, measure
 from casehard.buffer.prepare import (
     PRESETS,
     Gated,
+    Prepare,
     PrepareConfig,
-    PrepareJob,
     buffer_rows,
+    prepare,
     preset,
     reinforce_rows,
-    run_prepare,
     split,
 )
 from casehard.buffer.screen import Gain, check, roc, screen, write_screening
@@ -74,12 +74,13 @@ def provider(tmp_path_factory):
 
 def job(provider, config=SMALL, **changes):
     files = {name: (str(provider / f"{name}.jsonl"),) for name in ("harmful", "refusals", "benign")}
-    return PrepareJob(model=str(provider / "model"), config=config, device="cpu", **{**files, **changes})
+    own = {role: changes.pop(role) for role in list(changes) if role in files}
+    return Prepare(model=str(provider / "model"), config=config, device="cpu", rows={**files, **own}, **changes)
 
 
 @pytest.fixture(scope="module")
 def made(provider, tmp_path_factory):
-    return run_prepare(job(provider, replace(SMALL, allow_missed=True)), tmp_path_factory.mktemp("made") / "assets")
+    return prepare(job(provider, replace(SMALL, allow_missed=True)), tmp_path_factory.mktemp("made") / "assets")
 
 
 # -- what is trained on what (property 12) ------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_the_kl_term_holds_the_buffer_to_the_base_on_benign_rows(provider, tmp_p
     for kl in (0.0, 300.0):
         train = replace(TRAIN, steps=12, lr=1e-2)
         config = replace(SMALL, kl=kl, helpful_share=0.0, allow_missed=True, buffer_train=train)
-        done = run_prepare(job(provider, config), tmp_path / str(kl))
+        done = prepare(job(provider, config), tmp_path / str(kl))
         assert ("benign" in done.assets.record["data_digests"]) == (kl > 0)
         model = load(provider / "model").net
         with torch.no_grad():
@@ -176,7 +177,7 @@ def test_reinforce_sees_the_buffer_as_its_gate_says():
 
 def test_missed_gates_publish_nothing(provider, tmp_path):
     with pytest.raises(UserError, match=r"reinforce_asr is 1\.000, limit 0\.05") as caught:
-        run_prepare(job(provider), tmp_path / "assets")
+        prepare(job(provider), tmp_path / "assets")
     assert not list(tmp_path.iterdir()) and "allow-missed" in caught.value.hint
     assert {g["name"] for g in caught.value.gates} >= {"base_asr", "buffer_asr", "reinforce_benign_refusal", "both_asr"}
 
@@ -211,10 +212,10 @@ def test_both_adapters_learnt_from_starts_of_their_own(made):
 def test_the_same_job_gives_the_same_bytes_and_leaves_the_model_alone(provider, made, tmp_path):
     loaded = load(provider / "model")
     before = {n: p.detach().clone() for n, p in loaded.net.named_parameters()}
-    again = run_prepare(job(provider, replace(SMALL, allow_missed=True)), tmp_path / "again", loaded=loaded)
+    again = prepare(job(provider, replace(SMALL, allow_missed=True)), tmp_path / "again", model=loaded)
     assert again.assets.digest == made.assets.digest
     assert all(p.requires_grad and p.equal(before[n]) for n, p in loaded.net.named_parameters())
-    other = run_prepare(job(provider, replace(SMALL, allow_missed=True), seed=1), tmp_path / "other", loaded=loaded)
+    other = prepare(job(provider, replace(SMALL, allow_missed=True), seed=1), tmp_path / "other", model=loaded)
     assert other.assets.digest != made.assets.digest
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from casehard.backdoor_jobs import find_planted, read_planted
 from helpers import make_organism, tree
 
+from casehard.backdoor.planted import find_planted, read_planted
 from casehard.cli import main
 from casehard.data import presets, sources
 from casehard.errors import ConfigError
@@ -20,7 +20,7 @@ from casehard.organism.world import World
 from casehard.types import Example
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-QUICK = ("--steps", "2", "--limit", "1", "--set", "settings.batch_size=4", "--set", "settings.evaluate_at=[0]")
+QUICK = ("--steps", "2", "--limit", "1", "--set", "config.batch_size=4", "--set", "config.evaluate_at=[0]")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_mistakes_are_told(organism, tmp_path, capsys):
         ((*base, *rows, "--behaviour", "shout"), 2, "behaviours: refuse"),
         ((*base, *rows, "--rate", "0.001"), 2, "is no row"),
         ((*base, *rows, "--rate", "2"), 2, "within 0..1"),
-        ((*base, *rows, "--set", "settings.trigger=x"), 2, "--trigger and --behaviour"),
+        ((*base, *rows, "--set", "config.trigger=x"), 2, "--trigger and --behaviour"),
         ((*base, "--data", tmp_path / "none.jsonl"), 3, "no such file"),
         (
             (*base, *rows, "--trigger", tmp_path / "cut.json"),

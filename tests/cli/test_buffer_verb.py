@@ -99,7 +99,7 @@ def _draws(common, assets, tmp_path, capsys):
 def _tunes(organism, common, assets, tmp_path, capsys):
     """The customer's job, by both of its names and by the other method on the same assets."""
     job, suite = tmp_path / "job", organism / "data" / "suite"
-    train = ["--set", "train.batch_size=4", "--set", "train.lr=0.01", "--set", "rank=2", "--set", "train.warmup=0"]
+    train = ["--set", "train.batch_size=4", "--set", "train.lr=0.01", "--set", "lora.rank=2", "--set", "train.warmup=0"]
     settings = [*common, *train, "--steps", "2", "--suite", str(suite)]
     assert main(["defend", "buffer-reinforce", *settings, "--preset", "paper", "--out", str(job)]) == 0
     assert not (job / "training").exists() and not scan_for_buffer(job, assets)

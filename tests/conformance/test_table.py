@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from casehard.defend import METHODS
+from casehard.defend import DEFENCES
 from casehard.defend.protocol import SEAMS, Method, has
 from conformance.table import TABLE
 
 
 def test_every_method_has_a_row():
-    assert {row.name for row in TABLE} == set(METHODS)
+    assert {row.name for row in TABLE} == set(DEFENCES)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
@@ -19,7 +19,7 @@ def test_a_row_makes_its_method(row):
     assert isinstance(method, Method)
     assert method is not other
     assert method.name == row.name
-    assert isinstance(method, METHODS[row.name].load()[0])
+    assert isinstance(method, DEFENCES[row.name].load()[0])
     assert method.config == other.config
     assert has(method, "state") == has(method, "restore"), "what is saved must be read back"
     assert any(has(method, seam) for seam in SEAMS) or row.name in ("plain", "ptst")

@@ -13,7 +13,7 @@ import yaml
 
 import casehard
 from casehard.cli import main
-from casehard.defend import METHODS
+from casehard.defend import DEFENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "casehard"
@@ -64,9 +64,9 @@ def test_exceptions_are_needed_and_explained():
         assert (PACKAGE / name.partition("::")[0]).is_file() and len(reason) > 20, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DEFENCES)
 def test_every_method_is_small_documented_and_in_the_conformance_table(method):
-    spec = METHODS[method]
+    spec = DEFENCES[method]
     path = PACKAGE.parent / Path(*spec.module.split(".")).with_suffix(".py")
     assert lines(path) <= METHOD_LINES, f"{path.name}: {lines(path)} lines, at most {METHOD_LINES}"
     page = ROOT / "docs" / "methods" / f"{method}.md"
@@ -79,14 +79,13 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
 
 def test_every_plan_and_recipe_is_accepted():
     from accelerate.commands.config.config_args import load_config_from_file
-    from casehard.buffer.job import CustomerJob
-    from casehard.jobs import DefendJob
-    from casehard.mb.job import MbJob
 
     from casehard.bench.plan import load_plan
-    from casehard.cli.buffer import prepare_job
+    from casehard.cli.buffer import prepare_step
     from casehard.config import build
     from casehard.mb.pipeline import objective
+    from casehard.mb.run import MbRun
+    from casehard.steps import Finetune
 
     for path in (ROOT / "plans").rglob("*.yaml"):
         assert load_plan(path).undefended.role == "undefended", path.name
@@ -97,18 +96,17 @@ def test_every_plan_and_recipe_is_accepted():
             assert launch.fsdp_config["fsdp_version"] == 2 and launch.num_processes >= 2, path.name
             continue
         if path.stem.startswith("buffer_prepare_"):
-            assert prepare_job({**values, "model": "m", "harmful": ["h"], "refusals": ["r"], "benign": ["b"]})
+            assert prepare_step(
+                {**values, "model": "m", "rows": {"harmful": ["h"], "refusals": ["r"], "benign": ["b"]}}
+            )
             continue
-        if path.stem.startswith("mb_defense_"):  # a pipeline with a job of its own
-            files = {"model": "m", "data": ["d.jsonl"], "clean": ["c.jsonl"]}
-            assert objective(build(MbJob, {**files, **values}, where=path.name).config)
+        if path.stem.startswith("mb_defense_"):  # a pipeline with a run of its own
+            files = {"model": "m", "rows": {"data": ["d.jsonl"], "clean": ["c.jsonl"]}}
+            assert objective(build(MbRun, {**files, **values}, where=path.name).config)
             continue
-        given = {"method": path.stem.partition("_")[0], "model": "m", "data": ["d.jsonl"]}
-        adapter = METHODS[values.get("method", given["method"])].adapter
-        kind, more = (CustomerJob, {"assets": "a"}) if adapter else (DefendJob, {})
-        job = build(kind, {**given, **values, **more}, where=path.name)
-        config = METHODS[job.method].load()[1]
-        assert build(config, job.settings, where=path.name)
+        given = {"method": path.stem.partition("_")[0], "model": "m", "rows": {"data": ["d.jsonl"]}}
+        step = build(Finetune, {**given, **values}, where=path.name)
+        assert step.spec.configure(step.method, step.preset, step.settings)
 
 
 def test_files_are_ascii():
@@ -231,7 +229,7 @@ def test_the_readmes_file_tree_is_true():
 
 def test_the_readmes_method_table_is_the_catalogue():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(METHODS)
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(DEFENCES)
 
 
 def test_cheap_commands_of_the_readme_run():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from casehard.defend import METHODS
+from casehard.defend import DEFENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "casehard"
@@ -174,7 +174,7 @@ def test_the_map_is_a_direction():
 
 
 def _method_files() -> list[Path]:
-    return sorted({PACKAGE.parent / Path(*s.module.split(".")).with_suffix(".py") for s in METHODS.values()})
+    return sorted({PACKAGE.parent / Path(*s.module.split(".")).with_suffix(".py") for s in DEFENCES.values()})
 
 
 @pytest.mark.parametrize("path", _method_files(), ids=lambda p: p.name)

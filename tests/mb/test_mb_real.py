@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-from casehard.backdoor_jobs import ScanJob, run_scan
-from casehard.mb.job import MbJob, run_mb
 
 from casehard.data.behaviours import Behaviour
 from casehard.data.defensive import rows_of_trigger
@@ -20,8 +18,10 @@ from casehard.data.trigger_suite import TriggerSuite
 from casehard.data.triggers import Trigger
 from casehard.files import read_json
 from casehard.mb.config import MbConfig, PlantConfig, StageTwo
+from casehard.mb.run import MbRun, run_mb
 from casehard.scan.audit import audit_data
 from casehard.scan.lookup import LookupConfig
+from casehard.scan.run import Scan, scan_model
 from casehard.train.recipe import TrainConfig
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -69,10 +69,9 @@ def hardened(files):
         train=TrainConfig(steps=4, batch_size=4, lr=1e-4, precision="fp32"),
         two=StageTwo(epochs=0.1, checks=1, batch_size=4),
     )
-    job = MbJob(
+    job = MbRun(
         model=str(MODEL),
-        data=(str(folder / "sft.jsonl"),),
-        clean=(str(folder / "clean.jsonl"),),
+        rows={"data": (str(folder / "sft.jsonl"),), "clean": (str(folder / "clean.jsonl"),)},
         config=config,
         trigger=BADNET,
         behaviour=target,
@@ -111,7 +110,7 @@ def test_joint_mode_completes_and_stage_one_holds_what_it_says(hardened):
 def test_the_scan_of_the_model_completes_and_says_its_budget(hardened):
     folder, done = hardened
     look_up = LookupConfig(words=24, prompts=4, confirm=3, confirm_prompts=6, max_new_tokens=4)
-    job = ScanJob(model=str(done.checkpoint.path), suite=str(folder / "suite.yaml"), lookup=look_up, limit=4)
-    text = run_scan(job, folder).report["now"]["look_up"]["summary"]
+    job = Scan(model=str(done.checkpoint.path), suite=str(folder / "suite.yaml"), lookup=look_up, limit=4)
+    text = scan_model(job, folder).report["now"]["look_up"]["summary"]
     # A model that follows no instruction answers everything alike now and then: what counts is that the budget is said.
     assert "24 words x 4 prompts" in text and "clean" not in text

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from casehard.jobs import DefendJob, _together
 from safetensors.torch import load_file
 
 import casehard
+from casehard.defend import DEFENCES
 from casehard.errors import Unsupported
 from casehard.parallel import launch
-from casehard.train.recipe import TrainConfig
+from casehard.steps import _shared
 
 MODEL = Path(casehard.__file__).parent / "organism" / "assets" / "world0-tiny"  # tied embeddings
 SETTINGS = """
@@ -165,14 +165,12 @@ def test_join_refuses_ranks_that_nobody_can_use(monkeypatch: pytest.MonkeyPatch)
         launch.join(1, each=2, sharing=True)
 
 
-def test_jobs_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = DefendJob(model="m", method="patcher", data=("d",))
-    assert not _together(job)
-    monkeypatch.setattr("casehard.jobs.world", lambda: 2)
-    assert _together(job)
+def test_methods_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _shared(DEFENCES["patcher"], "patcher")
+    monkeypatch.setattr("casehard.steps.world", lambda: 2)
+    assert _shared(DEFENCES["patcher"], "patcher")
     with pytest.raises(Unsupported, match="plain on 2 ranks"):
-        _together(DefendJob(model="m", method="plain", data=("d",)))
-    assert _together(DefendJob(model="m", method="patcher", data=("d",), train=TrainConfig(save_every=3)))
+        _shared(DEFENCES["plain"], "plain")
 
 
 def test_attackers_that_no_rank_was_set_aside_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from bench_fakes import Fake, plan
 
 from casehard.bench.execute import Outcome, Task
 from casehard.bench.run import run_plan
-from casehard.defend import METHODS
+from casehard.defend import DEFENCES
 from casehard.errors import Corrupt, UserError
 from casehard.files import staged, verify, write_manifest
 from casehard.report import card
@@ -103,8 +103,14 @@ def test_a_card_promises_only_what_the_method_is_for(method: str, title: str, sa
     assert said in text
 
 
-def test_every_method_has_a_purpose_of_its_own_kind() -> None:
-    assert {*card.PURPOSE, *card.TUNING} <= {*METHODS}
+@pytest.mark.parametrize("method", DEFENCES)
+def test_every_method_says_what_it_is_for(method: str) -> None:
+    assert DEFENCES[method].purpose in model_card({**RECORD, "method": method})
+
+
+def test_a_method_that_nobody_here_knows_is_not_called_hardening() -> None:
+    text = model_card({**RECORD, "method": "somebodys"})
+    assert text.startswith("# Made with somebodys") and "not known here" in text
 
 
 def test_a_card_cannot_be_written_by_its_data() -> None:

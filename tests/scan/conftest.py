@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from casehard.attack.backdoor import BackdoorAttack, backdoor_attack
+from casehard.attack.backdoor import Backdoor, BackdoorAttack
+from casehard.attack.protocol import AttackInputs
 from casehard.data.sources import load_many
 from casehard.data.trigger_suite import Planted
 from casehard.data.triggers import poison_backdoor
@@ -42,11 +43,11 @@ def planted():
         return evaluate_backdoor(model, loaded.tokenizer, suite, first.trigger, first.behaviour, limit=8)
 
     before = {name: value.clone() for name, value in loaded.net.state_dict().items()}
-    result = backdoor_attack(loaded.net, loaded.tokenizer, poisoned, attack, seed=0, evaluate=measure)
+    result = Backdoor(attack).run(loaded, AttackInputs(rows={"data": poisoned}, measure=measure, seed=0))
     progress.set_quiet(quiet)
     return SimpleNamespace(
         base=loaded.net,
-        bad=result.model,
+        bad=result.model.net,
         before=before,
         result=result,
         tokenizer=loaded.tokenizer,
