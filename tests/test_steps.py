@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from buffer_fakes import make_assets
-from casehard import steps
 from casehard.data import sources
 from casehard.data.mix import content_hash
 from casehard.data.select import SelectConfig
 from casehard.defend.provider_assets import tokenizer_digests
 from casehard.errors import ConfigError, DataError
-from casehard.evaluate.suite import load_suite
+from casehard.evaluate.suite import evaluate, load_suite
 from casehard.model.digest import folder_digest
 from casehard.model.load import load
 from casehard.model.save import read_provenance
@@ -24,7 +23,7 @@ from casehard.organism import suite as organism_suite
 from casehard.organism.build import write_data
 from casehard.organism.tokenizer import build_tokenizer
 from casehard.organism.world import World
-from casehard.steps import Attack, Defence, Evaluate, Finetune, harden
+from casehard.steps import Attack, Defence, Evaluate, Finetune, assets_digest, harden
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
 from fakes import tiny_llama
@@ -131,7 +130,7 @@ def test_an_interrupted_run_does_not_continue_with_another_parent_or_other_unsaf
     def refuse(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, "save_model", refuse)
+    monkeypatch.setattr("casehard.steps.finetune.save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
         harden(job(base), tmp_path)
     monkeypatch.undo()
@@ -159,7 +158,7 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
         harden(dataclasses.replace(guarded, rows={"data": (user,)}), tmp_path)
     with pytest.raises(DataError, match="would ignore the safe rows"):
         harden(dataclasses.replace(guarded, method="plain", settings={}), tmp_path)
-    monkeypatch.setattr(steps, "save_model", refuse)
+    monkeypatch.setattr("casehard.steps.finetune.save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
         harden(guarded, tmp_path)
     monkeypatch.undo()
@@ -215,13 +214,13 @@ def test_a_defended_job_chooses_its_safe_rows_and_tells_which(base: Path, tmp_pa
 
 def test_a_model_is_measured_as_it_is_served(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[tuple[int, str | None]] = []
-    real = steps.evaluate
+    real = evaluate
 
     def note(*args: object, system: str | None, **kwargs: object) -> object:
         said.append((len(said), system))
         return real(*args, system=system, **kwargs)
 
-    monkeypatch.setattr(steps, "evaluate", note)
+    monkeypatch.setattr("casehard.steps.attack.evaluate", note)
     tune(base, method="ptst", settings={"system": "be careful"}).run()
     assert said == [(0, None), (1, "be careful"), (2, "be careful")]  # steps 0, 2 and 3
 
@@ -238,7 +237,7 @@ def test_a_method_that_ends_a_run_is_measured_after_it(base: Path, monkeypatch: 
     def sums(model: torch.nn.Module, step: int) -> list[dict[str, float]]:
         return [{"sum": sum(float(p.detach().abs().sum()) for p in model.parameters())}]
 
-    monkeypatch.setattr(steps, "_measure", lambda *args, **kwargs: sums)
+    monkeypatch.setattr("casehard.steps.attack._measure", lambda *args, **kwargs: sums)
     monkeypatch.setattr(Defence, "build", lambda *args: Freezing())
     rows = tune(base).run().rows
     assert [(row["step"], row["sum"] > 0) for row in rows] == [(0, True), (3, False)]
@@ -286,7 +285,7 @@ def test_assets_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
     for seed in (1, 2):
         tiny_llama(vocab=len(load(base).tokenizer), seed=seed).save_pretrained(tmp_path / str(seed))
     guarded = job(base, method="safelora", rows={"unsafe": ()}, settings={}, assets=str(tmp_path / "1"))
-    monkeypatch.setattr(steps, "save_model", refuse)
+    monkeypatch.setattr("casehard.steps.finetune.save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
         harden(guarded, tmp_path / "out")
     monkeypatch.undo()
@@ -295,12 +294,12 @@ def test_assets_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
     _, made = harden(guarded, tmp_path / "out")
     assert made is not None and made.path is not None
     known = read_provenance(made.path)["provenance"]
-    assert known["assets_digest"] == folder_digest(tmp_path / "1") == steps.assets_digest(tmp_path / "1")
+    assert known["assets_digest"] == folder_digest(tmp_path / "1") == assets_digest(tmp_path / "1")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.json").write_text("{}")
-    first = steps.assets_digest(tmp_path / "plain")
+    first = assets_digest(tmp_path / "plain")
     (tmp_path / "plain" / "a.json").write_text("[]")
-    assert steps.assets_digest(tmp_path / "plain") != first
+    assert assets_digest(tmp_path / "plain") != first
 
 
 def test_assets_are_a_folder_that_the_method_takes(base: Path, tmp_path: Path) -> None:

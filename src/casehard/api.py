@@ -36,10 +36,10 @@ from casehard.model import load as loading
 from casehard.model.leave import save as save
 from casehard.model.model import Model
 from casehard.registry import Registry
-from casehard.step import Rows
 from casehard.steps import Attack, Finetune
 from casehard.steps import attack as run_attack
 from casehard.steps import finetune as run_finetune
+from casehard.steps.base import Rows
 from casehard.train.recipe import TrainConfig
 from casehard.train.tune import Lora
 from casehard.types import Example, Score

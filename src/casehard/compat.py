@@ -1,4 +1,4 @@
-"""Every difference between supported versions of torch and transformers, and nothing else.
+"""Every difference between supported versions of torch and transformers, and every private member of them we touch.
 
 Supported: torch >= 2.11, transformers 5.17 up to the next major version.
 """
@@ -12,6 +12,42 @@ from typing import Any
 from casehard.errors import Unsupported
 
 MINIMUM = {"torch": (2, 11), "transformers": (5, 17)}
+
+PRIVATE: dict[str, str] = {
+    "transformers.trainer:Trainer._save_checkpoint": "overridden: checkpoints are staged and renamed",
+    "transformers.trainer:Trainer._get_output_dir": "overridden: names the staging folder",
+    "transformers.trainer:Trainer._save": "overridden: a rank's own part of a sharded model",
+    "transformers.trainer:Trainer._save_optimizer_and_scheduler": "overridden: safetensors instead of pickles",
+    "transformers.trainer:Trainer._load_optimizer_and_scheduler": "overridden: refuses to go on without them",
+    "transformers.trainer:Trainer._load_rng_state": "overridden: refuses to go on without it",
+    "transformers.trainer:Trainer._load_from_checkpoint": "overridden: adapters keep which of them is active",
+    "transformers.trainer:Trainer._load_best_model": "overridden: from a verified checkpoint",
+    "transformers.trainer:Trainer._issue_warnings_after_load": "overridden: missing keys are an error",
+    "transformers.trainer:Trainer._get_train_sampler": "overridden: rows are a function of (seed, step)",
+    "transformers.trainer:Trainer._get_grad_norm": "overridden: a norm that is not finite stops the run first",
+    "transformers.trainer:Trainer._prepare_for_training": "called: shards a model whose run had ended",
+    "transformers.trainer:Trainer._prepare_inputs": "called: moves a batch to the device",
+    "transformers.modeling_utils:PreTrainedModel._no_split_modules": "read: which layers are sharded one by one",
+    "transformers.configuration_utils:PreTrainedConfig._attn_implementation": "read: attackers elsewhere attend alike",
+    "transformers.configuration_utils:PreTrainedConfig._name_or_path": "removed: it says where, not what",
+    "transformers.configuration_utils:PreTrainedConfig._commit_hash": "left out of digests",
+    "accelerate.accelerator:_original_forward": "read: mixed precision shadows forward, evaluation wants the real one",
+    "torch:_foreach_add_": "called: one kernel for many tensors",
+    "torch:_foreach_div_": "called: one kernel for many tensors",
+    "torch:Tensor._backward_hooks": "read: hooks of a master weight see the gradient of its view",
+    "torch:Tensor._post_accumulate_grad_hooks": "the same",
+    "torch.nn:Module._parameters": "read: a layer's own weight, not what its class calls so",
+    "torch.distributed:ProcessGroupGloo._Options": "called: process groups between defender and attackers",
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "called: FSDP2's state has no public door",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_groups": "read: groups of sharded weights",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._is_root": "read: whose iteration state is reset",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup._partial_reduce_output": "cleared",
+    "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam._unsharded_param": "cleared after faults",
+    "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam._module_info": "read: tied weights sharded twice",
+    "concurrent.futures:ProcessPoolExecutor._processes": "read: only our own workers are told to stop",
+    "atexit:_run_exitfuncs": "called: a rank leaves without the interpreter's end, but with its exit handlers run",
+}
+"""module:member -> what we do with it. A test asserts that each exists, and that no other is used."""
 
 
 def _release(text: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from bench_fakes import plan, plan_values
 
-from casehard.bench import matrix
 from casehard.bench.execute import Task, environment, step_of
 from casehard.bench.matrix import expand, load_plan, parse_plan
 from casehard.errors import ConfigError, DataError
@@ -145,13 +144,6 @@ def test_what_results_depend_on_names_nodes() -> None:
     assert environment(3) == {**found, "threads": 3}
 
 
-@pytest.mark.parametrize("name", ["compat.py", "tensorfile.py", "files.py", "config.py", "bench/execute.py"])
-def test_every_kind_of_node_depends_on_what_lies_below(name: str) -> None:
-    assert all(name in sources for sources in matrix.SOURCES.values())
-    package = Path(matrix.__file__).resolve().parents[1]
-    assert all((package / name).exists() for sources in matrix.SOURCES.values() for name in sources)
-
-
 def test_a_file_counts_by_content_not_by_place(tmp_path: Path) -> None:
     def at(folder: str, text: str) -> str:
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -226,25 +218,6 @@ def test_an_attack_with_its_own_suite_measures_step_0_itself() -> None:
     found = [n for n in expand(parse_plan(values), root=Path()).nodes.values() if n.kind == "attack"]
     assert found[0].config["evaluate_at"] == [0, 5, 20, 40]
     assert found[0].config["full_at"] == [0, 40]
-
-
-def test_code_version_depends_on_the_sources_of_its_kind_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = tmp_path / "casehard"
-    for folder in ("bench", "attack", "defend", "maths"):
-        (package / folder).mkdir(parents=True)
-    (package / "attack" / "a.py").write_text("x = 1")
-    monkeypatch.setattr(matrix, "__file__", str(package / "bench" / "matrix.py"))
-
-    def versions() -> tuple[str, str]:
-        matrix.code_version.cache_clear()
-        return matrix.code_version("defend"), matrix.code_version("attack")
-
-    before = versions()
-    (package / "attack" / "a.py").write_text("x = 2")
-    after = versions()
-    matrix.code_version.cache_clear()
-    assert before[0] == after[0]
-    assert before[1] != after[1]
 
 
 def test_parsing_needs_no_torch() -> None:

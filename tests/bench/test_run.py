@@ -282,7 +282,7 @@ def test_settings_are_checked_before_anything_runs(tmp_path: Path) -> None:
         ({"settings": {"round_stepz": 3}}, "round_stepz"),
         ({"preset": "papr"}, "no preset 'papr'"),
         ({"unsafe": []}, "needs unsafe rows"),
-        ({"method": "plain"}, "takes no unsafe rows"),
+        ({"method": "plain"}, "would ignore the unsafe rows"),
         ({"train": {"stepz": 1}}, "stepz"),
     ],
 )

@@ -18,7 +18,7 @@ import casehard
 from casehard.defend import DEFENCES
 from casehard.errors import Unsupported
 from casehard.parallel import launch
-from casehard.steps import _shared
+from casehard.steps.finetune import shared_by_ranks
 
 MODEL = Path(casehard.__file__).parent / "organism" / "assets" / "world0-tiny"  # tied embeddings
 SETTINGS = """
@@ -166,11 +166,11 @@ def test_join_refuses_ranks_that_nobody_can_use(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_methods_that_need_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not _shared(DEFENCES["patcher"], "patcher")
-    monkeypatch.setattr("casehard.steps.world", lambda: 2)
-    assert _shared(DEFENCES["patcher"], "patcher")
+    assert not shared_by_ranks(DEFENCES["patcher"], "patcher")
+    monkeypatch.setattr("casehard.steps.finetune.world", lambda: 2)
+    assert shared_by_ranks(DEFENCES["patcher"], "patcher")
     with pytest.raises(Unsupported, match="plain on 2 ranks"):
-        _shared(DEFENCES["plain"], "plain")
+        shared_by_ranks(DEFENCES["plain"], "plain")
 
 
 def test_attackers_that_no_rank_was_set_aside_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from casehard import __version__
 from casehard.bench.backdoor import Arm, BackdoorPlan, arm_config
+from casehard.bench.closure import code_of
 from casehard.bench.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
 from casehard.config import digest, read_yaml
+from casehard.defend import DEFENCES
 from casehard.errors import ConfigError
 from casehard.files import file_digest
 
@@ -25,47 +25,27 @@ __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "par
 
 Kind = Literal["base", "defend", "prepare", "evaluate", "attack", "tune", "harden"]
 
-# What a node's result can depend on, so that work on the attacks does not throw away hardened models.
-_SHARED = (
-    "types.py",
-    "seeds.py",
-    "jobs.py",
-    "compat.py",
-    "config.py",
-    "files.py",
-    "tensorfile.py",
-    "bench/execute.py",
-    "maths",
-    "data",
-    "model",
-    "train",
-)
-SOURCES: dict[Kind, tuple[str, ...]] = {
-    "base": (*_SHARED, "organism"),
-    # Attackers of Patcher run in parallel/; what a checkpoint says it was trained on comes from evaluate/unseen.py.
-    "defend": (*_SHARED, "defend", "parallel", "evaluate/unseen.py"),
-    "evaluate": (*_SHARED, "evaluate", "organism"),
-    # Training reads its step protocol from there, also without a method.
-    "attack": (*_SHARED, "defend/protocol.py", "attack", "evaluate", "organism"),
-    # Gates are decided by the judge, an organism's by its own.
-    "prepare": (*_SHARED, "buffer", "defend", "evaluate", "organism"),
-    "tune": (*_SHARED, "attack", "defend", "buffer", "evaluate", "organism"),
-    "harden": (*_SHARED, "backdoor_jobs.py", "bench/arms.py", "attack", "defend", "evaluate", "mb", "organism"),
+STEPS: dict[Kind, tuple[str, ...]] = {
+    "base": ("casehard.organism.build",),
+    "defend": ("casehard.steps.finetune",),
+    "evaluate": ("casehard.steps.evaluate",),
+    "attack": ("casehard.steps.attack", "casehard.attack.finetune"),
+    "prepare": ("casehard.buffer.prepare",),
+    "tune": ("casehard.steps.attack", "casehard.attack.finetune"),
+    "harden": ("casehard.bench.arms",),
 }
+"""Modules that do the work of a node; what they import is followed, see ``bench.closure``."""
 
 
-@cache
-def code_version(kind: Kind) -> str:
-    """Return the package version plus a digest of the sources that a node of this kind runs."""
-    root = Path(__file__).resolve().parents[1]
-    sha = hashlib.sha256()
-    for name in SOURCES[kind]:
-        place = root / name
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-        for file in files:
-            if file.is_file():
-                sha.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return f"{__version__}+{sha.hexdigest()[:12]}"
+def code_version(kind: Kind, method: str = "") -> str:
+    """Return what names the code that a node runs: its step and the method in it, with all they import."""
+    named = (DEFENCES.find(method).module,) if method else ()
+    return f"{code_of((*STEPS[kind], *named))}.{file_digest(_execute())[:8]}"
+
+
+def _execute() -> Path:
+    """Return the file that builds steps from nodes: it imports all of them, so it counts by itself."""
+    return Path(__file__).with_name("execute.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +254,7 @@ class _Expander:
             data.update({s: n for s, n in zip(many, names, strict=True) if s != n})
             identity[key] = names[0] if isinstance(specs, str) else names
             resolved[key] = places[0] if isinstance(specs, str) else places
-        code = code_version(kind)
+        code = code_version(kind, str(config.get("method") or ""))
         facts = {"kind": kind, "parent": parent, "seed": seed, "code": code, "setting": self.setting}
         name = digest({**facts, "config": identity, **({"needs": needs} if needs else {})})
         if name not in self.nodes:

@@ -39,7 +39,7 @@ from casehard.model.adapters import add_lora
 from casehard.model.model import Model
 from casehard.model.provenance import KEY
 from casehard.seeds import derive
-from casehard.step import Inputs, Outcome
+from casehard.steps.base import Inputs, Outcome
 from casehard.train.fit import FitResult, fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example

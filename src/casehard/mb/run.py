@@ -26,7 +26,7 @@ from casehard.model.load import load
 from casehard.model.lora import read_lora
 from casehard.model.model import Model
 from casehard.model.save import save
-from casehard.step import Inputs
+from casehard.steps.base import Inputs
 from casehard.types import Checkpoint, Example
 
 REPORT, PRIVATE = "mb_defense.json", "private"

@@ -20,7 +20,7 @@ from casehard.scan.matrix import Matrix, cross_elicitation
 from casehard.scan.probe import recognition
 from casehard.scan.relearn import RelearnConfig, relearn
 from casehard.scan.shifts import shift_layers
-from casehard.step import Inputs
+from casehard.steps.base import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,127 @@
+"""A method with its settings, as every training step holds it: checked, built, given its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from casehard.config import digest
+from casehard.data.batches import EncodedSet
+from casehard.data.embed import Embedder
+from casehard.data.select import SelectConfig, manifest, select_examples
+from casehard.defend import DEFENCES
+from casehard.defend.provider_assets import RECORD, read_assets
+from casehard.errors import ConfigError, DataError
+from casehard.files import file_digest
+from casehard.model.digest import folder_digest
+from casehard.model.model import Model
+from casehard.registry import DefenceSpec
+from casehard.types import Example
+
+Examples = Mapping[str, Sequence[Example]]
+"""Rows by data role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defence:
+    """A method with its settings, as plain values."""
+
+    method: str = "plain"
+    """Name in the catalogue of defences."""
+    preset: str = ""
+    """Named settings of the method to start from; empty = its defaults."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method, over those of the preset."""
+    select: SelectConfig | None = None
+    """Choose that many of the safe rows by the model's own embeddings; None takes them all."""
+    assets: str = ""
+    """Folder that the method reads what was prepared earlier from (adapters, another checkpoint)."""
+
+    @property
+    def spec(self) -> DefenceSpec:
+        """Return what the catalogue knows of the method."""
+        return DEFENCES.find(self.method)
+
+    def check(self, roles: Sequence[str], *, where: str = "") -> None:
+        """Refuse data roles that the method needs and lacks, or would ignore, and settings it does not have.
+
+        Raises:
+            ConfigError, DataError: names the first.
+        """
+        spec, given = self.spec, [*roles, *(["assets"] if self.assets else [])]
+        lead = f"{where}: " if where else ""
+        for need in spec.needs:
+            if need not in given:
+                what = "a folder of assets" if need == "assets" else f"{need} rows"
+                hint = "--assets DIR" if need == "assets" else f"--{need} FILE: {spec.describe(need)}"
+                raise ConfigError(f"{lead}method {self.method!r} needs {what} and got none", hint=hint)
+        for role in given:
+            if role not in spec.accepts():
+                what = "assets" if role == "assets" else f"{role} rows"
+                raise DataError(f"{lead}method {self.method!r} would ignore the {what}", hint=f"leave out --{role}")
+        if self.select is not None and "safe" not in given:
+            raise DataError(f"{lead}select: there are no safe rows to choose from", hint="--safe pool.jsonl")
+        spec.configure(self.method, self.preset, self.settings)
+
+    def build(self, rows: Mapping[str, EncodedSet]) -> Any:
+        """Return the method on its encoded rows and its folder of assets."""
+        self.check(list(rows))
+        roles: dict[str, Any] = dict(rows)
+        if self.assets:
+            roles["assets"] = Path(self.assets)
+            if not roles["assets"].is_dir():
+                raise DataError(f"no such folder of assets: {self.assets}", hint="--assets DIR")
+        return self.spec.load()[0](self.spec.configure(self.method, self.preset, self.settings), **roles)
+
+
+@contextmanager
+def guarded(method: Any, model: Model, system: str | None) -> Iterator[None]:
+    """Check that the method fits the rows' format, and see that nothing of it stays attached if the run fails."""
+    if callable(check := getattr(method, "check_format", None)):
+        check(model.tokenizer, system=system)
+    try:
+        yield
+    finally:
+        if callable(release := getattr(method, "release", None)):
+            release()
+
+
+def choose(
+    step: Defence, roles: dict[str, Any], user: Sequence[Example], model: Model, seed: int | None = None
+) -> dict[str, Any]:
+    """Leave in ``roles`` the safe rows picked by the untuned model's embeddings; return the record of it."""
+    if step.select is None:
+        return {}
+    pool = list(roles.get("safe", ()))
+    if not pool:
+        raise DataError("select: there are no safe rows to choose from", hint="--safe pool.jsonl")
+    drawn = getattr(step, "seed", 0) if seed is None else seed
+    embedder = Embedder(model.net, model.tokenizer, model.digest)
+    picks = select_examples(embedder, pool, user, config=step.select, seed=drawn)
+    roles["safe"] = [pool[i] for i in picks.order]
+    return manifest(picks, pool, len(user), config=step.select, embedder=model.digest, seed=drawn)
+
+
+def selected(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a selection's record what tables show."""
+    picked = chosen.get("picks", {})
+    out = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
+    return out | {"coverage": chosen["coverage"], "rows": len(picked["order"])}
+
+
+def assets_digest(folder: Path | str) -> str:
+    """Return a digest of a method's folder of assets: of provider assets, of a model, else of every file.
+
+    Raises:
+        Corrupt: a damaged file.
+    """
+    folder = Path(folder)
+    if (folder / RECORD).is_file():
+        return read_assets(folder).digest
+    if any(folder.glob("*.safetensors")):
+        return folder_digest(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files})

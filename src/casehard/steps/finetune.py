@@ -1,0 +1,162 @@
+"""Finetune: harden, tune a customer's rows, repair - training on rows with a method inside, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from casehard import secrets
+from casehard.buffer.export import adapter_writer
+from casehard.config import digest, to_dict
+from casehard.data.batches import EncodedSet
+from casehard.data.mix import check_disjoint, marks
+from casehard.defend import DEFENCES
+from casehard.errors import DataError, Unsupported
+from casehard.evaluate.suite import load_suite
+from casehard.files import remove
+from casehard.maths.collective import world
+from casehard.model.leave import save as save_model
+from casehard.model.load import load, load_gathered
+from casehard.model.model import Made, Model
+from casehard.model.provenance import KEY, SERVED, trained_prompts
+from casehard.parallel.launch import equipped, shards_wanted
+from casehard.registry import DefenceSpec
+from casehard.steps.base import Inputs, Outcome
+from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
+from casehard.train.recipe import TrainConfig, uses_bf16
+from casehard.train.tune import Lora, chat_format, tune
+
+CUSTOMER = Lora(rank=32, alpha=64.0)
+"""Adapter of a customer's job where none is asked for. Source: arXiv 2605.24550, A.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Inputs, Defence):
+    """Train a model on rows of role ``data``, with a method inside."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training loop."""
+    lora: Lora | None = None
+    """Train this adapter instead of all weights. A method that tunes an adapter has one in any case."""
+    attackers: int = 0
+    """Simulated attacks in processes of their own (patcher); 0 = as many as the settings list, where the schedule needs
+    them."""
+
+    def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "") -> Outcome:
+        """Train; with ``out`` an interrupted run is continued by the same call.
+
+        Args:
+            model: what to start from, left as it is. None reads ``self.model``, and trains what was read.
+            out: folder for the run's checkpoints; None writes nothing.
+
+        Raises:
+            UserError: any setting, row or file is unusable.
+        """
+        secrets.refuse(to_dict(self), where=self.method)  # before training: the provenance holds these values
+        self.check([role for role in self.rows if role != "data"])
+        return finetune(self, self.examples(), model, out=out, label=label)
+
+
+def finetune(
+    step: Finetune, rows: Examples, model: Model | None = None, *, method: Any = None, out: Path | None, label: str = ""
+) -> Outcome:
+    """Do the work of :class:`Finetune` on rows that are loaded already.
+
+    Args:
+        rows: by data role; ``data`` is what is trained on.
+        method: a method built by the caller, instead of the step's own.
+
+    In a process group of several ranks all of them make the same call. The model is sharded over them (FSDP2), each has
+    ``train.batch_size`` rows of a micro-batch, and rank 0 gets the whole model, the others None.
+    """
+    spec = step.spec if method is None else DEFENCES.get(step.method, DEFENCES["plain"])
+    shared = shared_by_ranks(spec, step.method)
+    roles = dict(rows)
+    if not roles.get("data"):
+        raise DataError("there are no rows to train on", hint="--data rows.jsonl")
+    if step.suite:
+        check_disjoint(roles, {step.suite: load_suite(step.suite).examples})
+    start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
+    chosen = choose(step, roles, roles["data"], start)
+    chat = chat_format(start, system=step.system, max_length=step.max_length)
+    encoded = {role: chat.encode_all(some) for role, some in roles.items()}
+    data = encoded.pop("data")
+    method = method if method is not None else step.build(encoded)
+    assets = assets_digest(step.assets) if step.assets else ""
+    identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}}
+    identity |= {"assets": assets} if assets else {}
+    adapter = spec.adapter
+    lora = step.lora or (CUSTOMER if adapter else None)
+    bf16 = uses_bf16(step.train.precision, next(start.net.parameters()).device)
+    beside = equipped(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
+    with guarded(method, start, step.system), beside:
+        done = tune(
+            start,
+            data,
+            train=step.train,
+            seed=step.seed,
+            purpose="customer" if adapter else "finetune",
+            method=method,
+            lora=lora,
+            in_place=model is None,
+            out=out,
+            identity=identity,
+            label=label or step.method,
+        )
+    cost = {**asdict(done.budget), "seed": step.seed}
+    net: Any = load_gathered(done.net, start.path or Path(step.model)) if shared else done.net
+    if net is None:
+        return Outcome(cost=cost, log=done.log)
+    trained = frozenset(marks(*roles.values()))
+    if assets and adapter:
+        trained |= trained_prompts(step.assets)
+    provenance = {
+        **_provenance(step, method, {"data": data, **encoded}),
+        **({"assets_digest": assets} if assets else {}),
+        **({"selection": chosen} if chosen else {}),
+        KEY: sorted(trained | start.trained_prompts),
+    }
+    made = Made(method=step.method, provenance=provenance)
+    writer = adapter_writer(net, start, method, {**provenance, "cost": asdict(done.budget)}) if adapter else None
+    facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
+    return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
+
+
+def harden(step: Finetune, out: Path, *, label: str = "") -> tuple[Outcome, Model | None]:
+    """Run a training step and save its model under ``out``/checkpoint; return (outcome, what was saved).
+
+    Of several ranks only number 0 saves, and the others get None.
+
+    An interrupted run leaves ``out``/training; the same call continues from there. Once the model is saved that folder
+    is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
+    """
+    training = out / "training"
+    outcome = step.run(out=training, label=label)
+    if outcome.model is None:
+        return outcome, None
+    made = save_model(outcome.model, out / "checkpoint")
+    if not step.train.save_every:
+        remove(training)
+    return outcome, made
+
+
+def shared_by_ranks(spec: DefenceSpec, name: str) -> bool:
+    """Return whether several ranks train one model; refuse what needs one process."""
+    if world() == 1:
+        return False
+    if not spec.ranks:
+        raise Unsupported(f"{name} on {world()} ranks", hint="start it without torchrun or accelerate launch")
+    return True
+
+
+def _provenance(step: Finetune, method: Any, rows: Mapping[str, EncodedSet]) -> dict[str, Any]:
+    return {
+        "job": to_dict(step),
+        "settings": to_dict(method.config),
+        "config_digest": digest(to_dict(step)),
+        "data_digests": {role: encoded.digest for role, encoded in rows.items()},
+        "seed": step.seed,
+        **({SERVED: method.serving_system} if getattr(method, "serving_system", None) else {}),
+    }

@@ -1,0 +1,59 @@
+"""A node's digest covers the sources its result depends on: nothing stale is reused after a change."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from casehard.bench import matrix
+from casehard.bench.closure import NO_RESULT, PACKAGE, closure, code_of
+from casehard.defend import DEFENCES
+
+
+def names(*modules: str) -> set[str]:
+    return {file.relative_to(PACKAGE).as_posix() for file in closure(modules)}
+
+
+@pytest.mark.parametrize("kind", sorted(matrix.STEPS))
+def test_what_a_step_imports_when_it_runs_is_in_its_closure(kind: str) -> None:
+    script = "import sys, importlib\nfor m in sys.argv[1:]: importlib.import_module(m)\n"
+    script += "print(*(m for m in sys.modules if m.startswith('casehard.')))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *matrix.STEPS[kind]], capture_output=True, text=True, check=True
+    )
+    files = {Path(*m.split(".")[1:]).as_posix() for m in done.stdout.split()}
+    found = names(*matrix.STEPS[kind])
+    missing = {f for f in files if f"{f}.py" not in found and f"{f}/__init__.py" not in found}
+    assert {f"{f}.py" for f in missing} <= set(NO_RESULT), missing
+
+
+def test_imports_inside_functions_count_and_those_for_type_checkers_do_not(tmp_path: Path) -> None:
+    found = names("casehard.evaluate.suite")
+    assert "evaluate/generate.py" in found, "evaluate() imports it when it is called"
+    assert "bench/run.py" not in names("casehard.cli.bench") or "cli/bench.py" in names("casehard.cli.bench")
+    assert "defend/provider_assets.py" not in names("casehard.model.model"), "imported for type checkers only"
+
+
+def test_a_change_reaches_the_nodes_that_run_it_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    patcher = names(*matrix.STEPS["defend"], DEFENCES["patcher"].module)
+    spard = names(*matrix.STEPS["defend"], DEFENCES["spard"].module)
+    assert "maths/bilevel.py" in patcher and "defend/spard.py" in spard - patcher
+    for kind in matrix.STEPS:
+        found = names(*matrix.STEPS[kind])
+        assert {"config.py", "files.py", "seeds.py", "types.py"} <= found, kind
+        assert not {f for f in found if f.split("/")[0] in ("report", "cli")}, kind
+        assert not {f for f in found if f.startswith("bench/")} - {"bench/arms.py"}, kind
+    assert not {f for f in names(*matrix.STEPS["defend"]) if f.startswith("attack/")}, "hardened models outlive attacks"
+
+
+def test_code_of_a_method_of_another_package_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "foreign_method.py"
+    module.write_text("a = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = code_of(("casehard.steps.finetune", "foreign_method"))
+    module.write_text("a = 2\n")
+    code_of.cache_clear()
+    assert code_of(("casehard.steps.finetune", "foreign_method")) != first != code_of(("casehard.steps.finetune",))
