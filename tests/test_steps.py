@@ -98,7 +98,7 @@ def test_training_rows_in_the_suite_are_refused_before_training(base: Path, tmp_
 
 
 def test_rows_a_method_would_ignore_are_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="would ignore the unsafe rows"):
+    with pytest.raises(ConfigError, match="would ignore the unsafe rows"):
         harden(job(base, method="plain", settings={}), tmp_path)
     with pytest.raises(DataError, match="retain rows would be ignored"):
         harden(job(base, rows={"retain": (f"{base}/data/benign.jsonl",)}), tmp_path)
@@ -156,7 +156,7 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
     guarded = job(base, method="spard", rows=rows, settings={"tau": 0.5})
     with pytest.raises(ConfigError, match="needs safe rows"):
         harden(dataclasses.replace(guarded, rows={"data": (user,)}), tmp_path)
-    with pytest.raises(DataError, match="would ignore the safe rows"):
+    with pytest.raises(ConfigError, match="would ignore the safe rows"):
         harden(dataclasses.replace(guarded, method="plain", settings={}), tmp_path)
     monkeypatch.setattr("casehard.steps.finetune.save_model", refuse)
     with pytest.raises(KeyboardInterrupt):
@@ -305,5 +305,5 @@ def test_assets_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
 def test_assets_are_a_folder_that_the_method_takes(base: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder of assets"):
         tune(base, method="safelora", assets=str(tmp_path / "none")).run()
-    with pytest.raises(DataError, match="would ignore the assets"):
+    with pytest.raises(ConfigError, match="would ignore the assets"):
         tune(base, assets=str(tmp_path)).run()

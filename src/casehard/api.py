@@ -36,9 +36,7 @@ from casehard.model import load as loading
 from casehard.model.leave import save as save
 from casehard.model.model import Model
 from casehard.registry import Registry
-from casehard.steps import Attack, Finetune
-from casehard.steps import attack as run_attack
-from casehard.steps import finetune as run_finetune
+from casehard.steps import Attack, Finetune, attack_with, finetune_on
 from casehard.steps.base import Rows
 from casehard.train.recipe import TrainConfig
 from casehard.train.tune import Lora
@@ -178,7 +176,7 @@ def defend(
     roles = _roles({"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, **(more or {})})
     if ready is None:
         step.check([role for role in roles if role != "data"])
-    done = run_finetune(step, roles, start, method=ready, out=None if out is None else Path(out), label=name)
+    done = finetune_on(step, roles, start, method=ready, out=None if out is None else Path(out), label=name)
     assert done.model is not None
     return done.model
 
@@ -240,7 +238,7 @@ def attack(
     step.check(list(roles))
     built: AttackMethod = step.build(chosen)
     start = model if isinstance(model, Model) else load(model)
-    return run_attack(step, built, roles, chosen, start, label=name)
+    return attack_with(step, built, roles, chosen, start, label=name)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bench_fakes import plan, plan_values
 
 from casehard.bench.execute import Task, environment, step_of
 from casehard.bench.matrix import expand, load_plan, parse_plan
-from casehard.errors import ConfigError, DataError
+from casehard.errors import ConfigError
 from casehard.steps import Finetune
 
 
@@ -185,9 +185,9 @@ def test_safe_rows_reach_the_job_and_name_the_node(tmp_path: Path) -> None:
 def test_safe_rows_are_demanded_and_never_ignored() -> None:
     with pytest.raises(ConfigError, match="needs safe rows and got none"):
         spard_job(spard_plan(safe=[]))
-    with pytest.raises(DataError, match="would ignore the safe rows"):
+    with pytest.raises(ConfigError, match="would ignore the safe rows"):
         spard_job(spard_plan(method="plain"))
-    with pytest.raises(DataError, match="would ignore the unsafe rows"):
+    with pytest.raises(ConfigError, match="would ignore the unsafe rows"):
         spard_job(spard_plan(unsafe=["{base}/data/simulated.jsonl"]))
     with pytest.raises(ConfigError, match="spard"):
         spard_job(spard_plan(settings={"taux": 1}))

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from bench_fakes import Fake, plan, plan_values
 
-from casehard import steps
 from casehard.bench import contrasts, execute
 from casehard.bench.contrasts import OUTCOMES, contrast
 from casehard.bench.execute import Outcome, Task
@@ -22,6 +21,7 @@ from casehard.bench.records import first_over, median_step, pool, steps_text
 from casehard.bench.run import run_plan
 from casehard.evaluate.scores import scores
 from casehard.maths.stats import mcnemar, rate_interval
+from casehard.steps import Outcome as StepOutcome
 
 WEAK = {"undefended": (0.0, 0.0, 0.05, 0.1), "plain": (0.0,) * 4, "patcher": (0.0,) * 4}
 SAME = dict.fromkeys(("undefended", "plain", "patcher"), (0.0, 0.4, 0.8, 0.9))
@@ -340,8 +340,8 @@ def test_the_facts_of_a_node_tell_the_rows_the_defence_knew(kind: str, monkeypat
     facts = {"harmful_rows": 5, "benign_rows": 4, "known_rows": 3}
 
     class Done:
-        def run(self, label: str) -> steps.Outcome:
-            return steps.Outcome(facts=dict(facts))
+        def run(self, label: str) -> StepOutcome:
+            return StepOutcome(facts=dict(facts))
 
     monkeypatch.setattr(execute, "step_of", lambda task: Done())
     matrix = expand(plan(), root=Path())

@@ -16,7 +16,7 @@ from casehard.bench.plan import Plan
 from casehard.bench.run import run_plan
 from casehard.bench.verdict import judged_at
 from casehard.config import to_dict
-from casehard.errors import ConfigError, DataError, UserError
+from casehard.errors import ConfigError, UserError
 from casehard.report.jobs import _difference
 from casehard.report.page import render
 
@@ -121,7 +121,7 @@ def test_a_step_of_the_library_is_built_from_a_node() -> None:
     assert job.rows["safe"] == ("b/data/align.jsonl",)
     assert job.model == "p"
     wrong = dataclasses.replace(node, config={**node.config, "method": "plain"})
-    with pytest.raises(DataError, match="would ignore the safe rows"):
+    with pytest.raises(ConfigError, match="would ignore the safe rows"):
         step_of(dataclasses.replace(task, node=wrong))
 
 

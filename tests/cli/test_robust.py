@@ -87,7 +87,7 @@ def test_a_folder_in_use_is_left_alone(organism, here, capsys):
 
 def test_settings_with_a_secret_cost_no_training(organism, here, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
-    monkeypatch.setattr("casehard.steps.finetune.finetune", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("casehard.steps.finetune.finetune_on", lambda *_: pytest.fail("trained"))
     data = str(organism / "data" / "align.jsonl")
     told = ["--set", "system='use hf_0123456789abcdef'"]
     assert main(["defend", "plain", "--model", str(organism), "--data", data, *told, "--out", "out"]) == 2

@@ -214,7 +214,7 @@ def test_a_look_at_few_prompts_is_called_one(tmp_path: Path) -> None:
 def defend_run(out: Path, made: str, passes: int) -> Path:
     """Write what ``casehard defend`` leaves behind."""
     cost = {"seconds": passes / 10, "passes": passes, "tokens": 1000, "peak_bytes": 10**9, "steps": 30}
-    with RunFolder(out, "defend", {"method": "m", "made": made}, seeds=[0], parents={"model": "base"}) as folder:
+    with RunFolder(out, "defend", {"method": "spard", "made": made}, seeds=[0], parents={"model": "base"}) as folder:
         folder.rows([])
         folder.summary({"cost": cost, "checkpoint": {"digest": made, "path": "checkpoint"}})
     return out

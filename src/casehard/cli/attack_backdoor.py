@@ -85,7 +85,7 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     from casehard.evaluate.suite import load_suite
     from casehard.files import write_text_atomic
     from casehard.model.load import load
-    from casehard.steps import Attack, attack
+    from casehard.steps import Attack, attack_with
 
     job = build(Attack, {**values, "attack": "backdoor"}, where="attack")
     suite = load_suite(job.suite)
@@ -109,7 +109,7 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         run.record({"parents": {"model": loaded.digest}})
-        result: Any = attack(job, method, job.examples(), suite, loaded, label="backdoor")
+        result: Any = attack_with(job, method, job.examples(), suite, loaded, label="backdoor")
         run.rows(result.rows)
         for entry in result.log:
             run.event("log", entry)

@@ -10,9 +10,23 @@ another process. ``run(model)`` does the work. Rows are named by role, as the sp
 
 from __future__ import annotations
 
-from casehard.steps.attack import Attack, attack
+from casehard.steps.attack import Attack, attack_with
+from casehard.steps.base import Inputs, Outcome, Step
 from casehard.steps.defence import Defence, assets_digest
 from casehard.steps.evaluate import Evaluate
-from casehard.steps.finetune import CUSTOMER, Finetune, finetune, harden
+from casehard.steps.finetune import CUSTOMER, Finetune, finetune_on, harden
 
-__all__ = ["CUSTOMER", "Attack", "Defence", "Evaluate", "Finetune", "assets_digest", "attack", "finetune", "harden"]
+__all__ = [
+    "CUSTOMER",
+    "Attack",
+    "Defence",
+    "Evaluate",
+    "Finetune",
+    "Inputs",
+    "Outcome",
+    "Step",
+    "assets_digest",
+    "attack_with",
+    "finetune_on",
+    "harden",
+]

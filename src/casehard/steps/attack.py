@@ -14,7 +14,7 @@ from casehard.attack.protocol import Attack as AttackMethod
 from casehard.attack.protocol import Attacked, AttackInputs
 from casehard.backdoor.planted import find_planted
 from casehard.data.mix import check_disjoint
-from casehard.errors import ConfigError, DataError
+from casehard.errors import ConfigError
 from casehard.evaluate.backdoor import evaluate_backdoor
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.evaluate.unseen import require_unseen
@@ -72,7 +72,7 @@ class Attack(Inputs):
                 raise ConfigError(f"attack {self.attack!r} needs {need} rows and got none", hint=f"--{need} FILE: rows")
         for role in roles:
             if role not in (*self.spec.accepts(), *inside):
-                raise DataError(f"attack {self.attack!r} would ignore the {role} rows", hint=f"leave out --{role}")
+                raise ConfigError(f"attack {self.attack!r} would ignore the {role} rows", hint=f"leave out --{role}")
 
     def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "attack") -> Outcome:
         """Attack; nothing of the attacked model is written.
@@ -82,7 +82,7 @@ class Attack(Inputs):
         """
         self.check(list(self.rows))
         suite = load_suite(self.suite)
-        done = attack(self, self.build(suite), self.examples(), suite, model, label=label)
+        done = attack_with(self, self.build(suite), self.examples(), suite, model, label=label)
         inside = {"telemetry": self.defence.spec.mean_telemetry(done.log)} if self.defence else {}
         return Outcome(done.model, done.rows, asdict(done.budget), {**done.facts, **inside}, done.log)
 
@@ -97,7 +97,7 @@ def _planted_by_name(settings: Mapping[str, Any], suite: Suite) -> dict[str, Any
     return named | ({} if "decoys" in settings else {"decoys": [asdict(decoy) for decoy in decoys]})
 
 
-def attack(
+def attack_with(
     step: Attack, method: AttackMethod, rows: Examples, suite: Suite, model: Model | None = None, *, label: str
 ) -> Attacked:
     """Do the work of :class:`Attack` on rows that are loaded already; ``rows`` holds the defence's roles too."""

@@ -49,7 +49,8 @@ class Defence:
         """Refuse data roles that the method needs and lacks, or would ignore, and settings it does not have.
 
         Raises:
-            ConfigError, DataError: names the first.
+            ConfigError: names the first.
+            DataError: a selection without safe rows.
         """
         spec, given = self.spec, [*roles, *(["assets"] if self.assets else [])]
         lead = f"{where}: " if where else ""
@@ -61,7 +62,7 @@ class Defence:
         for role in given:
             if role not in spec.accepts():
                 what = "assets" if role == "assets" else f"{role} rows"
-                raise DataError(f"{lead}method {self.method!r} would ignore the {what}", hint=f"leave out --{role}")
+                raise ConfigError(f"{lead}method {self.method!r} would ignore the {what}", hint=f"leave out --{role}")
         if self.select is not None and "safe" not in given:
             raise DataError(f"{lead}select: there are no safe rows to choose from", hint="--safe pool.jsonl")
         spec.configure(self.method, self.preset, self.settings)

@@ -56,10 +56,10 @@ class Finetune(Inputs, Defence):
         """
         secrets.refuse(to_dict(self), where=self.method)  # before training: the provenance holds these values
         self.check([role for role in self.rows if role != "data"])
-        return finetune(self, self.examples(), model, out=out, label=label)
+        return finetune_on(self, self.examples(), model, out=out, label=label)
 
 
-def finetune(
+def finetune_on(
     step: Finetune, rows: Examples, model: Model | None = None, *, method: Any = None, out: Path | None, label: str = ""
 ) -> Outcome:
     """Do the work of :class:`Finetune` on rows that are loaded already.
