@@ -18,7 +18,7 @@ from casehard.defend import DEFENCES
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "casehard"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-MODULE_LINES, FUNCTION_LINES, METHOD_LINES = 400, 60, 350
+MODULE_LINES, FUNCTION_LINES, METHOD_LINES, METHOD_WORDS = 400, 60, 350, 900
 
 # "path" or "path::function" -> why it may be longer. Empty is best.
 EXCEPTIONS: dict[str, str] = {}
@@ -72,6 +72,8 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
     page = ROOT / "docs" / "methods" / f"{method}.md"
     assert page.is_file(), f"write docs/methods/{method}.md"
     assert len(page.read_text(encoding="utf-8")) > 500, f"{page.name} says next to nothing"
+    words = len(page.read_text(encoding="utf-8").split())
+    assert words <= METHOD_WORDS, f"{page.name}: {words} words, at most {METHOD_WORDS}; evidence goes to docs/evidence"
     table = ROOT / "tests" / "conformance"
     rows = "\n".join(p.read_text(encoding="utf-8") for p in table.glob("*.py"))
     assert re.search(rf"[\"']{re.escape(method)}[\"']", rows), f"no row for {method!r} in tests/conformance"
