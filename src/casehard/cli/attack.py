@@ -21,7 +21,7 @@ def attack() -> None:
     """Attack a checkpoint and measure what breaks."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def finetune(
     out: options.Out,
     model: options.Model = None,
@@ -130,4 +130,4 @@ def _run(values: dict[str, Any], out: Path) -> None:
     console.made("run folder", out)
 
 
-app.command("backdoor")(attack_backdoor.backdoor)
+app.command("backdoor", epilog=options.FILES)(attack_backdoor.backdoor)

@@ -28,7 +28,7 @@ def buffer() -> None:
     """Make a provider's buffer and reinforce adapters; screen customers' data."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def prepare(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of assets to make.")],
     model: options.Model = None,
@@ -170,7 +170,7 @@ def _open(
     return loaded, ChatFormat(loaded.tokenizer, system=system, max_length=limit), opened, rows
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def tune(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make; the adapter is DIR/adapter.")],
     model: options.Model = None,
@@ -235,7 +235,7 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     console.made("adapter", done.adapter)
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def screen(
     model: Base,
     assets: Assets,
@@ -296,7 +296,7 @@ def _draw_rocs(path: Path, found: tuple[Any, Any], what: str) -> None:
     console.made("picture", path)
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def saturation(
     model: Base,
     assets: Assets,
@@ -353,7 +353,7 @@ def _negative(values: list[float]) -> str:
     return f"{sum(v < 0 for v in values)} of {len(values)}"
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def check(
     model: Base,
     assets: Assets,

@@ -19,7 +19,7 @@ def data() -> None:
     """Look at training rows and make surrogate attack targets."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def audit(
     model: Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder; only its tokenizer is read.")],
     data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Rows to look at. Repeatable.")],
@@ -73,7 +73,7 @@ def _context(folder: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def surrogate(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Rows whose prompts are used; answers are ignored.")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File (.jsonl) or run folder to make.")],

@@ -36,6 +36,12 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
 ]
 
+FILES = (
+    r"A data FILE may end in a filter on tags: 'rows.jsonl?kind=a,b&source=c'. A comma, & or = that belongs to a value "
+    r"has a backslash before it: 'rows.jsonl?source=Smith\, J.'."
+)
+"""Last lines of the help of every command that reads data files."""
+
 
 def settings(file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a verb: the file's, then the flags that were given, then the ``--set`` overrides.

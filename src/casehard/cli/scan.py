@@ -20,7 +20,7 @@ def scan() -> None:
     """Look for hidden triggers in data and in models."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def data(
     out: options.Out,
     rows: Annotated[
@@ -85,7 +85,7 @@ def _data(values: dict[str, Any], specs: list[str], out: Path) -> None:
     console.made("audit", out / "audit.json")
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def model(
     out: options.Out,
     checkpoint: options.Model = None,
