@@ -1,4 +1,4 @@
-"""Every difference between supported versions of torch and transformers, and nothing else.
+"""Every difference between supported versions of torch and transformers, and what is installed; nothing else.
 
 Supported: torch >= 2.11, transformers 5.17 up to the next major version.
 """
@@ -6,12 +6,35 @@ Supported: torch >= 2.11, transformers 5.17 up to the next major version.
 from __future__ import annotations
 
 import functools
-from importlib.metadata import version
+import sys
+from importlib import metadata
 from typing import Any
 
 from casehard.errors import Unsupported
 
 MINIMUM = {"torch": (2, 11), "transformers": (5, 17)}
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package, "" if it is not there. Nothing is imported.
+
+    A package that is used from a source tree has no metadata, and one whose installation was cut short may have some
+    without a version: then what it says of itself counts, once it is loaded.
+    """
+    try:
+        if found := metadata.version(package):
+            return found
+    except metadata.PackageNotFoundError:
+        pass
+    return str(getattr(sys.modules.get(package), "__version__", ""))
+
+
+def requirements_of(package: str) -> list[str] | None:
+    """Return what an installed package says it requires; None if it has no metadata to say so."""
+    try:
+        return metadata.requires(package) or []
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _release(text: str) -> tuple[int, int]:
@@ -27,13 +50,13 @@ def require_supported() -> None:
         Unsupported: names the package, the version found and the range.
     """
     for package, lowest in MINIMUM.items():
-        found = version(package)
+        found = version_of(package)
         low = ".".join(map(str, lowest))
         if _release(found) < lowest:
             raise Unsupported(f"{package} {found} is older than {low}", hint=f"pip install '{package}>={low}'")
-    if _release(version("transformers"))[0] != 5:
+    if _release(version_of("transformers"))[0] != 5:
         raise Unsupported(
-            f"transformers {version('transformers')} is not a 5.x release",
+            f"transformers {version_of('transformers')} is not a 5.x release",
             hint="pip install 'transformers>=5.17,<6'",
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 from casehard.bench.matrix import Node
 from casehard.bench.records import told
 from casehard.bench.store import RunFolder, read_json
+from casehard.compat import version_of
 from casehard.config import build, to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted, UserError
 from casehard.files import MANIFEST, file_digest, remove, verify
@@ -73,8 +74,6 @@ def environment(threads: int) -> dict[str, Any]:
     Args:
         threads: torch threads of a node; 0 for torch's own default.
     """
-    from importlib.metadata import version
-
     import torch
 
     from casehard.train.recipe import uses_bf16
@@ -82,7 +81,7 @@ def environment(threads: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "torch": str(torch.__version__),
-        **{name: version(name) for name in ("transformers", "peft")},
+        **{name: version_of(name) for name in ("transformers", "peft")},
         "threads": threads or torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "auto_precision": "bf16" if uses_bf16("auto", device) else "fp32",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +22,7 @@ from casehard import __version__, secrets
 from casehard.buffer.assets import write_assets
 from casehard.buffer.gates import Gate, GateLimits, Held, measure
 from casehard.buffer.saturation import Residual, residual
+from casehard.compat import version_of
 from casehard.config import to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
@@ -340,7 +340,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         "missed": [gate.name for gate in missed],
         "reference": reference,
         "cost": cost,
-        "versions": {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
+        "versions": {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers", "peft")}},
     }
     return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates)
 

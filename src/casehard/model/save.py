@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from casehard import __version__
+from casehard.compat import version_of
 from casehard.data.formats import check_values
 from casehard.errors import Corrupt, Diverged, Unsupported, UserError
 from casehard.files import crash_point, read_json, staged, verify
@@ -63,7 +63,7 @@ def _check_target(out: Path, parent: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers")}}
 
 
 def save(
