@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import signal
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -374,11 +376,32 @@ def attempt(task: Task, executor: Executor) -> dict[str, Any]:
 
 
 def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
-    """Do what :func:`attempt` does in a worker process; an interrupt comes back as ``{"interrupted": exit code}``."""
-    try:
-        return attempt(task, executor)
-    except Interrupted as error:
-        return {"interrupted": error.exit_code}
+    """Do what :func:`attempt` does in a worker process; an interrupt comes back as ``{"interrupted": exit code}``.
+
+    Warnings come back as plain values under ``warnings``, for :func:`warn_again`: the caller decides what becomes of
+    them, and sees those of all workers.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        try:
+            result = attempt(task, executor)
+        except Interrupted as error:
+            result = {"interrupted": error.exit_code}
+    result["warnings"] = [(str(w.message), w.category.__name__, w.filename, w.lineno) for w in told]
+    return result
+
+
+def warn_again(told: Iterable[tuple[str, str, str, int]], registry: dict[Any, Any]) -> None:
+    """Give the warnings of a worker process in this one, from the places they had there.
+
+    A category that is no built-in one becomes UserWarning: its module may not be imported here.
+
+    Args:
+        registry: what was given before, as in :func:`warnings.warn_explicit`.
+    """
+    for message, name, file, line in told:
+        category = getattr(builtins, name, None)
+        known = isinstance(category, type) and issubclass(category, Warning)
+        warnings.warn_explicit(message, category if known else UserWarning, file, line, registry=registry)
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -33,11 +33,11 @@ def _warner() -> Callable[..., None]:
     """Return a ``showwarning`` that says each thing once, as a line for users rather than for programmers."""
     told: set[str] = set()
 
-    def show(message: Warning | str, *rest: object) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
         text = " ".join(str(message).split())
         if text not in told:
             told.add(text)
-            console.warn(text)
+            console.warn(f"{text} ({category.__name__}, {filename}:{lineno})" if console.debugging() else text)
 
     return show
 
