@@ -16,11 +16,12 @@ import pytest
 from bench_fakes import Fake, OddWarning, plan, plan_values
 
 from casehard.bench import execute
-from casehard.bench.execute import Outcome, Task, _organism, attempt_apart, warn_again
+from casehard.bench.execute import Outcome, Task, _organism
 from casehard.bench.matrix import expand
 from casehard.bench.plan import parse_plan
 from casehard.bench.run import NodeEvent, run_plan
 from casehard.bench.store import read_json, read_rows
+from casehard.bench.worker import attempt_apart, warn_again
 from casehard.errors import ConfigError, Interrupted
 from casehard.files import staged, verify
 from casehard.train.meter import peak_bytes, reset_peak

@@ -16,22 +16,12 @@ from types import FrameType
 from typing import Any, Literal
 
 from casehard.bench.backdoor import BackdoorPlan
-from casehard.bench.execute import (
-    Executor,
-    Task,
-    attempt,
-    attempt_apart,
-    environment,
-    execute,
-    finished,
-    job_of,
-    start_worker,
-    warn_again,
-)
+from casehard.bench.execute import Executor, Task, environment, execute, finished, job_of
 from casehard.bench.matrix import Matrix, Node, expand
 from casehard.bench.plan import Plan
 from casehard.bench.store import RunFolder
 from casehard.bench.summary import summarise, table_rows
+from casehard.bench.worker import attempt, attempt_apart, start_worker, warn_again
 from casehard.config import to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted
 from casehard.files import remove
