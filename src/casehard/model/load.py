@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -15,16 +14,15 @@ import torch
 from torch import nn
 
 from casehard.data.chat import pad_id
-from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserError
+from casehard.errors import ConfigError, Corrupt, DataError, Unsupported
 from casehard.files import MANIFEST, read_json, verify
 from casehard.maths.collective import local
 from casehard.model.digest import folder_digest, weight_files
 from casehard.model.provenance import read_provenance, require_same_content
 from casehard.model.shard import gather, shard
+from casehard.model.source import find, is_snapshot, origin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -39,6 +37,8 @@ class Loaded:
     path: Path
     notes: tuple[str, ...] = ()
     """Choices made on the way; each was also given as a warning."""
+    origin: str = ""
+    """Hub model it is or descends from, as ``org/name@commit``; see :func:`casehard.model.source.origin`."""
 
 
 def _mentions(value: Any, key: str) -> bool:
@@ -80,41 +80,6 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
             f"{folder}: no .safetensors weights{seen}",
             hint="pickled weights can run code; convert them with save_pretrained() in an environment you trust",
         )
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the Hub client raises many unrelated types, offline ones included
-        raise UserError(
-            f"{name!r} is neither a folder here nor can it be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else 'no detail'})",
-            hint="check the path; without a network pass a folder that holds config.json and .safetensors files",
-        ) from None
-
-
-def find(path: str | Path) -> Path:
-    """Return the folder of a checkpoint, fetching ``org/name`` or ``hub:org/name`` from the Hub if it is not local.
-
-    Raises:
-        UserError: no such folder, or it cannot be fetched.
-    """
-    text = str(path)
-    if "\0" in text:
-        raise UserError(f"path with a NUL character: {text!r}")
-    try:
-        if Path(text).is_dir():
-            return Path(text)
-        if Path(text).exists():
-            raise UserError(f"{text}: a file, not a model folder")
-    except OSError as error:
-        raise UserError(f"{text[:80]}: {error.strerror}") from None
-    name = text.removeprefix("hub:")
-    if _HUB_ID.fullmatch(name) and ".." not in name:
-        return _fetch(name)
-    raise UserError(f"no such model folder: {text}")
 
 
 def _one_line(error: BaseException) -> str:
@@ -276,7 +241,8 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     """Load a checkpoint, in eval mode.
 
     Args:
-        path: a folder with ``config.json``, tokenizer and ``.safetensors`` files; or a Hub id ``org/name``.
+        path: a folder with ``config.json``, tokenizer and ``.safetensors`` files, a run folder of ``casehard defend``,
+            or a Hub id ``org/name[@revision]``; see :mod:`casehard.model.source`.
         dtype: ``float32`` (the master copy that training wants), ``bfloat16``, ``float16`` (GPU only), or ``auto``
             for the dtype the checkpoint was saved in.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
@@ -284,7 +250,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
             embeddings are tied, right after; 0 leaves them whole.
 
     Raises:
-        UserError: no such folder, or the Hub cannot be reached.
+        UserError: no such folder or Hub model, or the Hub cannot be reached.
         Unsupported: remote code, pickled weights, an unknown architecture, a device that is not there.
         DataError: no config, a broken tokenizer, or one with more tokens than embeddings.
         Corrupt: a file differs from the manifest, the weights from what is recorded about them, tensors are missing, or
@@ -294,8 +260,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     wanted = _dtype(dtype, target)
     folder = find(path)
     check_folder(folder)
-    # A Hub snapshot is a tree of links into a cache that checks its own files.
-    if folder == Path(path) and ((folder / MANIFEST).is_file() or read_provenance(folder)):
+    if not is_snapshot(folder) and ((folder / MANIFEST).is_file() or read_provenance(folder)):
         verify(folder)
     tokenizer = _tokenizer(folder)
     model = _weights(folder, wanted, target, shards)
@@ -311,7 +276,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     _tell(notes)
     digest = folder_digest(folder)
     require_same_content(folder, digest)
-    return Loaded(model, tokenizer, digest, folder, notes)
+    return Loaded(model, tokenizer, digest, folder, notes, origin(folder))
 
 
 def load_gathered(model: nn.Module, parent: Path) -> nn.Module | None:
