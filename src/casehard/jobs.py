@@ -31,6 +31,7 @@ from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load, load_gathered
 from casehard.model.provenance import SERVED
 from casehard.model.save import save
+from casehard.model.source import ORIGIN, find_any
 from casehard.parallel.launch import equipped, shards_wanted
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, uses_bf16
@@ -50,7 +51,7 @@ class DefendJob:
     """Harden one checkpoint."""
 
     model: str
-    """Model folder or hub id."""
+    """Model folder or Hub id, see :mod:`casehard.model.source`."""
     method: str
     """Name in the catalogue of methods."""
     data: tuple[str, ...]
@@ -64,7 +65,7 @@ class DefendJob:
     select: SelectConfig | None = None
     """Choose that many of the safe rows by the model's own embeddings; None takes them all."""
     assets: str = ""
-    """Folder that the method reads what it prepared earlier from (adapters, another checkpoint)."""
+    """Folder that the method reads what it prepared earlier from (adapters, another checkpoint), or a Hub id."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the method, over those of the preset."""
     preset: str = ""
@@ -166,7 +167,7 @@ def _method(spec: MethodSpec, job: DefendJob | TuneJob, rows: Mapping[str, Encod
     """Build the method from preset, settings, encoded data roles and the folder of its assets."""
     roles: dict[str, Any] = dict(rows)
     if job.assets:
-        roles["assets"] = Path(job.assets)
+        roles["assets"] = find_any(job.assets)
         if not roles["assets"].is_dir():
             raise DataError(f"no such folder of assets: {job.assets}", hint="--assets DIR")
     for need in spec.needs:
@@ -187,7 +188,7 @@ def assets_digest(folder: Path | str) -> str:
     Raises:
         Corrupt: a damaged file.
     """
-    folder = Path(folder)
+    folder = find_any(folder)
     if (folder / RECORD).is_file():
         return read_assets(folder).digest
     if any(folder.glob("*.safetensors")):
@@ -267,6 +268,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
             **_provenance(job, method, {"data": data, **encoded}),
             **({"assets_digest": assets["assets"]} if assets else {}),
             **({"selection": chosen} if chosen else {}),
+            **({ORIGIN: loaded.origin} if loaded.origin else {}),
             "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
         },
     )

@@ -84,7 +84,9 @@ LIGHT = [
     "cli",
     "bench/plan.py",
     "bench/backdoor.py",
+    "bench/inputs.py",
     "bench/matrix.py",
+    "model/source.py",
     "bench/store.py",
 ]
 EXTRAS = {

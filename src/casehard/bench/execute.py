@@ -14,6 +14,7 @@ from casehard.compat import version_of
 from casehard.config import build, to_dict
 from casehard.errors import ConfigError, Corrupt, UserError
 from casehard.files import MANIFEST, file_digest, remove, verify
+from casehard.model.source import is_snapshot, origin
 from casehard.train.meter import reset_peak
 
 
@@ -263,7 +264,8 @@ def _base(task: Task) -> Outcome:
         path = Path(config["model"])
     else:
         path = _organism(config["world_seed"], config["size"], task.cache)
-    return Outcome(path=str(path.resolve()), digest=folder_digest(path))
+    came = origin(path)
+    return Outcome(path=str(path.resolve()), digest=folder_digest(path), facts={"origin": came} if came else {})
 
 
 def _organism(world_seed: int, size: str, cache: Path) -> Path:
@@ -344,8 +346,8 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
         path = out / str(summary.get("path", ""))
         if not path.is_dir():
             return None
-        # Somebody else's checkpoint has no manifest; its content is in the node's digest.
-        if node.kind != "base" or (path / MANIFEST).exists():
+        # Somebody else's checkpoint has no manifest, and a snapshot not all of its files; the node's digest names it.
+        if node.kind != "base" or ((path / MANIFEST).exists() and not is_snapshot(path)):
             verify(path)
     elif not rows.is_file():
         raise Corrupt(f"{rows} is missing: expected sha256 {expected}")

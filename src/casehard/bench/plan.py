@@ -24,7 +24,7 @@ CURVE_METRICS = ("asr", "leak")
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A model to harden: an organism of one world, or a checkpoint folder."""
+    """A model to harden: an organism of one world, or a checkpoint folder or Hub model."""
 
     name: str
     world_seed: int | None = None
@@ -32,7 +32,7 @@ class Base:
     size: Literal["tiny", "small"] = "small"
     """Organism size."""
     model: str | None = None
-    """Folder of an ordinary checkpoint; relative to the plan file."""
+    """Folder of an ordinary checkpoint, relative to the plan file; or a Hub id ``org/name[@revision]``."""
     family: str = ""
     """Bases of one family are pooled in tables; default: all organisms of one size, or the base alone."""
 

@@ -54,9 +54,8 @@ def warn_again(told: Iterable[tuple[str, str, str, int]], registry: dict[Any, An
         registry: what was given before, as in :func:`warnings.warn_explicit`.
     """
     for message, name, file, line in told:
-        category = getattr(builtins, name, None)
-        known = isinstance(category, type) and issubclass(category, Warning)
-        warnings.warn_explicit(message, category if known else UserWarning, file, line, registry=registry)
+        category: Any = getattr(builtins, name, UserWarning)
+        warnings.warn_explicit(message, category, file, line, registry=registry)
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
 from casehard.model.lora_files import LayerShape, write_adapter, write_marker
+from casehard.model.source import ORIGIN
 from casehard.seeds import derive
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
@@ -130,6 +131,7 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
         "settings": to_dict(method.config),
         "config_digest": digest(to_dict(job)),
         "base_digest": loaded.digest,
+        **({ORIGIN: loaded.origin} if loaded.origin else {}),
         "assets_digest": method.assets.digest,
         "data_digest": encoded.digest,
         KEY: sorted(marks(rows) | trained_prompts(loaded.path, method.assets.path)),

@@ -39,6 +39,7 @@ from casehard.evaluate.unseen import KEY
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import Loaded, load
+from casehard.model.source import ORIGIN
 from casehard.seeds import derive
 from casehard.train.fit import FitResult, fit
 from casehard.train.recipe import TrainConfig
@@ -323,6 +324,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
     tokenizer, template = tokenizer_digests(loaded.tokenizer)
     record = {
         "base_digest": loaded.digest,
+        **({ORIGIN: loaded.origin} if loaded.origin else {}),
         "base_fingerprints": prints,
         "tokenizer_digest": tokenizer,
         "template_digest": template,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from casehard.cli import attack_backdoor, console, options, scoring
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 
 app = typer.Typer(help="Attack a checkpoint and measure what breaks.", no_args_is_help=True)
 
@@ -64,11 +64,11 @@ def finetune(
     values = options.settings(config, sets, flags)
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
-    values["model"] = options.model_folder(values["model"])
     for key in ("harmful", "benign"):
         options.check_specs(options.as_list(values, key), f"--{key}")
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "attack")
+    values["model"] = options.model_folder(values["model"])
     _run(values, out)
 
 
@@ -103,13 +103,13 @@ def _run(values: dict[str, Any], out: Path) -> None:
     data = [*job.harmful, *job.benign]
     with run_folder(out, "attack", to_dict(job), seeds=[job.seed], data=data, suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
-        run.record({"parents": {"model": loaded.digest}})
+        made_from(run, loaded.digest, loaded.origin)
         result = run_attack(job, loaded=loaded)
         run.rows(result.rows)
         for entry in result.log:
             run.event("log", entry)
         context = {
-            "defence": scoring.defence_of(job.model),
+            "defence": scoring.defence_of(loaded.path),
             "attack": f"finetune-{settings.mode}",
             "share": settings.share,
             "seed": job.seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from casehard.cli import console, options, scoring
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 
 if TYPE_CHECKING:
     from casehard.attack.backdoor import BackdoorResult
@@ -70,10 +70,10 @@ def backdoor(
     values = options.settings(config, sets, flags)
     for key in ("model", "suite", "data"):
         options.need(values, key, f"--{key}")
-    values["model"] = options.model_folder(values["model"])
     options.check_specs(options.as_list(values, "data"), "--data")
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "backdoor")
+    values["model"] = options.model_folder(values["model"])
     _run(values, out, keep_model)
 
 
@@ -104,7 +104,7 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     )
     with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
-        run.record({"parents": {"model": loaded.digest}})
+        made_from(run, loaded.digest, loaded.origin)
         result = run_backdoor(job, loaded=loaded)
         run.rows(result.rows)
         for entry in result.log:
@@ -134,11 +134,14 @@ def _planted(result: BackdoorResult) -> dict[str, Any]:
 def _keep(result: BackdoorResult, loaded: Loaded, job: Any, out: Path) -> None:
     from casehard.config import to_dict
     from casehard.model.save import save
+    from casehard.model.source import ORIGIN
 
     model: Any = result.model
     if hasattr(model, "peft_config"):
         model = model.merge_and_unload()
     provenance = {"job": to_dict(job), "seed": job.seed, "planted": _planted(result)}
+    if loaded.origin:
+        provenance[ORIGIN] = loaded.origin
     save(
         model,
         loaded.tokenizer,

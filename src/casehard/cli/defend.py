@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, cost_rows, run_folder
+from casehard.cli.runs import check_out, cost_rows, made_from, run_folder
 from casehard.errors import ConfigError
 
 Specs = list[str] | None
@@ -20,7 +20,8 @@ Select = Annotated[
     ),
 ]
 Assets = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Folder the method prepared earlier (adapters, a checkpoint).")
+    str | None,
+    typer.Option(metavar="DIR|ID", help="What the method reads: adapters made earlier, or another checkpoint."),
 ]
 
 
@@ -101,7 +102,6 @@ def _check(values: dict[str, Any]) -> bool:
 
     values["method"] = canonical(str(values["method"]))
     options.need(values, "model", "--model")
-    values["model"] = options.model_folder(values["model"])
     for key in ("data", "unsafe", "retain", "safe"):
         options.check_specs(options.as_list(values, key), f"--{key}")
     options.need(values, "data", "--data")
@@ -111,6 +111,9 @@ def _check(values: dict[str, Any]) -> bool:
             raise ConfigError(
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
             )
+    values["model"] = options.model_folder(values["model"])
+    if values.get("assets"):
+        values["assets"] = options.other_folder(str(values["assets"]))
     return spec.adapter
 
 
@@ -131,6 +134,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         check_out(out, "defend")
     from casehard.config import build, to_dict
     from casehard.jobs import DefendJob, run_defend
+    from casehard.model.source import origin
     from casehard.report.card import write_card
 
     job = build(DefendJob, {**values, "select": chosen}, where="defend")
@@ -162,7 +166,9 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=read) as run:
         result = run_defend(job, out)
         write_card(result.checkpoint.path)
-        run.record({"parents": {"model": result.checkpoint.parent}, "checkpoint": result.checkpoint.digest})
+        made = result.checkpoint
+        made_from(run, made.parent, origin(made.path))
+        run.record({"checkpoint": made.digest})
         for entry in result.log:
             run.event("log", entry)
         run.rows([])

@@ -157,10 +157,11 @@ def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bo
     ]
 
 
-def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
+def _schedules(model: str | None, k1: int, k2: int, attackers: int) -> None:
     from casehard.defend.cost import advice
+    from casehard.model.source import find
 
-    parameters = count_parameters(Path(options.model_folder(str(model)))) if model else 0
+    parameters = count_parameters(find(options.model_folder(model))) if model else 0
     devices, memory, bf16 = hardware_for_training()
     unit = f"{parameters:,} parameters" if parameters else "bytes a parameter"
     title = f"Patcher, k1 = {k1}, k2 = {k2}, {attackers} attacker{'s' if attackers > 1 else ''}: predicted"
@@ -174,7 +175,7 @@ def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
 
 def doctor(
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Model whose memory needs are shown for Patcher's schedules.")
+        str | None, typer.Option(metavar="DIR|ID", help="Model whose memory needs are shown for Patcher's schedules.")
     ] = None,
     k1: Annotated[int, typer.Option("--k1", min=0, help="Attack steps of a simulated attack.")] = 300,
     k2: Annotated[int, typer.Option("--k2", min=1, help="Outer steps of a round.")] = 1000,

@@ -23,7 +23,7 @@ Sets = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in this run [default: 0].")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to make.")]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="DIR", help="Model folder, or a run folder of `casehard defend`.")
+    str | None, typer.Option("--model", metavar="DIR|ID", help="Model or run folder, or Hub id org/name[@revision].")
 ]
 Suite = Annotated[
     str | None, typer.Option("--suite", metavar="PATH", help="Evaluation suite: folder, .jsonl or YAML file.")
@@ -84,21 +84,23 @@ def as_list(values: dict[str, Any], key: str) -> list[str]:
 
 
 def model_folder(given: str) -> str:
-    """Return the model folder meant by ``given``: itself, or ``checkpoint/`` inside a run folder of ``defend``.
+    """Return the model meant by ``given``: a folder, or a Hub id with its commit, whose snapshot is here then.
 
     Raises:
-        ConfigError: no such folder.
+        UserError: see :func:`casehard.model.source.find`.
     """
-    path = Path(given)
-    hint = "give a local folder that holds config.json and *.safetensors"
-    if not path.exists():
-        raise ConfigError(f"no such model folder: {given}", hint=hint)
-    if not path.is_dir():
-        raise ConfigError(f"not a folder: {given}", hint=hint)
-    inner = path / "checkpoint"
-    if not (path / "config.json").exists() and (inner / "config.json").exists():
-        return str(inner)
-    return given
+    from casehard.model.source import pin
+    from casehard.train.progress import announce
+
+    return pin(given, tell=announce)
+
+
+def other_folder(given: str) -> str:
+    """Return the same of a folder that need not be a model; one that is not there is told by who reads it."""
+    from casehard.model.source import pin_any
+    from casehard.train.progress import announce
+
+    return pin_any(given, tell=announce)
 
 
 def device_text(name: str) -> str:

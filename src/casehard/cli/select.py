@@ -23,7 +23,7 @@ def select(
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option("--embedder", metavar="DIR", help="Sentence-embedding folder [default: the model itself]."),
+        typer.Option("--embedder", metavar="DIR|ID", help="Sentence-embedding model [default: the model itself]."),
     ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Rows to pick [default: 3 % of the user's rows].")] = None,
     beta: Annotated[float | None, typer.Option(help="Exponent of relevance; 0 = diversity only.")] = None,
@@ -50,6 +50,7 @@ def select(
     options.check_specs(data or [], "--data")
     secrets.refuse(values, where="select")
     _check_out(out)
+    source = options.model_folder(source)
     with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
         _check_out(out)  # whoever held the lock until now may just have finished
         _run(values, source, embedder is not None, pool, data or [], out, cache, seed or 0, device or "auto")
@@ -96,10 +97,12 @@ def _run(
     )
     if sentence:
         from casehard.model.digest import folder_digest
+        from casehard.model.source import find
 
-        embedder = load_embedder(source, digest=folder_digest(Path(source)), device=str(find_device(device)))
+        folder = find(source)
+        embedder = load_embedder(folder, digest=folder_digest(folder), device=str(find_device(device)))
     else:
-        loaded = load(options.model_folder(source), device=device)
+        loaded = load(source, device=device)
         embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)
     picks = chooser.select_examples(embedder, pool, user, config=settings, seed=seed, cache=cache)
     record = chooser.manifest(picks, pool, len(user), config=settings, embedder=embedder.digest, seed=seed)

@@ -27,6 +27,7 @@ from casehard.model.load import Loaded, load
 from casehard.model.lora import read_lora
 from casehard.model.provenance import read_provenance
 from casehard.model.save import save
+from casehard.model.source import ORIGIN, find_any
 from casehard.types import Checkpoint, Example
 
 REPORT, PRIVATE = "mb_defense.json", "private"
@@ -44,7 +45,7 @@ class MbJob:
     data: tuple[str, ...] = ()
     """joint: the training set, from anywhere. Else rows to install on; the clean rows when empty."""
     adapter: str = ""
-    """Folder of the untrusted LoRA (mode adapter)."""
+    """Folder or Hub id of the untrusted LoRA (mode adapter)."""
     config: MbConfig = field(default_factory=MbConfig)
     trigger: Trigger | None = None
     """A backdoor to report on, if one is known; it never decides how the defence runs."""
@@ -99,7 +100,7 @@ def run_mb(job: MbJob, out: str | Path) -> MbResult:
     secrets.refuse(public, where="mb-defense")
     data, clean, suite = _rows(job)
     loaded = load(job.model, device=job.device)
-    model = read_lora(loaded.model, job.adapter) if job.adapter else loaded.model
+    model = read_lora(loaded.model, find_any(job.adapter)) if job.adapter else loaded.model
     planted = _suite(job, loaded, [*data, *clean, *(suite.examples if suite else ())], out)
     described = [Planted(job.trigger, job.behaviour)] if job.trigger and job.behaviour else []
 
@@ -149,6 +150,7 @@ def _export(
         "suite": done.suite.digest,
         "config_digest": digest(public),
         "seed": job.seed,
+        **({ORIGIN: loaded.origin} if loaded.origin else {}),
         "trained_prompts": sorted(marks(rows) | set(known)),
     }
     return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)

@@ -132,6 +132,30 @@ def pin(given: str | Path, *, tell: Tell | None = None) -> str:
     return str(found) if isinstance(found, Path) else str(_snapshot(_fetch(found, tell)))
 
 
+def find_any(given: str | Path, *, root: Path = Path(), tell: Tell | None = None) -> Path:
+    """Return a folder that need not be a model (an adapter, assets): as it was given, or fetched from the Hub.
+
+    Raises:
+        UserError: see :func:`find`; whether a local folder is there is left to who reads it.
+    """
+    hub = _hub_only(given, root)
+    return _fetch(hub, tell) if hub else Path(given)
+
+
+def pin_any(given: str, *, tell: Tell | None = None) -> str:
+    """Return what :func:`pin` does for a folder that need not be a model."""
+    hub = _hub_only(given, Path())
+    return str(_snapshot(_fetch(hub, tell))) if hub else given
+
+
+def _hub_only(given: str | Path, root: Path) -> HubModel | None:
+    try:
+        found = read(given, root=root)
+    except ConfigError:
+        return None
+    return found if isinstance(found, HubModel) else None
+
+
 def _snapshot(folder: Path) -> HubModel | None:
     """Return the Hub model a folder is a snapshot of, from its place in the cache."""
     place = folder.resolve()
