@@ -17,20 +17,17 @@ import torch
 
 from casehard.defend.folders import read_weights
 from casehard.defend.protocol import Setup
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
+from casehard.limits import Limited, Share
 from casehard.seeds import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineMixingConfig:
+class FineMixingConfig(Limited):
     """Settings of fine-mixing."""
 
-    keep: float = 0.5
+    keep: Share = 0.5
     """Probability that a weight stays the suspect's, 0..1. Source: MB-Defense's baseline (0.5)."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.keep <= 1.0:
-            raise ConfigError(f"keep: {self.keep} is not within 0..1")
 
 
 class FineMixing:
