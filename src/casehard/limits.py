@@ -38,7 +38,7 @@ class Within:
         """Return the value; raise ValueError when it is a number outside, whose text goes behind the setting's name."""
         if not isinstance(value, int | float):
             return value
-        if math.isnan(value):
+        if value != value:  # NaN; math.isnan refuses integers beyond 1e308
             raise ValueError("is nan")
         if value < self.low or (self.above and value == self.low):
             raise ValueError(f"must be {'above' if self.above else 'at least'} {_text(self.low)}, got {_text(value)}")
@@ -65,7 +65,7 @@ Count = Annotated[int, Within(1, 10**9)]
 """Steps, rows, words: at least one."""
 Natural = Annotated[int, Within(0, 10**9)]
 """The same, or none."""
-BatchSize = Annotated[int, Within(1, 2**20)]
+BatchSize = Annotated[int, Within(1, 2**16)]
 """Rows that are held at once."""
 Rank = Annotated[int, Within(1, 2**16)]
 """Of a LoRA."""

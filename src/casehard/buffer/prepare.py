@@ -60,12 +60,13 @@ class PrepareConfig(Limited):
     """Layers. The paper takes five kinds by name (preset ``paper``), which not every architecture has."""
     dropout: Fraction = 0.1
     """On the input of the adapter being trained; a frozen adapter has none. Source: published code."""
-    helpful_share: Fraction = 0.5
+    helpful_share: Annotated[float, Within(0, 0.99)] = 0.5
     """Helpful rows among the buffer's; 0 = compliance only (paper)."""
     kl: Weight = 0.0
     """Weight of KL(base || base + buffer) on benign rows while the buffer trains. Source: Security Vectors, 0.01."""
-    refusal_share: Annotated[float, Within(0, 1, above=True, below=True)] = 0.5
-    """Refusals among the reinforce rows, the rest helpful. Source: paper, 2,500 of 5,000."""
+    refusal_share: Annotated[float, Within(0.01, 0.99)] = 0.5
+    """Refusals among the reinforce rows, the rest helpful, without which it refuses everything. Source: paper, 2,500 of
+    5,000."""
     buffer_gate: Literal["alternate", "on", "uniform"] = "alternate"
     """The buffer while reinforce trains: every other step, always (paper), or scaled by a draw from 0..1."""
     epochs: tuple[Factor, Factor] | None = (3.0, 3.0)

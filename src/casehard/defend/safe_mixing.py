@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from casehard.data.batches import IGNORE, Batch, EncodedSet
 from casehard.defend.passes import rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, Step
 from casehard.errors import DataError
-from casehard.limits import Factor, Limited, Share
+from casehard.limits import Limited, Share, Within
 from casehard.maths.collective import world
 
 
@@ -32,7 +32,7 @@ class SafeMixingConfig(Limited):
 
     mode: Literal["rows", "weight"] = "rows"
     """One batch of both kinds of rows (1), or a weighted sum of two losses (2)."""
-    share: Factor = 0.03
+    share: Annotated[float, Within(0, 100, above=True)] = 0.03
     """Safe rows per user row of a micro-batch, rounded up. Source: SPARD, baseline SafeInstr (0.03)."""
     weight: Share = 0.5
     """Weight of the safe loss in mode weight, 0..1. Not in the paper."""
