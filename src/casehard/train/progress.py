@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from casehard.errors import visible
+
 quiet = False
 """Set to True (:func:`set_quiet`) to print nothing at all."""
 
@@ -33,7 +35,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None = None) -> None:
-        self.label = label
+        self.label = visible(label)
         self.total = total
         self.done = 0
         self._text = ""
@@ -62,7 +64,7 @@ class Progress:
         """Count ``n`` more units as done; ``loss`` and ``note`` replace what is shown behind the count."""
         self.done += n
         if loss is not None or note:
-            self._text = " ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t)
+            self._text = visible(" ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t))
         self._show()
 
     def _show(self, *, force: bool = False) -> None:
@@ -99,10 +101,10 @@ def _acquire() -> Any:
         from rich.progress import Progress as RichProgress
 
         _bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
