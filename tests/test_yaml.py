@@ -49,6 +49,8 @@ REFUSED = {
     "an object": ("a: !!python/object/apply:os.getcwd []\n", "line 1: the tag"),
     "two documents": ("a: 1\n---\nb: 2\n", "line 2"),
     "open bracket": ("a: 1\nb: [1,\n", "line 3"),
+    "NUL": ('a: 1\nb: "x\\0y"\n', "line 2: a text with NUL"),
+    "half a character": ('a: "\\ud800"\n', "line 1: a text with NUL or half"),
     "control character": ("a: 1\nb: \x07\n", "line 2"),
     "a list at the top": ("- 1\n", "expected a mapping at the top"),
 }

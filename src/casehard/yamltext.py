@@ -6,6 +6,7 @@ they expand to stays small. A date is read as its text: no setting is a date.
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from casehard.errors import ConfigError
 BYTES, VALUES, LEVELS = 1 << 20, 100_000, 32
 """Most that a text may hold, aliases expanded; the largest plan has 4 kB, 400 values and 6 levels."""
 _DIGITS = 100
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {
     "null": "nothing",
@@ -73,6 +75,8 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(mark, f"the tag {node.tag!r} is not read", "plain values only: leave the tag out")
         if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > _DIGITS:
             raise _Refused(mark, f"a number of {len(node.value)} characters", "put it in quotes if it is a text")
+        if isinstance(node, yaml.ScalarNode) and _NO_TEXT.search(node.value):
+            raise _Refused(mark, "a text with NUL or half a character", "no name and no message holds one")
         lines: dict[str, int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             at = key.start_mark
