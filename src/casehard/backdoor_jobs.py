@@ -24,6 +24,7 @@ from casehard.errors import ConfigError, Corrupt, DataError
 from casehard.evaluate.backdoor import ROLES, Rows, evaluate_backdoor
 from casehard.evaluate.suite import Suite, load_suite
 from casehard.files import read_json
+from casehard.limits import Count, Length, Limited, Seed
 from casehard.model.load import Loaded, load
 from casehard.organism import triggers as world_triggers
 from casehard.organism.world import World
@@ -37,7 +38,7 @@ N = TypeVar("N")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackdoorJob:
+class BackdoorJob(Limited):
     """Plant a backdoor in a copy of one checkpoint and measure it along the way."""
 
     model: str
@@ -52,15 +53,15 @@ class BackdoorJob:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of :class:`~casehard.attack.backdoor.BackdoorAttack` but trigger, behaviour and decoys."""
     system: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
+    max_length: Length | None = None
+    limit: Count | None = None
     """Measure at most this many prompts a group (a look, not a result)."""
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanJob:
+class ScanJob(Limited):
     """Scan one checkpoint for backdoors."""
 
     model: str
@@ -74,11 +75,11 @@ class ScanJob:
     """Clean training rows; given, the relearning test is run."""
     lookup: LookupConfig = field(default_factory=LookupConfig)
     relearn: RelearnConfig = field(default_factory=RelearnConfig)
-    limit: int | None = 20
+    limit: Count | None = 20
     """Prompts of each group for matrix, shifts and probe; None for all."""
     system: str | None = None
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 def find_planted(trigger: str, behaviour: str, suite: Suite) -> tuple[Planted, tuple[Trigger, ...]]:
@@ -129,8 +130,9 @@ def read_planted(path: str | Path) -> list[Planted]:
         value: Any = read_json(Path(path))
     except Corrupt as error:
         raise ConfigError(error.message, hint="planted.json of `casehard attack backdoor` shows the form") from None
-    if isinstance(value, Mapping) and "active" in value:
-        value = [*value["active"], *value.get("canary", ())]
+    if isinstance(value, Mapping) and isinstance(value.get("active"), list):
+        more = value.get("canary", [])
+        value = [*value["active"], *(more if isinstance(more, list) else [more])]
     entries = value if isinstance(value, list) else [value]
     if not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise ConfigError(f"{path} holds no backdoor", hint="an object with 'trigger' and 'behaviour', or a list")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from casehard import secrets
 from casehard.attack.finetune import FinetuneAttack, FinetuneResult, attack_data, finetune_attack
@@ -26,6 +26,7 @@ from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.evaluate.unseen import require_unseen, trained_prompts
 from casehard.files import file_digest, remove
+from casehard.limits import PROCESSES, Count, Length, Limited, Natural, Seed, Within
 from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load, load_gathered
@@ -47,7 +48,7 @@ ROLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefendJob:
+class DefendJob(Limited):
     """Harden one checkpoint."""
 
     model: str
@@ -72,21 +73,21 @@ class DefendJob:
     """Named settings of the method to start from; empty = its defaults."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The outer training loop."""
-    attackers: int = 0
+    attackers: Annotated[int, Within(0, PROCESSES)] = 0
     """Patcher: attackers in processes of their own; 0 = as many as the settings list, where the schedule needs them."""
     suite: str = ""
     """Evaluation suite whose prompts must not occur in any training row; empty = not checked."""
     system: str | None = None
     """System message of every row; None keeps the template's own."""
-    max_length: int | None = None
+    max_length: Length | None = None
     """Longest row in tokens; None = the model's context."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU when there is one."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackJob:
+class AttackJob(Limited):
     """Attack one checkpoint in memory and measure it along the way."""
 
     model: str
@@ -97,14 +98,14 @@ class AttackJob:
     suite: str
     """Suite measured at every checkpoint of the attack."""
     config: FinetuneAttack = field(default_factory=FinetuneAttack)
-    full_at: tuple[int, ...] = ()
+    full_at: tuple[Natural, ...] = ()
     """Attack steps at which the whole suite is measured; at the others only restricted prompts. Empty = the last."""
     system: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
+    max_length: Length | None = None
+    limit: Count | None = None
     """Measure at most this many prompts a group (a look, not a result)."""
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +125,13 @@ class TuneJob(AttackJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
+class EvaluateJob(Limited):
     """Measure one checkpoint."""
 
     model: str
     suite: str
     system: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
     device: str = "auto"
 
 

@@ -30,6 +30,7 @@ from casehard.defend import find
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.backdoor import evaluate_backdoor
 from casehard.evaluate.suite import Suite, load_suite
+from casehard.limits import Limited, Share
 from casehard.mb.config import MbConfig
 from casehard.mb.pipeline import Hardened, draw_suite, harden, objective
 from casehard.model.load import Loaded, load
@@ -85,10 +86,10 @@ class ArmJob:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Limited):
     """Settings of the filter."""
 
-    keep: float = 0.97
+    keep: Share = 0.97
     """Share of the words of verified rows that its threshold lets pass."""
 
 

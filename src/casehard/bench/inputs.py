@@ -44,8 +44,9 @@ def suite_digest(path: Path) -> str:
     settings = path / "suite.json" if path.is_dir() else path
     found = [content(path)]
     if settings.suffix in (".json", ".yaml", ".yml") and settings.is_file():
-        parts = read_yaml(settings).get("parts") or []
-        specs = [str(part.get("data", "")) for part in parts if isinstance(part, Mapping)]
+        parts = read_yaml(settings).get("parts")
+        listed = parts if isinstance(parts, list) else []  # anything else is refused where the suite is loaded
+        specs = [str(part.get("data", "")) for part in listed if isinstance(part, Mapping)]
         local = [resolve(spec, settings.parent) for spec in specs if not spec.startswith("hub:")]
         found += [content(Path(spec.partition("?")[0])) for spec in local]
     return hashlib.sha256("".join(found).encode()).hexdigest()

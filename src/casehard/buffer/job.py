@@ -21,6 +21,7 @@ from casehard.errors import ConfigError
 from casehard.evaluate.suite import load_suite
 from casehard.evaluate.unseen import KEY, trained_prompts
 from casehard.files import remove, staged
+from casehard.limits import Factor, Fraction, Length, Limited, Rank, Seed
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
@@ -34,7 +35,7 @@ RECORD = "job.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomerJob:
+class CustomerJob(Limited):
     """Tune one customer's rows."""
 
     model: str
@@ -52,19 +53,19 @@ class CustomerJob:
     suite: str = ""
     """Evaluation suite whose prompts must not occur in the rows; empty = not checked."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    rank: int = 32
+    rank: Rank = 32
     """Rank of the customer's adapter. Source: paper."""
-    alpha: float = 64.0
+    alpha: Factor = 64.0
     """lora_alpha. Source: paper."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout of the customer's adapter (published code: 0.1)."""
     target: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers the customer's adapter is on."""
     system: str | None = None
     """System message of every row; the one of the assets."""
-    max_length: int | None = None
+    max_length: Length | None = None
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class CustomerResult(NamedTuple):

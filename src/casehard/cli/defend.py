@@ -9,7 +9,9 @@ import typer
 
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, cost_rows, made_from, run_folder
+from casehard.config import shown
 from casehard.errors import ConfigError
+from casehard.limits import PROCESSES
 
 Specs = list[str] | None
 Select = Annotated[
@@ -217,7 +219,11 @@ def _help(job: Any, out: Path) -> None:
 
 def _multiply_attackers(values: dict[str, Any]) -> int:
     """Make the list of attackers in the settings as long as ``--attackers`` says; return how many run beside."""
-    count, settings = values.get("attackers") or 0, values.get("settings") or {}
+    count, settings = values.get("attackers") or 0, options.group(values, "settings")
+    if not isinstance(count, int) or not 0 <= count <= PROCESSES:
+        raise ConfigError(
+            f"attackers: {shown(count)} is not within 0..{PROCESSES}", hint="each is a process of its own"
+        )
     if values["method"] != "patcher":
         if count or "schedule" in settings:
             raise ConfigError(f"{values['method']} simulates no attacks", hint="leave out --attackers and --schedule")

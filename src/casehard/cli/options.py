@@ -76,14 +76,44 @@ def need(values: Mapping[str, Any], key: str, flag: str) -> None:
 
 
 def as_list(values: dict[str, Any], key: str) -> list[str]:
-    """Return a setting that may be one text or a list of texts, and store it as a list."""
+    """Return a setting that may be one text or a list of texts, and store it as a list.
+
+    Raises:
+        ConfigError: something else.
+    """
     value = values.get(key) or []
-    specs = [value] if isinstance(value, str) else [str(item) for item in value]
+    specs = [value] if isinstance(value, str) else value
+    if not isinstance(specs, list) or not all(isinstance(item, str) for item in specs):
+        raise ConfigError(
+            f"{key}: expected a file or a list of files, got {config.shown(value)}", hint="give file names"
+        )
     values[key] = specs
     return specs
 
 
-def model_folder(given: str) -> str:
+def group(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a group of settings, empty where it is missing.
+
+    Raises:
+        ConfigError: something else stands there.
+    """
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{key}: expected a group of settings, got {config.shown(value)}", hint=f"{key}: {{name: value}}"
+        )
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{what}: expected a path, got {config.shown(value)}", hint="put it in quotes if it is a name"
+        )
+    return value
+
+
+def model_folder(given: Any) -> str:
     """Return the model meant by ``given``: a folder, or a Hub id with its commit, whose snapshot is here then.
 
     Raises:
@@ -92,7 +122,7 @@ def model_folder(given: str) -> str:
     from casehard.model.source import pin
     from casehard.train.progress import announce
 
-    return pin(given, tell=announce)
+    return pin(_text(given, "model"), tell=announce)
 
 
 def other_folder(given: str) -> str:
@@ -122,10 +152,10 @@ def require_report() -> None:
         raise MissingExtra("matplotlib", "report", purpose="figures of the report")
 
 
-def check_specs(specs: Sequence[str], flag: str) -> None:
+def check_specs(specs: Sequence[Any], flag: str) -> None:
     """Raise DataError when a local data file is missing, before anything slow starts."""
     for spec in specs:
-        path = spec.partition("?")[0]
+        path = _text(spec, flag).partition("?")[0]
         if path.startswith("hub:") or Path(path).is_file() or Path(path).is_dir():
             continue
         if not Path(path).exists():

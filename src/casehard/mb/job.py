@@ -21,6 +21,7 @@ from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, DataError, Refused
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import read_json, remove
+from casehard.limits import Count, Length, Limited, Seed
 from casehard.mb.config import MbConfig
 from casehard.mb.pipeline import Hardened, Rows, draw_suite, harden
 from casehard.model.load import Loaded, load
@@ -35,7 +36,7 @@ _ASKED = ("utility", "lookalike", "task")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MbJob:
+class MbJob(Limited):
     """One run from files."""
 
     model: str
@@ -52,18 +53,19 @@ class MbJob:
     behaviour: Behaviour | None = None
     suite: str = ""
     """Evaluation suite: its prompts must not occur in any row, and it is measured after every stage."""
-    secret: int | None = None
+    secret: Seed | None = None
     """Seed of the trigger suite; None draws one from the system and keeps it in DIR/private."""
     export_failed: bool = False
     """Write the checkpoint even when the verdict is FAIL; it is marked as such."""
     system: str | None = None
-    max_length: int | None = None
-    limit: int | None = None
+    max_length: Length | None = None
+    limit: Count | None = None
     """Measure at most this many prompts a group of the suite (a look, not a result)."""
     device: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.trigger is None) != (self.behaviour is None):
             raise ConfigError("a backdoor to report on needs both its trigger and its behaviour")
         if bool(self.adapter) != (self.config.mode == "adapter"):

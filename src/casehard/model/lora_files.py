@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from casehard.errors import Corrupt, DataError, Unsupported, UserError
+from casehard.errors import Corrupt, DataError, Diverged, Unsupported, UserError
 from casehard.files import MANIFEST, read_json, verify
 from casehard.maths.lowrank import LoraPair
 
@@ -295,6 +295,9 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
 
     Returns:
         ``{name: SHA-256}``, see :func:`tensor_digest`.
+
+    Raises:
+        Diverged: a tensor is not finite, as float32.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -310,6 +313,11 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             flat = tensor.detach().to("cpu", torch.float32).contiguous()
             assert flat.shape == torch.Size(shape), (name, shape, flat.shape)
+            if flat.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(flat))).all()):
+                raise Diverged(
+                    f"{name} would hold NaN or Inf",
+                    hint="the training diverged or a coefficient is too large; nothing was written",
+                )
             handle.write(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
             digests[name] = tensor_digest(flat)
     return digests

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from casehard import __version__
-from casehard.errors import DataError, Diverged, UserError
+from casehard.errors import DataError, UserError
 from casehard.files import read_json, staged, verify
 from casehard.maths.lowrank import LayerReport, LoraPair, MergeConfig, merge_layer, notes_of
 from casehard.model.digest import folder_digest
@@ -139,8 +139,6 @@ def _stream(
         r = reinforce.pair(name) if name in reinforce.shapes else None
         pair, report = merge_layer(u, r, config, name=name, inputs_NI=inputs.get(name))
         assert pair is not None
-        if not all(bool(torch.isfinite(torch.stack(torch.aminmax(t))).all()) for t in (pair.a, pair.b)):
-            raise Diverged(f"{name}: the merged factors are not finite", hint="lower the coefficients or raise --tau")
         if report is not None:
             reports[name] = report
         yield name, pair

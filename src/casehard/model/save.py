@@ -102,6 +102,12 @@ def save(
     check_values(provenance, "provenance")
     clean = _without_secrets(provenance)
     _check_target(out, parent)
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and not bool(buffer.isfinite().all()):
+            raise Diverged(
+                f"model to be saved to {out}: the buffer {name} holds NaN or Inf", hint="nothing was written"
+            )
     try:
         check_finite(model, f"model to be saved to {out}")
     except Corrupt as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from types import TracebackType
 from typing import Any
+
+from casehard.errors import visible
 
 quiet = False
 """Set to True (:func:`set_quiet`) to print nothing at all."""
@@ -41,7 +44,7 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None = None) -> None:
-        self.label = label
+        self.label = visible(label)
         self.total = total
         self.done = 0
         self._text = ""
@@ -71,7 +74,7 @@ class Progress:
         """Count ``n`` more units as done; ``loss`` and ``note`` replace what is shown behind the count."""
         self.done += n
         if loss is not None or note:
-            self._text = " ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t)
+            self._text = visible(" ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t))
         self._show()
 
     def busy(self, running: int, *, note: str | None = None) -> None:
@@ -117,11 +120,16 @@ def _acquire() -> Any:
         from rich.table import Column
 
         # The note takes what is left: on a narrow terminal it is cut, and never a count or a time.
+        cut = functools.partial(Column, no_wrap=True, overflow="ellipsis")
         _bar = RichProgress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)
+            ),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn(
+                "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
