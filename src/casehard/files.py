@@ -69,17 +69,39 @@ def _digests(paths: list[Path]) -> list[str]:
         return list(pool.map(file_digest, paths))
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a plain file whole: a pipe would hang, and some devices never end.
+
+    Raises:
+        UserError: the file is missing or may not be read.
+        Corrupt: it is a folder, a pipe, a device, or a link that leads in a circle.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Corrupt(f"{path}: not a plain file", hint="folders, pipes and devices are never read as one")
+            with open(handle, "rb", closefd=False) as stream:
+                return stream.read()
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}", hint="was the folder completed?") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}", hint="check the permissions of the path") from None
+    except OSError as error:
+        raise Corrupt(f"{path}: {error.strerror}", hint="fetch or build it again") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing.
-        Corrupt: it is not JSON.
+        UserError: the file is missing or may not be read.
+        Corrupt: it is not JSON, or no plain file.
     """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}", hint="was the folder completed?") from None
+        return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path}: not valid JSON: {error}", hint="fetch or build it again") from None
 
@@ -130,6 +152,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
                 f"{folder}: the folder or its manifest is a symbolic link",
                 hint="links are not followed: give the folder itself",
             )
+        if path.exists() and not path.is_file():
+            raise Corrupt(f"{path}: not a plain file", hint="restore it from a copy")
         text = path.read_bytes().decode("utf-8")
         files: dict[str, dict[str, Any]] = json.loads(text)["files"]
         expected = _serialise(files)
