@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
         UserError: the file is missing or may not be read.
-        Corrupt: it is a folder, a pipe, a device, or a link that leads in a circle.
+        Corrupt: it is a folder, a pipe or a device.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -87,10 +88,8 @@ def read_bytes(path: Path) -> bytes:
             os.close(handle)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}", hint="was the folder completed?") from None
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}", hint="check the permissions of the path") from None
     except OSError as error:
-        raise Corrupt(f"{path}: {error.strerror}", hint="fetch or build it again") from None
+        raise UserError(f"{path}: {error.strerror}", hint="check the path and its permissions") from None
 
 
 def read_json(path: Path) -> Any:
@@ -301,6 +300,31 @@ def storage_errors(folder: Path, *, needs: int = 0) -> Iterator[None]:
         if is_full(error):
             raise refused(folder, needs) from error
         raise
+
+
+@contextmanager
+def scratch(final: Path, *, needs: int = 0) -> Iterator[Path]:
+    """Yield an empty folder on the disk of ``final``, gone when the block ends: to try a write that comes much later.
+
+    Args:
+        final: what will be written; neither it nor the folders above it need exist, and none is made.
+        needs: bytes that it will take, checked against the free space.
+
+    Raises:
+        StorageError: no folder can be made there, or the disk has too little space.
+    """
+    there = next(p for p in Path(final).absolute().parents if p.exists())
+    if needs > shutil.disk_usage(there).free:
+        raise refused(there, needs)
+    try:
+        place = tempfile.mkdtemp(prefix=STAGING, dir=there)
+    except OSError as error:
+        raise StorageError(f"cannot write to {there}: {error.strerror}", hint="give a writable folder") from None
+    try:
+        with storage_errors(there):
+            yield Path(place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

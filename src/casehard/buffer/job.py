@@ -20,12 +20,13 @@ from casehard.defend.provider_assets import Assets
 from casehard.errors import ConfigError
 from casehard.evaluate.suite import load_suite
 from casehard.evaluate.unseen import KEY, trained_prompts
-from casehard.files import remove, staged
+from casehard.files import remove, scratch, staged
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
 from casehard.model.lora_files import LayerShape, write_adapter, write_marker
 from casehard.seeds import derive
+from casehard.train.checkpoint import bytes_needed
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 
@@ -111,6 +112,8 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
     seed = derive(job.seed, 0, "customer-lora")  # no other adapter's first A
     model = add_lora(loaded.model, job.rank, job.alpha, target, job.dropout, seed=seed)
     training = out / "training"
+    with scratch(out / "adapter", needs=bytes_needed(model)):  # as much as the training's own checkpoint takes
+        pass
     try:
         result = fit(
             model,

@@ -88,6 +88,7 @@ def build_config(folder: Path, values: Mapping[str, Any]) -> Any:
         (Path(place) / "config.json").write_text(json.dumps(values), encoding="utf-8")
         try:
             config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+            config.get_text_config(decoder=True).to_dict()  # a part that is no configuration has none
         except Exception as error:  # validators and constructors of some hundred classes
             hint = "config.json was changed, or written for another version of transformers"
             raise DataError(f"{folder / 'config.json'}: {one_line(error)}", hint=hint) from None
@@ -118,7 +119,8 @@ def _sizes(config: Any) -> Iterator[Problem]:
     text = config.get_text_config(decoder=True)
     for key in (*_SIZES, *_SIZES_TOO):
         value = getattr(text, key, None)
-        if isinstance(value, int) and value < 1:
+        computed = isinstance(getattr(type(text), key, None), property)  # XLNet's positions are -1: without limit
+        if isinstance(value, int) and value < 1 and not computed:
             yield Problem(DataError, "config.json", f"{key} is {value}", "no model has fewer than 1")
     if extra := getattr(type(config), "extra_files", ()):
         yield Problem(Unsupported, "", f"a model whose weights are also in {extra[0]}", "use a causal language model")
