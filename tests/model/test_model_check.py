@@ -1,4 +1,4 @@
-"""A model folder from strangers: nothing outside it is read, nothing fetched, nothing hangs, every problem has a name."""
+"""A model folder from strangers: nothing outside is read, nothing fetched, nothing hangs, every problem has a name."""
 
 from __future__ import annotations
 
