@@ -13,7 +13,14 @@ from casehard.defend.provider_assets import BUFFER, FORMAT, RECORD, REINFORCE, A
 from casehard.errors import Corrupt, Unsupported, UserError
 from casehard.files import scratch, staged
 from casehard.maths.lowrank import LoraPair
-from casehard.model.lora_files import LayerShape, refuse_buffer, tensor_digest, write_adapter, write_marker
+from casehard.model.lora_files import (
+    LayerShape,
+    plain_name,
+    refuse_buffer,
+    tensor_digest,
+    write_adapter,
+    write_marker,
+)
 
 __all__ = ["Assets", "Leak", "read_assets", "refuse_buffer_in", "require_place", "scan_for_buffer", "write_assets"]
 
@@ -146,7 +153,7 @@ def refuse_buffer_in(folder: Path | str, assets: Assets | Path | str | None = No
 
 def _layer_of(name: str, buffer: Mapping[str, LoraPair]) -> str | None:
     """Return the buffer's layer that a factor called ``name`` belongs to."""
-    stem, mark, _ = name.partition(".lora_")
+    stem, mark, _ = plain_name(name).partition(".lora_")
     return next((layer for layer in buffer if mark and (stem == layer or stem.endswith(f".{layer}"))), None)
 
 
