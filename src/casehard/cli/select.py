@@ -60,6 +60,16 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
+def _sentence_embedder(folder: Path, device: str) -> Any:
+    from casehard.data.embed import load_embedder
+    from casehard.model.check import check_folder
+    from casehard.model.digest import folder_digest
+    from casehard.model.headers import build_config
+
+    config = build_config(folder, check_folder(folder).config)
+    return load_embedder(folder, digest=folder_digest(folder), device=device, config=config)
+
+
 def _run(
     values: dict[str, Any],
     source: str,
@@ -75,7 +85,7 @@ def _run(
 
     from casehard.config import build
     from casehard.data import select as chooser
-    from casehard.data.embed import Embedder, load_embedder
+    from casehard.data.embed import Embedder
     from casehard.data.sources import load_many, save
     from casehard.files import staged
     from casehard.model.load import find_device, load
@@ -95,9 +105,7 @@ def _run(
         },
     )
     if sentence:
-        from casehard.model.digest import folder_digest
-
-        embedder = load_embedder(source, digest=folder_digest(Path(source)), device=str(find_device(device)))
+        embedder = _sentence_embedder(Path(source), str(find_device(device)))
     else:
         loaded = load(options.model_folder(source), device=device)
         embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)
