@@ -31,9 +31,10 @@ from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load, load_gathered
 from casehard.model.provenance import SERVED
-from casehard.model.save import save
+from casehard.model.save import rehearse, save
 from casehard.model.source import ORIGIN, find_any
 from casehard.parallel.launch import equipped, shards_wanted
+from casehard.train.checkpoint import bytes_needed
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.types import Checkpoint, Example
@@ -241,6 +242,15 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     method = _method(spec, job, encoded)
     assets = {"assets": assets_digest(job.assets)} if job.assets else {}
     training = out / "training"
+    provenance = {
+        **_provenance(job, method, {"data": data, **encoded}),
+        **({"assets_digest": assets["assets"]} if assets else {}),
+        **({"selection": chosen} if chosen else {}),
+        **({ORIGIN: loaded.origin} if loaded.origin else {}),
+        "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
+    }
+    whence: dict[str, Any] = {"parent": loaded.digest, "provenance": provenance}
+    rehearse(loaded.model, loaded.tokenizer, out / "checkpoint", beside=bytes_needed(loaded.model), **whence)
     bf16 = uses_bf16(job.train.precision, next(loaded.model.parameters()).device)
     beside = equipped(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
     with _guarded(method, loaded, job.system), beside:
@@ -259,20 +269,7 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     cost = {**asdict(result.budget), "seed": job.seed}
     if model is None:
         return DefendResult(Checkpoint(out / "checkpoint", "", loaded.digest, job.method), cost, result.log)
-    whence = {"parent": loaded.digest, "method": job.method}
-    checkpoint = save(
-        model,
-        loaded.tokenizer,
-        out / "checkpoint",
-        **whence,
-        provenance={
-            **_provenance(job, method, {"data": data, **encoded}),
-            **({"assets_digest": assets["assets"]} if assets else {}),
-            **({"selection": chosen} if chosen else {}),
-            **({ORIGIN: loaded.origin} if loaded.origin else {}),
-            "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
-        },
-    )
+    checkpoint = save(model, loaded.tokenizer, out / "checkpoint", method=job.method, **whence)
     if not job.train.save_every:
         remove(training)
     return DefendResult(checkpoint, cost, result.log)

@@ -20,14 +20,15 @@ from casehard.defend.provider_assets import Assets
 from casehard.errors import ConfigError
 from casehard.evaluate.suite import load_suite
 from casehard.evaluate.unseen import KEY, trained_prompts
-from casehard.files import remove, staged
+from casehard.files import remove, scratch, staged
 from casehard.limits import Factor, Fraction, Length, Limited, Rank, Seed
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
-from casehard.model.lora_files import LayerShape, write_adapter, write_marker
+from casehard.model.lora_files import LayerShape, is_transposed, write_adapter, write_marker
 from casehard.model.source import ORIGIN
 from casehard.seeds import derive
+from casehard.train.checkpoint import bytes_needed
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 
@@ -113,6 +114,8 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
     seed = derive(job.seed, 0, "customer-lora")  # no other adapter's first A
     model = add_lora(loaded.model, job.rank, job.alpha, target, job.dropout, seed=seed)
     training = out / "training"
+    with scratch(out / "adapter", needs=bytes_needed(model)):  # as much as the training's own checkpoint takes
+        pass
     try:
         result = fit(
             model,
@@ -140,19 +143,22 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
         "cost": asdict(result.budget),
         "casehard": __version__,
     }
-    _export(out / "adapter", live_pairs(model), method.assets, record)
+    _export(out / "adapter", live_pairs(model), method.assets, record, fan_in_fan_out=is_transposed(model))
     if not job.train.save_every:
         remove(training)
     return CustomerResult(out / "adapter", {**asdict(result.budget), "seed": job.seed}, result.log)
 
 
-def _export(out: Path, pairs: Mapping[str, LoraPair], assets: Assets, record: dict[str, Any]) -> None:
+def _export(
+    out: Path, pairs: Mapping[str, LoraPair], assets: Assets, record: dict[str, Any], *, fan_in_fan_out: bool
+) -> None:
     """Write a standard adapter, searched for the buffer before it is published."""
     ranks = {name: int(p.a.shape[0]) for name, p in pairs.items()}
     shapes = {name: LayerShape(int(p.b.shape[0]), int(p.a.shape[1]), ranks[name]) for name, p in pairs.items()}
     needs = sum(4 * (p.a.numel() + p.b.numel()) for p in pairs.values()) + (1 << 20)
     with staged(out, needs=needs) as folder:
-        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), target_modules=pairs)
+        options: dict[str, Any] = {"target_modules": pairs, "fan_in_fan_out": fan_in_fan_out}
+        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), **options)
         write_marker(
             folder,
             "merged" if record["merged"] else "user",

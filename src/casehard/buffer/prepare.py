@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from torch import nn
 
 from casehard import __version__, secrets
-from casehard.buffer.assets import write_assets
+from casehard.buffer.assets import require_place, write_assets
 from casehard.buffer.gates import Gate, GateLimits, Held, measure
 from casehard.buffer.saturation import Residual, residual
 from casehard.compat import version_of
@@ -289,6 +289,7 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         Diverged: a loss stopped being finite.
     """
     secrets.refuse(to_dict(job), where="buffer prepare")
+    require_place(Path(out))
     config = job.config
     roles = {name: load_many(getattr(job, name), require_response=True) for name in ("harmful", "refusals", "benign")}
     suite = load_suite(job.suite) if job.suite else None

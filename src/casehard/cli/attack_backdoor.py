@@ -85,6 +85,7 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     from casehard.data.sources import save
     from casehard.files import write_text_atomic
     from casehard.model.load import load
+    from casehard.model.save import rehearse
 
     job = build(BackdoorJob, values, where="attack")
     console.plan(
@@ -105,6 +106,9 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.data, suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         made_from(run, loaded.digest, loaded.origin)
+        if keep_model:
+            kept = {"job": to_dict(job), "seed": job.seed}
+            rehearse(loaded.model, loaded.tokenizer, out / "checkpoint", parent=loaded.digest, provenance=kept)
         result = run_backdoor(job, loaded=loaded)
         run.rows(result.rows)
         for entry in result.log:

@@ -61,6 +61,16 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
+def _sentence_embedder(folder: Path, device: str) -> Any:
+    from casehard.data.embed import load_embedder
+    from casehard.model.check import check_folder
+    from casehard.model.digest import folder_digest
+    from casehard.model.headers import build_config
+
+    config = build_config(folder, check_folder(folder).config)
+    return load_embedder(folder, digest=folder_digest(folder), device=device, config=config)
+
+
 def _run(
     values: dict[str, Any],
     source: str,
@@ -76,7 +86,7 @@ def _run(
 
     from casehard.config import build
     from casehard.data import select as chooser
-    from casehard.data.embed import Embedder, load_embedder
+    from casehard.data.embed import Embedder
     from casehard.data.sources import load_many, save
     from casehard.files import staged
     from casehard.model.load import find_device, load
@@ -96,11 +106,9 @@ def _run(
         },
     )
     if sentence:
-        from casehard.model.digest import folder_digest
         from casehard.model.source import find
 
-        folder = find(source)
-        embedder = load_embedder(folder, digest=folder_digest(folder), device=str(find_device(device)))
+        embedder = _sentence_embedder(find(source), str(find_device(device)))
     else:
         loaded = load(source, device=device)
         embedder = Embedder(loaded.model, loaded.tokenizer, loaded.digest)

@@ -227,6 +227,11 @@ def _leaves(
             nn.init.kaiming_uniform_(down, a=5**0.5)
             up = torch.zeros(p.shape[0], rank, dtype=p.dtype)
             factors[name] = (down.to(p.device).requires_grad_(), up.to(p.device).requires_grad_())
+    if not factors:
+        raise Unsupported(
+            f"lora_rank {rank}: the model has no linear layer of its own to adapt (GPT-2's are transposed, Conv1D)",
+            hint="lora_rank: 0 simulates full-parameter attacks",
+        )
     return [t for pair in factors.values() for t in pair], lambda: _lora_view(source, factors)
 
 

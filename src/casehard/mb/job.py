@@ -23,12 +23,13 @@ from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import read_json, remove
 from casehard.limits import Count, Length, Limited, Seed
 from casehard.mb.config import MbConfig
-from casehard.mb.pipeline import Hardened, Rows, draw_suite, harden
+from casehard.mb.pipeline import Rows, draw_suite, harden
 from casehard.model.load import Loaded, load
 from casehard.model.lora import read_lora
 from casehard.model.provenance import read_provenance
-from casehard.model.save import save
+from casehard.model.save import rehearse, save
 from casehard.model.source import ORIGIN, find_any
+from casehard.train.checkpoint import bytes_needed
 from casehard.types import Checkpoint, Example
 
 REPORT, PRIVATE = "mb_defense.json", "private"
@@ -102,6 +103,8 @@ def run_mb(job: MbJob, out: str | Path) -> MbResult:
     secrets.refuse(public, where="mb-defense")
     data, clean, suite = _rows(job)
     loaded = load(job.model, device=job.device)
+    whence: dict[str, Any] = {"parent": loaded.digest, "provenance": _provenance(job, public, loaded, [*data, *clean])}
+    rehearse(loaded.model, loaded.tokenizer, out / "checkpoint", beside=bytes_needed(loaded.model), **whence)
     model = read_lora(loaded.model, find_any(job.adapter)) if job.adapter else loaded.model
     planted = _suite(job, loaded, [*data, *clean, *(suite.examples if suite else ())], out)
     described = [Planted(job.trigger, job.behaviour)] if job.trigger and job.behaviour else []
@@ -136,26 +139,22 @@ def run_mb(job: MbJob, out: str | Path) -> MbResult:
             "the verdict is FAIL, so the model is not exported: " + "; ".join(g.says for g in done.verdict.missed),
             hint=f"see {out / REPORT}; export_failed=true writes it all the same",
         )
-    checkpoint = _export(job, public, done, loaded, [*data, *clean], out / "checkpoint")
+    whence["provenance"] |= {"verdict": done.verdict.word, "suite": done.suite.digest}
+    checkpoint = save(done.model, loaded.tokenizer, out / "checkpoint", method="mb_defense", **whence)
     if training.exists():
         remove(training)
     return MbResult(checkpoint, done.verdict.word, report, done.rows)
 
 
-def _export(
-    job: MbJob, public: dict[str, Any], done: Hardened, loaded: Loaded, rows: Sequence[Example], folder: Path
-) -> Checkpoint:
+def _provenance(job: MbJob, public: dict[str, Any], loaded: Loaded, rows: Sequence[Example]) -> dict[str, Any]:
     known = read_provenance(loaded.path).get("provenance", {}).get("trained_prompts", ())
-    provenance = {
+    return {
         "job": public,
-        "verdict": done.verdict.word,
-        "suite": done.suite.digest,
         "config_digest": digest(public),
         "seed": job.seed,
         **({ORIGIN: loaded.origin} if loaded.origin else {}),
         "trained_prompts": sorted(marks(rows) | set(known)),
     }
-    return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)
 
 
 def _rows(job: MbJob) -> tuple[list[Example], list[Example], Suite | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import time
 from types import TracebackType
@@ -120,7 +119,6 @@ def _acquire() -> Any:
         from rich.table import Column
 
         # The note takes what is left: on a narrow terminal it is cut, and never a count or a time.
-        cut = functools.partial(Column, no_wrap=True, overflow="ellipsis")
         _bar = RichProgress(
             TextColumn(
                 "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)
