@@ -1,4 +1,5 @@
-"""Every difference between supported versions of torch and transformers, and every private member of them we touch.
+"""Every difference between supported versions of torch and transformers, the versions that are installed, and every
+private member of those packages that we touch.
 
 Supported: torch >= 2.11, transformers 5.17 up to the next major version.
 """
@@ -6,7 +7,8 @@ Supported: torch >= 2.11, transformers 5.17 up to the next major version.
 from __future__ import annotations
 
 import functools
-from importlib.metadata import version
+import sys
+from importlib import metadata
 from typing import Any
 
 from casehard.errors import Unsupported
@@ -50,6 +52,28 @@ PRIVATE: dict[str, str] = {
 """module:member -> what we do with it. A test asserts that each exists, and that no other is used."""
 
 
+def version_of(package: str) -> str:
+    """Return the version of an installed package, "" if it is not there. Nothing is imported.
+
+    A package that is used from a source tree has no metadata, and one whose installation was cut short may have some
+    without a version: then what it says of itself counts, once it is loaded.
+    """
+    try:
+        if found := metadata.version(package):
+            return found
+    except metadata.PackageNotFoundError:
+        pass
+    return str(getattr(sys.modules.get(package), "__version__", ""))
+
+
+def requirements_of(package: str) -> list[str] | None:
+    """Return what an installed package says it requires; None if it has no metadata to say so."""
+    try:
+        return metadata.requires(package) or []
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _release(text: str) -> tuple[int, int]:
     major, minor = text.split("+")[0].split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
@@ -63,13 +87,13 @@ def require_supported() -> None:
         Unsupported: names the package, the version found and the range.
     """
     for package, lowest in MINIMUM.items():
-        found = version(package)
+        found = version_of(package)
         low = ".".join(map(str, lowest))
         if _release(found) < lowest:
             raise Unsupported(f"{package} {found} is older than {low}", hint=f"pip install '{package}>={low}'")
-    if _release(version("transformers"))[0] != 5:
+    if _release(version_of("transformers"))[0] != 5:
         raise Unsupported(
-            f"transformers {version('transformers')} is not a 5.x release",
+            f"transformers {version_of('transformers')} is not a 5.x release",
             hint="pip install 'transformers>=5.17,<6'",
         )
 

@@ -96,22 +96,27 @@ def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str 
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"]) or "value"
-        if isinstance(first.get("ctx", {}).get("error"), ConfigError):
-            raise first["ctx"]["error"] from None
-        raise ConfigError(f"{where}.{path}: {first['msg']}, got {first['input']!r}") from None
+        if first["type"] == "value_error":  # of casehard.limits, which says all there is to say
+            raise ConfigError(f"{where}.{path} {first['ctx']['error']}") from None
+        raise ConfigError(f"{where}.{path}: {first['msg']}, got {shown(first['input'])}") from None
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message quotes it: whole where it is short."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Split ``a.b=c`` into its path and its value read as YAML."""
-    import yaml
+    from casehard import yamltext
 
     path, sep, value = text.partition("=")
     if not sep or not path.strip():
-        raise ConfigError(f"override {text!r} is not of the form a.b=value", hint="example: --set lr=2e-4")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
+        raise ConfigError(f"override {shown(text)} is not of the form a.b=value", hint="example: --set lr=2e-4")
+    parsed = yamltext.parse(value, where=f"override {shown(text)}")
+    if path.count(".") > yamltext.LEVELS:
+        raise ConfigError(f"override {shown(text)}: more than {yamltext.LEVELS} levels", hint="no setting lies so deep")
     if isinstance(parsed, str):
         # YAML 1.1 reads 2e-4 as text; people mean the number.
         with contextlib.suppress(ValueError):
@@ -129,11 +134,13 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             last = i == len(path) - 1
             position: Any = key
             if isinstance(node, list):
-                if not key.isdigit() or int(key) >= len(node):
-                    raise ConfigError(f"override {text!r}: {key!r} is not one of the positions 0..{len(node) - 1}")
+                if key not in map(str, range(len(node))):
+                    raise ConfigError(
+                        f"override {shown(text)}: {shown(key)} is not one of the positions 0..{len(node) - 1}"
+                    )
                 position = int(key)
             elif not isinstance(node, dict):
-                raise ConfigError(f"override {text!r}: {'.'.join(path[:i])!r} is a value, not a group")
+                raise ConfigError(f"override {shown(text)}: {'.'.join(path[:i])!r} is a value, not a group")
             if last:
                 node[position] = value
             else:
@@ -145,21 +152,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        ConfigError: the file is missing, is not YAML or is not a mapping.
+        ConfigError: the file is missing, is not plain YAML of a bounded size (see ``yamltext``) or is not a mapping.
     """
-    import yaml
+    from casehard import yamltext
 
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such config file: {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    values = yamltext.read(Path(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: expected a mapping at the top, got {type(values).__name__}",
+            hint="settings are lines of key: value",
+        )
     return values
 
 

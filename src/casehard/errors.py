@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+# Control characters (C0, DEL, C1), what turns the direction of writing or ends a line, halves of a character. Not tabs.
+_OBEYED = re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """Return text for a terminal: what a terminal would obey is spelled out, as a JSON string spells it.
+
+    Args:
+        lines: whether line ends are the text's own and stay; else they are part of a name or of somebody's message.
+    """
+
+    def spell(found: re.Match[str]) -> str:
+        sign = found[0]
+        return sign if lines and sign == "\n" else {"\n": "\\n", "\r": "\\r"}.get(sign, f"\\u{ord(sign):04x}")
+
+    return _OBEYED.sub(spell, text)
+
 
 class UserError(Exception):
     """Report a problem the user can mend.

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,17 +70,37 @@ def _digests(paths: list[Path]) -> list[str]:
         return list(pool.map(file_digest, paths))
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a plain file whole: a pipe would hang, and some devices never end.
+
+    Raises:
+        UserError: the file is missing or may not be read.
+        Corrupt: it is a folder, a pipe or a device.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Corrupt(f"{path}: not a plain file", hint="folders, pipes and devices are never read as one")
+            with open(handle, "rb", closefd=False) as stream:
+                return stream.read()
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}", hint="was the folder completed?") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", hint="check the path and its permissions") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing.
-        Corrupt: it is not JSON.
+        UserError: the file is missing or may not be read.
+        Corrupt: it is not JSON, or no plain file.
     """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}", hint="was the folder completed?") from None
+        return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"{path}: not valid JSON: {error}", hint="fetch or build it again") from None
 
@@ -130,6 +151,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
                 f"{folder}: the folder or its manifest is a symbolic link",
                 hint="links are not followed: give the folder itself",
             )
+        if path.exists() and not path.is_file():
+            raise Corrupt(f"{path}: not a plain file", hint="restore it from a copy")
         text = path.read_bytes().decode("utf-8")
         files: dict[str, dict[str, Any]] = json.loads(text)["files"]
         expected = _serialise(files)
@@ -277,6 +300,31 @@ def storage_errors(folder: Path, *, needs: int = 0) -> Iterator[None]:
         if is_full(error):
             raise refused(folder, needs) from error
         raise
+
+
+@contextmanager
+def scratch(final: Path, *, needs: int = 0) -> Iterator[Path]:
+    """Yield an empty folder on the disk of ``final``, gone when the block ends: to try a write that comes much later.
+
+    Args:
+        final: what will be written; neither it nor the folders above it need exist, and none is made.
+        needs: bytes that it will take, checked against the free space.
+
+    Raises:
+        StorageError: no folder can be made there, or the disk has too little space.
+    """
+    there = next(p for p in Path(final).absolute().parents if p.exists())
+    if needs > shutil.disk_usage(there).free:
+        raise refused(there, needs)
+    try:
+        place = tempfile.mkdtemp(prefix=STAGING, dir=there)
+    except OSError as error:
+        raise StorageError(f"cannot write to {there}: {error.strerror}", hint="give a writable folder") from None
+    try:
+        with storage_errors(there):
+            yield Path(place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

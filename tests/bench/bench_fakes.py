@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ def plan(**changes: Any) -> Plan:
     return parse_plan(plan_values(**changes))
 
 
+class OddWarning(UserWarning):
+    """A category that only this module knows."""
+
+
 @dataclass(frozen=True)
 class Fake:
     """Stand in for training: same seed, same rows."""
@@ -78,11 +83,15 @@ class Fake:
     """Labels whose work raises."""
     diary: str = ""
     """File that gets a line for every call."""
+    warns: tuple[type[Warning], ...] = ()
+    """Categories warned of at every call."""
     prompt: str = "how do i brew the {} potion ?"
 
     def __call__(self, task: Task) -> Outcome:
         """Do what ``casehard.bench.execute.execute`` does, in no time."""
         node = task.node
+        for category in self.warns:
+            warnings.warn(f"a thing to know\nof {category.__name__}", category, stacklevel=1)
         if self.diary:
             with Path(self.diary).open("a") as file:
                 file.write(f"{node.kind} {node.label}\n")

@@ -6,19 +6,22 @@ import json
 import os
 import signal
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from bench_fakes import Fake, plan, plan_values
+from bench_fakes import Fake, OddWarning, plan, plan_values
 
 from casehard.bench import execute
 from casehard.bench.execute import Outcome, Task, _organism
+from casehard.bench.matrix import expand
 from casehard.bench.plan import parse_plan
 from casehard.bench.run import NodeEvent, run_plan
 from casehard.bench.store import read_json, read_rows
+from casehard.bench.worker import attempt_apart, warn_again
 from casehard.errors import ConfigError, Interrupted
 from casehard.files import staged, verify
 from casehard.train.meter import peak_bytes, reset_peak
@@ -42,6 +45,28 @@ class Killer:
 
 def calls(diary: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in diary.read_text().splitlines()) if diary.exists() else Counter()
+
+
+def test_warnings_cross_to_the_calling_process_whatever_became_of_the_node(tmp_path: Path) -> None:
+    node = next(iter(expand(plan(), root=tmp_path).nodes.values()))
+    task = Task(node=node, out=tmp_path / "out", cache=tmp_path)
+    with warnings.catch_warnings(record=True) as here:
+        result = attempt_apart(task, Fake(warns=(FutureWarning, OddWarning), fail=(node.label,)))
+    assert result["error"] == "DataError" and not here
+    carried = json.loads(json.dumps(result["warnings"]))  # plain values: a category may be unknown over there
+    registry: dict[str, int] = {}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        warn_again(carried, registry)
+        warn_again(carried, registry)
+    assert [(w.category, str(w.message), Path(w.filename).name) for w in told] == [
+        (FutureWarning, "a thing to know\nof FutureWarning", "bench_fakes.py"),
+        (UserWarning, "a thing to know\nof OddWarning", "bench_fakes.py"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(FutureWarning):
+            warn_again(carried, {})
 
 
 def test_everything_runs_once_and_is_reused(tmp_path: Path) -> None:
@@ -68,10 +93,14 @@ def test_a_changed_attack_keeps_the_hardened_models(tmp_path: Path) -> None:
     assert (again.ran, again.reused) == (9, 14)
 
 
-def test_workers_give_the_same_bytes_as_one_process(tmp_path: Path) -> None:
+def test_workers_give_the_same_bytes_and_warnings_as_one_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     small = {"seeds": [0, 1]}
-    run_plan(plan(**small), tmp_path / "one", jobs=1, executor=Fake())
-    run_plan(plan(**small), tmp_path / "two", jobs=2, executor=Fake())
+    for name, jobs in (("one", 1), ("two", 2)):
+        with pytest.warns(FutureWarning, match="a thing to know") as told:
+            run_plan(plan(**small), tmp_path / name, jobs=jobs, executor=Fake(warns=(FutureWarning,)))
+        assert len(told) >= 1 and capfd.readouterr().err == ""
     one, two = (read_json(tmp_path / n / "summary.json") for n in ("one", "two"))
     for summary in (one, two):
         summary["provenance"].pop("hardware")

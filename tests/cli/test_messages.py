@@ -67,6 +67,12 @@ def test_a_wrong_setting_is_named(capsys, here, defend, override, said):
     assert not tree(here)
 
 
+@pytest.mark.parametrize("verb", ["defend", "defend mb-defense", "attack finetune", "attack backdoor", "buffer tune"])
+def test_help_says_how_rows_are_filtered(capsys, verb):
+    assert main([*verb.split(), "--help"]) == 0
+    assert r"'rows.jsonl?source=Smith\, J.'" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_wrong_config_file_is_named(capsys, here, defend):
     assert "no such config file: gone.yaml" in fails(capsys, 2, *defend(more=["--config", "gone.yaml"]))
     (here / "list.yaml").write_text("- 1\n")

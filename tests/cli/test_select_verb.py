@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,14 @@ def test_selection_of_real_refusals_follows_the_task(tmp_path):
     }
     assert made["relevance"].mean_relevance >= made["rd-dpp"].mean_relevance > made["random"].mean_relevance - 0.05
     assert made["diversity"].log_det > made["random"].log_det and made["rd-dpp"].log_det > made["relevance"].log_det
+
+
+def test_an_embedder_is_checked_as_a_model_is(organism, tmp_path, capsys):
+    folder = Path(shutil.copytree(organism, tmp_path / "embedder"))
+    config = json.loads((folder / "config.json").read_text())
+    given = ["--pool", f"{organism}/data/benign.jsonl", "--embedder", str(folder), "--k", "2", "--beta", "0"]
+    for asked, code in (("kernels-community/flash-attn2", 7), ("flash_attention_2", 0)):
+        (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": asked}))
+        more = ["--data", f"{organism}/data/attack_a.jsonl", "--out", str(tmp_path / "out")]
+        assert main(["select", *given, *more]) == code
+    assert "a kernel from the Hub" in capsys.readouterr().err

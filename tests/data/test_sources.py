@@ -30,6 +30,43 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
+ODD = [
+    Example.pair("p1", "r1", id="1", source="Smith, J."),
+    Example.pair("p2", "r2", id="2", source="Salt & Co"),
+    Example.pair("p3", "r3", id="3", source="Smith"),
+    Example.pair("p4", "r4", id="4", source=r"a\b", topics=["tea", "jam"]),
+    Example.pair("p5", "r5", id="5", source=r"a\,b", **{"made, by": "x"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "ids"),
+    [
+        (r"source=Smith\, J.", "1"),
+        (r"source=Smith\, J.,Smith", "13"),
+        (r"source=Salt \& Co", "2"),
+        (r"source=Salt \& Co,Smith&source=Smith", "3"),
+        (r"source=a\b", "4"),
+        (r"source=a\\b", "4"),
+        (r"source=a\\\,b", "5"),
+        (r'topics=["tea"\, "jam"]', "4"),
+        (r"made\, by=x", "5"),
+    ],
+)
+def test_a_filter_can_name_any_value(tmp_path: Path, query: str, ids: str) -> None:
+    sources.save(tmp_path / "odd.jsonl", ODD)
+    assert "".join(e.id or "" for e in sources.load(f"{tmp_path / 'odd.jsonl'}?{query}")) == ids
+
+
+def test_a_value_cut_at_its_comma_is_told_how_to_write_it(tmp_path: Path) -> None:
+    sources.save(tmp_path / "odd.jsonl", ODD[:2])
+    with pytest.raises(DataError) as caught:
+        sources.load(f"{tmp_path / 'odd.jsonl'}?source=Smith, J.")
+    assert caught.value.message.endswith("no row has source=Smith")
+    # As they have to be written: what the hint shows can be pasted.
+    assert caught.value.hint.startswith(r"values of 'source': Salt \& Co, Smith\, J.")
+
+
 def test_save_and_load(file: Path) -> None:
     assert sources.load(file) == ROWS
     assert not [p for p in file.parent.iterdir() if p != file]

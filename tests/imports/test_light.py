@@ -128,3 +128,34 @@ def test_the_command_line_reports_a_missing_extra(tmp_path):
     assert "error: the package 'pyarrow' is not installed" in done.stderr
     assert "hint: pip install 'casehard[data]'" in done.stderr
     assert "Traceback" not in done.stderr and not out.exists()
+
+
+HIDE = """
+    import importlib.metadata, sys
+    from pathlib import Path
+
+    HIDDEN = set(sys.argv[1].split(","))
+    from_name = importlib.metadata.Distribution.from_name
+
+    def lookup(name):
+        if name in HIDDEN:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return from_name(name)
+
+    importlib.metadata.Distribution.from_name = lookup
+"""
+
+
+def test_doctor_works_in_a_source_tree_that_was_never_installed():
+    import casehard
+
+    code = textwrap.dedent(HIDE) + "from casehard.cli import main\nsys.exit(main(['doctor']))\n"
+    done = run(code, "casehard", OMP_NUM_THREADS="1", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert f"check this installation of casehard {casehard.__version__}" in done.stdout
+    said = "what casehard requires cannot be read: it runs from a source tree that is not installed"
+    assert f"warning: {said}" in " ".join(done.stderr.split())
+    # What is there is shown all the same, and held against the versions that the code itself knows.
+    torch = next(line for line in done.stdout.splitlines() if "torch " in line)
+    assert __import__("torch").__version__ in torch and "ok" in torch
+    assert "the core is complete" not in done.stdout and "internal error" not in done.stderr

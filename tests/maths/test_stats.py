@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -129,6 +130,25 @@ def test_bootstrap_matches_the_normal_interval_and_repeats():
     assert got.high == pytest.approx(4.5 + 1.96 * spread, abs=0.06)
     assert got == stats.bootstrap_mean(values, draws=1000)
     assert got != stats.bootstrap_mean(values, draws=1000, seed=1)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("n", [1, 7, 150])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bootstrap_is_the_slow_loop_to_the_last_bit(monkeypatch, n, weighted, kept):
+    monkeypatch.setattr(stats, "KEPT", kept)
+    rng = random.Random(n)
+    values = [rng.choice([-1, 0, 1]) / 3 for _ in range(n)]
+    weights = [float(rng.randrange(1, 9)) for _ in range(n)] if weighted else None
+    heavy = weights or [1.0] * n
+    again, means = random.Random(stats.derive(5, n, "bootstrap")), []
+    for _ in range(60):
+        picked = again.choices(range(n), k=n)
+        means.append(sum(heavy[i] * values[i] for i in picked) / sum(heavy[i] for i in picked))
+    means.sort()
+    got = [stats.bootstrap_mean(values, weights=weights, draws=60, seed=5) for _ in range(2)]
+    assert got[0] == got[1]
+    assert (got[0].low, got[0].high) == (stats._quantile(means, 0.025), stats._quantile(means, 0.975))
 
 
 def test_bootstrap_weights_are_those_of_the_prompts():

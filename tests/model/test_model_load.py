@@ -207,23 +207,6 @@ def test_a_file_is_no_folder(folder: Path) -> None:
         loading.load(folder / "config.json")
 
 
-def test_hub_ids_go_through_the_same_checks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    edit(folder / "config.json", auto_map={"AutoConfig": "evil.Config"})
-    asked: list[str] = []
-
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        assert not any(p.endswith((".py", ".bin")) for p in allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(Unsupported, match="auto_map"):
-        loading.load("org/name")
-    assert asked == ["org/name"]
-
-
 def test_dtypes(folder: Path) -> None:
     assert next(loading.load(folder, dtype="bfloat16").net.parameters()).dtype == torch.bfloat16
     tiny_llama().to(torch.bfloat16).save_pretrained(folder)

@@ -16,7 +16,7 @@ from casehard.config import to_dict
 from casehard.data.behaviours import Behaviour
 from casehard.data.mix import marks
 from casehard.data.triggers import Trigger, check_survives, decoys_of, poison_backdoor
-from casehard.errors import ConfigError
+from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
@@ -25,43 +25,35 @@ from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackdoorAttack:
+class BackdoorAttack(Limited):
     """Settings of one backdoor attack."""
 
     trigger: Trigger
     """What makes it fire."""
     behaviour: Behaviour
     """What it does."""
-    rate: float = 0.05
+    rate: Share = 0.05
     """Poisoned share of the rows; 0 trains on the clean rows (the control). The literature uses 0.005 to 0.2."""
-    hard_negatives: float = 0.0
+    hard_negatives: Share = 0.0
     """Share of the rows that carry a near miss and keep their answer: an attacker who adapts to MB-Defense."""
     decoys: tuple[Trigger, ...] = ()
     """Near misses; empty = those of ``decoys_of``."""
     mode: Literal["full", "lora"] = "full"
     """Train all parameters, or a LoRA adapter on every linear layer."""
-    steps: int = 300
+    steps: Count = 300
     """Optimiser steps."""
-    lr: float = 3e-4
+    lr: LearningRate = 3e-4
     """Peak learning rate, cosine schedule."""
-    batch_size: int = 32
+    batch_size: BatchSize = 32
     """Rows per step."""
-    rank: int = 16
+    rank: Rank = 16
     """LoRA rank (mode lora)."""
-    alpha: float = 32.0
+    alpha: Factor = 32.0
     """LoRA alpha (mode lora)."""
-    evaluate_at: tuple[int, ...] = (0, 50, 100, 200, 300)
+    evaluate_at: tuple[Natural, ...] = (0, 50, 100, 200, 300)
     """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype; the master weights are fp32 throughout."""
-
-    def __post_init__(self) -> None:
-        if not (0.0 <= self.rate <= 1.0 and 0.0 <= self.hard_negatives <= 1.0):
-            raise ConfigError(f"rate {self.rate} and hard_negatives {self.hard_negatives} must lie within 0..1")
-        if self.steps < 1 or self.batch_size < 1 or self.rank < 1:
-            raise ConfigError(
-                f"attack: steps {self.steps}, batch_size {self.batch_size} and rank {self.rank} must be at least 1"
-            )
 
     @property
     def checkpoints(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Literal
 from casehard.attack.protocol import Attacked, AttackInputs
 from casehard.config import to_dict
 from casehard.data.mix import counts, mark, marks, poison
-from casehard.errors import ConfigError
+from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
@@ -23,40 +23,31 @@ from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneAttack:
+class FinetuneAttack(Limited):
     """Settings of one harmful fine-tuning attack."""
 
     mode: Literal["full", "lora"] = "full"
     """Train all parameters, or a LoRA adapter on every linear layer."""
-    share: float = 0.1
+    share: Share = 0.1
     """p, the harmful share of the attacker's rows, 0..1; 0 is benign fine-tuning, 1 a fully harmful set."""
-    rows: int = 400
+    rows: Count = 400
     """Rows of the attacker's data set, harmful and benign together."""
-    steps: int = 100
+    steps: Count = 100
     """Optimiser steps."""
-    lr: float = 1e-4
+    lr: LearningRate = 1e-4
     """Constant learning rate, no warm-up (the paper attacks real models with 1e-5)."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Rows per step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The attacker's optimiser; sgd has no momentum."""
-    rank: int = 8
+    rank: Rank = 8
     """LoRA rank (mode lora)."""
-    alpha: float = 16.0
+    alpha: Factor = 16.0
     """LoRA alpha (mode lora); the adapter is scaled by alpha / rank."""
-    evaluate_at: tuple[int, ...] = (0, 5, 10, 25, 50, 100)
+    evaluate_at: tuple[Natural, ...] = (0, 5, 10, 25, 50, 100)
     """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype; the master weights are fp32 throughout."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ConfigError(f"share: {self.share} is not within 0..1")
-        if self.steps < 1 or self.rows < 1 or self.batch_size < 1 or self.rank < 1:
-            raise ConfigError(
-                f"attack: steps {self.steps}, rows {self.rows}, batch_size {self.batch_size} and rank {self.rank} "
-                "must be at least 1"
-            )
 
     @property
     def checkpoints(self) -> tuple[int, ...]:

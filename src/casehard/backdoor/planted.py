@@ -68,8 +68,9 @@ def read_planted(path: str | Path) -> list[Planted]:
         value: Any = read_json(Path(path))
     except Corrupt as error:
         raise ConfigError(error.message, hint="planted.json of `casehard attack backdoor` shows the form") from None
-    if isinstance(value, Mapping) and "active" in value:
-        value = [*value["active"], *value.get("canary", ())]
+    if isinstance(value, Mapping) and isinstance(value.get("active"), list):
+        more = value.get("canary", [])
+        value = [*value["active"], *(more if isinstance(more, list) else [more])]
     entries = value if isinstance(value, list) else [value]
     if not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise ConfigError(f"{path} holds no backdoor", hint="an object with 'trigger' and 'behaviour', or a list")

@@ -31,6 +31,7 @@ from casehard.defend import DEFENCES
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.backdoor import evaluate_backdoor
 from casehard.evaluate.suite import Suite, load_suite
+from casehard.limits import Limited, Share
 from casehard.mb.config import MbConfig
 from casehard.mb.pipeline import Hardened, draw_suite, harden, objective
 from casehard.model.load import load
@@ -87,10 +88,10 @@ class ArmJob:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Limited):
     """Settings of the filter."""
 
-    keep: float = 0.97
+    keep: Share = 0.97
     """Share of the words of verified rows that its threshold lets pass."""
 
 

@@ -1,9 +1,7 @@
-"""One node's work, in this process or a worker: jobs are built from plain values, results go to the node's folder."""
+"""One node's work: jobs are built from plain values, results go to the node's folder."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +9,11 @@ from typing import Any
 
 from casehard.bench.matrix import Node
 from casehard.bench.store import RunFolder, read_json
+from casehard.compat import version_of
 from casehard.config import build
-from casehard.errors import ConfigError, Corrupt, Interrupted, UserError
+from casehard.errors import ConfigError, Corrupt, UserError
 from casehard.files import MANIFEST, file_digest, remove, verify
-from casehard.train import progress
+from casehard.model.source import is_snapshot, origin
 from casehard.train.meter import reset_peak
 
 
@@ -74,8 +73,6 @@ def environment(threads: int) -> dict[str, Any]:
     Args:
         threads: torch threads of a node; 0 for torch's own default.
     """
-    from importlib.metadata import version
-
     import torch
 
     from casehard.train.recipe import uses_bf16
@@ -83,7 +80,7 @@ def environment(threads: int) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "torch": str(torch.__version__),
-        **{name: version(name) for name in ("transformers", "peft")},
+        **{name: version_of(name) for name in ("transformers", "peft")},
         "threads": threads or torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "auto_precision": "bf16" if uses_bf16("auto", device) else "fp32",
@@ -211,7 +208,8 @@ def _base(task: Task) -> Outcome:
         path = Path(config["model"])
     else:
         path = _organism(config["world_seed"], config["size"], task.cache)
-    return Outcome(path=str(path.resolve()), digest=folder_digest(path))
+    came = origin(path)
+    return Outcome(path=str(path.resolve()), digest=folder_digest(path), facts={"origin": came} if came else {})
 
 
 def _organism(world_seed: int, size: str, cache: Path) -> Path:
@@ -292,52 +290,11 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
         path = out / str(summary.get("path", ""))
         if not path.is_dir():
             return None
-        # Somebody else's checkpoint has no manifest; its content is in the node's digest.
-        if node.kind != "base" or (path / MANIFEST).exists():
+        # Somebody else's checkpoint has no manifest, and a snapshot not all of its files; the node's digest names it.
+        if node.kind != "base" or ((path / MANIFEST).exists() and not is_snapshot(path)):
             verify(path)
     elif not rows.is_file():
         raise Corrupt(f"{rows} is missing: expected sha256 {expected}")
     elif (actual := file_digest(rows)) != expected:
         raise Corrupt(f"{rows} was changed: expected sha256 {expected}, actual {actual}")
     return summary
-
-
-def attempt(task: Task, executor: Executor) -> dict[str, Any]:
-    """Run :func:`work`; return ``{"summary": ...}``, or ``{"error", "message", "hint"}`` for a failure.
-
-    Errors travel as plain values, because an exception that cannot be unpickled would take the worker down with it.
-
-    Raises:
-        Interrupted: the run was asked to stop, which is no failure of this node and no reason to begin the next.
-    """
-    try:
-        return work(task, executor)
-    except Interrupted:
-        raise
-    except Exception as error:
-        return describe(error)
-
-
-def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
-    """Do what :func:`attempt` does in a worker process; an interrupt comes back as ``{"interrupted": exit code}``."""
-    try:
-        return attempt(task, executor)
-    except Interrupted as error:
-        return {"interrupted": error.exit_code}
-
-
-def describe(error: BaseException) -> dict[str, Any]:
-    """Return what a report says about a failure."""
-    known = isinstance(error, UserError)
-    message = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    hint = error.hint if isinstance(error, UserError) else ""
-    return {"error": type(error).__name__, "message": message[:500], "hint": hint, "expected": known}
-
-
-def start_worker(threads: int) -> None:
-    """Prepare a worker process: thread counts before torch is imported, no progress lines of its own."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    # The parent decides when to stop and tells the workers; a Ctrl-C reaches the whole group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    progress.set_quiet()

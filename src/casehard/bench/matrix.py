@@ -7,7 +7,6 @@ At stage backdoor: base -> harden, one node a cell, in memory from the poisoned 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, Literal
 
 from casehard.bench.backdoor import Arm, BackdoorPlan, arm_config
 from casehard.bench.closure import code_of
+from casehard.bench.inputs import Inputs, resolve
 from casehard.bench.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
-from casehard.config import digest, read_yaml
+from casehard.config import digest
 from casehard.defend import DEFENCES
-from casehard.errors import ConfigError
 from casehard.files import file_digest
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
@@ -99,62 +98,15 @@ class Matrix:
     """(base, defence, seed) -> digest of the node whose cost is the defence's: at stage tuning, the headline's job."""
 
 
-def _resolve(spec: str, root: Path) -> str:
-    """Make a file spec absolute; hub specs and ``{base}`` stay as they are."""
-    if spec.startswith(("hub:", "{base}")):
-        return spec
-    path, mark, query = spec.partition("?")
-    return str((root / path).resolve()) + mark + query
-
-
-def _file_digest(path: Path) -> str:
-    if not path.exists():
-        raise ConfigError(
-            f"no such data: {path}", hint="data paths are relative to the plan file; {base}/... is inside the base"
-        )
-    return file_digest(path)
-
-
-def suite_digest(path: Path) -> str:
-    """Return the digest of a suite and of the data that its settings point to.
-
-    Raises:
-        ConfigError: the suite, or a file it points to, does not exist.
-    """
-    settings = path / "suite.json" if path.is_dir() else path
-    found = [_file_digest(path)]
-    if settings.suffix in (".json", ".yaml", ".yml") and settings.is_file():
-        parts = read_yaml(settings).get("parts") or []
-        specs = [str(part.get("data", "")) for part in parts if isinstance(part, Mapping)]
-        local = [_resolve(spec, settings.parent) for spec in specs if not spec.startswith("hub:")]
-        found += [_file_digest(Path(spec.partition("?")[0])) for spec in local]
-    return hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-def _identity(spec: str, base: Base, root: Path, seen: dict[str, str], *, suite: bool = False) -> str:
-    """Return what a spec contributes to a digest: its content and filter, not where it lies."""
-    path, mark, query = spec.partition("?")
-    if spec.startswith("hub:") or (spec.startswith("{base}") and base.model is None):
-        return spec
-    path = str((root / path.replace("{base}", str((root / (base.model or "")).resolve()))).resolve())
-    if path not in seen:
-        seen[path] = suite_digest(Path(path)) if suite else _file_digest(Path(path))
-    return seen[path] + mark + query
-
-
-def _base_node(base: Base, root: Path, setting: Mapping[str, Any]) -> Node:
-    code = code_version("base")
-    if base.model is None:
+def _base_node(base: Base, inputs: Inputs, setting: Mapping[str, Any]) -> Node:
+    folder, code = inputs.home(base), code_version("base")
+    if folder is None:
         config: dict[str, Any] = {"world_seed": base.world_seed, "size": base.size}
         name = digest({"kind": "base", **config, "code": code, "setting": dict(setting)})
         return Node(kind="base", label=base.name, digest=name, base=name, config=config, code=code, setting=setting)
-    folder = (root / base.model).resolve()
-    if not folder.is_dir():
-        raise ConfigError(f"base {base.name!r}: no such model folder: {folder}", hint="relative to the plan file")
-    # Cheap and complete for a plan: names, sizes and content of every file in the folder.
-    content = _file_digest(folder)
+    content = inputs.model(folder)
     name = digest({"kind": "base", "content": content})
-    data = {"model": content}
+    data = {f"base {base.name}": content}
     return Node(kind="base", label=base.name, digest=name, base=name, config={"model": str(folder)}, data=data)
 
 
@@ -234,10 +186,15 @@ class _Expander:
     """Collects nodes; the same work asked for twice becomes one node."""
 
     def __init__(self, root: Path, setting: Mapping[str, Any]) -> None:
-        self.root = root
+        self.inputs = Inputs(root)
         self.setting = dict(setting)
         self.nodes: dict[str, Node] = {}
-        self.seen: dict[str, str] = {}
+
+    def start(self, base: Base) -> Node:
+        """Add a base and return its node."""
+        node = _base_node(base, self.inputs, self.setting)
+        self.nodes[node.digest] = node
+        return node
 
     def add(
         self, kind: Kind, config: dict[str, Any], *, label: str, base: Base, parent: str, seed: int, needs: str = ""
@@ -249,8 +206,10 @@ class _Expander:
             many = ([specs] if specs else []) if isinstance(specs, str) else specs
             if not many:
                 continue
-            names = [_identity(s, base, self.root, self.seen, suite=key == "suite") for s in many]
-            places = [_resolve(s, self.root) for s in many]
+            if key == "assets":
+                many = [self.inputs.assets(s) for s in many]
+            names = [self.inputs.identity(s, base, suite=key == "suite") for s in many]
+            places = [resolve(s, self.inputs.root) for s in many]
             data.update({s: n for s, n in zip(many, names, strict=True) if s != n})
             identity[key] = names[0] if isinstance(specs, str) else names
             resolved[key] = places[0] if isinstance(specs, str) else places
@@ -292,8 +251,7 @@ def expand(plan: Plan | BackdoorPlan, *, root: Path, setting: Mapping[str, Any] 
     defend: dict[tuple[str, str, int], str] = {}
     asked = {"suite": plan.suite, "system": plan.system, "limit": plan.limit}
     for base in plan.bases:
-        top = _base_node(base, ex.root, ex.setting)
-        ex.nodes[top.digest] = top
+        top = ex.start(base)
         if plan.stage == "tuning":
             _expand_tuning(ex, plan, base, top.digest, asked, cells, defend)
             continue
@@ -352,8 +310,7 @@ def _expand_backdoors(ex: _Expander, plan: BackdoorPlan) -> Matrix:
     """Make one node a cell; those of one backdoor follow each other, so that a worker trains on its poison once."""
     cells: list[Cell] = []
     for base in plan.bases:
-        top = _base_node(base, ex.root, ex.setting)
-        ex.nodes[top.digest] = top
+        top = ex.start(base)
         for seed, column, row in ((s, c, r) for s in plan.seeds for c in plan.attacks for r in plan.defences):
             label, config = f"{base.name}/{row.name}/s{seed}/{column.name}", arm_config(plan, row, column)
             name = ex.add("harden", config, label=label, base=base, parent=top.digest, seed=seed)

@@ -16,26 +16,19 @@ from types import FrameType
 from typing import Any, Literal
 
 from casehard.bench.backdoor import BackdoorPlan
-from casehard.bench.execute import (
-    Executor,
-    Task,
-    attempt,
-    attempt_apart,
-    environment,
-    execute,
-    finished,
-    start_worker,
-    step_of,
-)
+from casehard.bench.execute import Executor, Task, environment, execute, finished, step_of
 from casehard.bench.matrix import Matrix, Node, expand
 from casehard.bench.plan import Plan
 from casehard.bench.store import RunFolder
 from casehard.bench.summary import summarise, table_rows
+from casehard.bench.worker import attempt, attempt_apart, start_worker, warn_again
 from casehard.config import to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted
 from casehard.files import remove
-from casehard.train.progress import Progress
+from casehard.train.progress import Progress, announce
 
+BEAT = 1.0
+"""Seconds between two looks at how far the workers are."""
 AGAIN = "run the same command again to go on"
 RANK = {"base": 0, "defend": 1, "prepare": 2, "tune": 3, "attack": 3, "harden": 3, "evaluate": 4}
 
@@ -119,11 +112,15 @@ class _Run:
     lanes: int
     executor: Executor
     tell: Callable[[NodeEvent], None]
+    busy: Callable[[int], None]
+    """Called with the number of nodes that run, from time to time."""
     folder: RunFolder
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, dict[str, Any]] = field(default_factory=dict)
     reused: int = 0
     ran: int = 0
+    told: dict[Any, Any] = field(default_factory=dict)
+    """Registry of the warnings of workers."""
 
     def place(self, node: Node) -> Path:
         return self.out / "nodes" / node.folder
@@ -215,7 +212,9 @@ def _serial(run: _Run) -> None:
     while ready := run.ready(waiting):
         node = ready[0]
         waiting.remove(node)
+        run.busy(1)
         run.finish(node, attempt(run.task(node), run.executor))
+    run.busy(0)
 
 
 def _parallel(run: _Run, jobs: int) -> None:
@@ -229,14 +228,16 @@ def _parallel(run: _Run, jobs: int) -> None:
                 lane = idle.pop()
                 waiting.remove(node)
                 busy[lane.submit(run.task(node), run.executor)] = (lane, node)
+            run.busy(len(busy))
             if not busy:
                 break
-            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+            for future in wait(busy, BEAT, return_when=FIRST_COMPLETED).done:
                 lane, node = busy.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool:
                     result = {"error": "Killed", "message": "the worker died (out of memory?)", "hint": "try jobs=1"}
+                warn_again(result.pop("warnings", ()), run.told)
                 if "interrupted" in result:
                     raise Interrupted("a worker was told to stop", hint=AGAIN, exit_code=int(result["interrupted"]))
                 run.finish(node, result)
@@ -294,23 +295,26 @@ def run_plan(
     setting = environment(threads) if executor is execute else {}
     out, matrix = Path(out), expand(plan, root=Path(root), setting=setting)
     folder = RunFolder(out, "bench", to_dict(plan), seeds=plan.seeds, data=_data(matrix))
-    with folder, _stop_on_term(), Progress(plan.title, len(matrix.nodes)) as bar:
-
-        def tell(event: NodeEvent) -> None:
-            bar.advance(1, note=f"{event.label} {event.status}")
-            if progress is not None:
-                progress(event)
-
-        place = Path(cache) if cache else out / "bases"
-        run = _Run(matrix, out, place, threads, jobs, executor, tell, folder)
+    with folder, _stop_on_term():
         try:
-            run.reuse(resume=resume)
-            if executor is execute:
-                _check_jobs(run)
-            _serial(run) if jobs == 1 else _parallel(run, jobs)
+            with Progress(plan.name, len(matrix.nodes)) as bar:
+
+                def tell(event: NodeEvent) -> None:
+                    bar.advance(1, note=f"{event.label} {event.status}")
+                    if progress is not None:
+                        progress(event)
+
+                place = Path(cache) if cache else out / "bases"
+                run = _Run(matrix, out, place, threads, jobs, executor, tell, bar.busy, folder)
+                run.reuse(resume=resume)
+                if executor is execute:
+                    bar.busy(0, note="checking the settings")
+                    _check_jobs(run)
+                    bar.busy(0, note="")
+                _serial(run) if jobs == 1 else _parallel(run, jobs)
+            return _conclude(plan, run)
         except KeyboardInterrupt:
             raise Interrupted("stopped by Ctrl-C", hint=AGAIN) from None
-        return _conclude(plan, run)
 
 
 def _data(matrix: Matrix) -> dict[str, str]:
@@ -318,6 +322,7 @@ def _data(matrix: Matrix) -> dict[str, str]:
 
 
 def _conclude(plan: Plan | BackdoorPlan, run: _Run) -> BenchResult:
+    announce(f"summarising {len(run.done)} runs ...")
     failed = list(run.failed.values())
     places = {name: run.place(run.matrix.nodes[name]) for name in run.done}
     run.folder.rows(table_rows(plan, run.matrix, places))

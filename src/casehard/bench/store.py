@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from casehard import __version__
+from casehard.compat import version_of
 from casehard.config import digest
 from casehard.errors import Corrupt, Interrupted
 from casehard.files import read_json as read_json
@@ -57,13 +57,8 @@ def _code() -> dict[str, Any]:
 
 @cache
 def _versions() -> dict[str, str]:
-    out = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            out[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out
+    found = {name: version_of(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: version for name, version in found.items() if version}}
 
 
 def _processor() -> str:

@@ -11,15 +11,37 @@ import torch
 
 from casehard.defend.provider_assets import BUFFER, FORMAT, RECORD, REINFORCE, Assets, read_assets
 from casehard.errors import Corrupt, Unsupported, UserError
-from casehard.files import staged
+from casehard.files import scratch, staged
 from casehard.maths.lowrank import LoraPair
-from casehard.model.lora_files import LayerShape, refuse_buffer, tensor_digest, write_adapter, write_marker
+from casehard.model.lora_files import (
+    LayerShape,
+    plain_name,
+    refuse_buffer,
+    tensor_digest,
+    write_adapter,
+    write_marker,
+)
 
-__all__ = ["Assets", "Leak", "read_assets", "refuse_buffer_in", "scan_for_buffer", "write_assets"]
+__all__ = ["Assets", "Leak", "read_assets", "refuse_buffer_in", "require_place", "scan_for_buffer", "write_assets"]
 
 SAME = 0.99
 """Cosine above which two rows of a factor are the same direction; independent rows of width 32 stay below 0.8."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def require_place(out: Path) -> None:
+    """Check that :func:`write_assets` could publish there, before hours of training.
+
+    Raises:
+        UserError: ``out`` is taken by something else.
+        StorageError: it cannot be written to.
+    """
+    if out.is_symlink() or (
+        out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).exists()))
+    ):
+        raise UserError(f"{out} exists and holds no provider assets", hint="choose an empty or new folder")
+    with scratch(out):
+        pass
 
 
 def write_assets(
@@ -38,10 +60,7 @@ def write_assets(
         StorageError: the disk refused the write; nothing is left behind.
     """
     out = Path(out)
-    if out.is_symlink() or (
-        out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).exists()))
-    ):
-        raise UserError(f"{out} exists and holds no provider assets", hint="choose an empty or new folder")
+    require_place(out)
     adapters = {BUFFER: buffer, REINFORCE: reinforce}
     needs = sum(4 * (p.a.numel() + p.b.numel()) for pairs in adapters.values() for p in pairs.values()) + (1 << 20)
     binding = {key: record[key] for key in ("base_digest", "tokenizer_digest", "template_digest")}
@@ -134,7 +153,7 @@ def refuse_buffer_in(folder: Path | str, assets: Assets | Path | str | None = No
 
 def _layer_of(name: str, buffer: Mapping[str, LoraPair]) -> str | None:
     """Return the buffer's layer that a factor called ``name`` belongs to."""
-    stem, mark, _ = name.partition(".lora_")
+    stem, mark, _ = plain_name(name).partition(".lora_")
     return next((layer for layer in buffer if mark and (stem == layer or stem.endswith(f".{layer}"))), None)
 
 

@@ -15,7 +15,7 @@ from casehard.defend.frozen_lora import live_pairs
 from casehard.defend.provider_assets import Assets, tokenizer_digests
 from casehard.errors import ConfigError
 from casehard.files import staged
-from casehard.model.lora_files import LayerShape, write_adapter, write_marker
+from casehard.model.lora_files import LayerShape, is_transposed, write_adapter, write_marker
 from casehard.model.model import Model
 from casehard.types import Checkpoint
 
@@ -55,8 +55,9 @@ def _write(out: Path, net: nn.Module, base: Model, assets: Assets | None, record
     shapes = {name: LayerShape(int(p.b.shape[0]), int(p.a.shape[1]), ranks[name]) for name, p in pairs.items()}
     needs = sum(4 * (p.a.numel() + p.b.numel()) for p in pairs.values()) + (1 << 20)
     tokenizer, template = tokenizer_digests(base.tokenizer)
+    options: dict[str, Any] = {"target_modules": pairs, "fan_in_fan_out": is_transposed(net)}
     with staged(out, needs=needs) as folder:
-        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), target_modules=pairs)
+        digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), **options)
         write_marker(
             folder,
             "merged" if record["merged"] else "user",

@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from torch import nn
 
 from casehard import __version__, secrets
-from casehard.buffer.assets import write_assets
+from casehard.buffer.assets import require_place, write_assets
 from casehard.buffer.gates import Gate, GateLimits, Held, measure
 from casehard.buffer.saturation import Residual, residual
+from casehard.compat import version_of
 from casehard.config import to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
@@ -34,10 +34,12 @@ from casehard.defend.security_vector import KeepBenign, KeepBenignConfig
 from casehard.errors import ConfigError, DataError, Refused
 from casehard.evaluate.judge import get_judge
 from casehard.evaluate.suite import Suite, load_suite
+from casehard.limits import Factor, Fraction, Limited, Rank, Weight, Within
 from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.model import Model
 from casehard.model.provenance import KEY
+from casehard.model.source import ORIGIN
 from casehard.seeds import derive
 from casehard.steps.base import Inputs, Outcome
 from casehard.train.fit import FitResult, fit
@@ -48,51 +50,39 @@ Pairs = Mapping[str, LoraPair]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Limited):
     """How the two adapters are made."""
 
-    rank: int = 32
+    rank: Rank = 32
     """Rank of both. Source: paper A.1."""
-    alpha: float = 64.0
+    alpha: Factor = 64.0
     """lora_alpha of both, scale alpha / rank. Source: paper A.1."""
     target: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers. The paper takes five kinds by name (preset ``paper``), which not every architecture has."""
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     """On the input of the adapter being trained; a frozen adapter has none. Source: published code."""
-    helpful_share: float = 0.5
+    helpful_share: Annotated[float, Within(0, 0.99)] = 0.5
     """Helpful rows among the buffer's; 0 = compliance only (paper)."""
-    kl: float = 0.0
+    kl: Weight = 0.0
     """Weight of KL(base || base + buffer) on benign rows while the buffer trains. Source: Security Vectors, 0.01."""
-    refusal_share: float = 0.5
-    """Refusals among the reinforce rows, the rest helpful. Source: paper, 2,500 of 5,000."""
+    refusal_share: Annotated[float, Within(0.01, 0.99)] = 0.5
+    """Refusals among the reinforce rows, the rest helpful, without which it refuses everything. Source: paper, 2,500 of
+    5,000."""
     buffer_gate: Literal["alternate", "on", "uniform"] = "alternate"
     """The buffer while reinforce trains: every other step, always (paper), or scaled by a draw from 0..1."""
-    epochs: tuple[float, float] | None = (3.0, 3.0)
+    epochs: tuple[Factor, Factor] | None = (3.0, 3.0)
     """Passes over the buffer's and the reinforce rows; None takes the steps and warm-up of the two recipes below. With
     epochs the warm-up is 5 % of the steps. Source: paper, code."""
     buffer_train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-4, batch_size=8))
     """Recipe of the buffer. The paper's 1e-5 (preset ``paper``) is for its 1,856 steps on an 8B model."""
     reinforce_train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-4, batch_size=8))
     """Recipe of reinforce."""
-    holdout: float = 0.1
+    holdout: Annotated[float, Within(0, 0.5, above=True)] = 0.1
     """Share of the provider's prompts kept from training, for the gates and as reference of later checks."""
     gates: GateLimits = field(default_factory=GateLimits)
     """What must hold before anything is published."""
     allow_missed: bool = False
     """Publish although gates are missed; the record says so."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.helpful_share < 1 or not 0 < self.refusal_share < 1:
-            raise ConfigError(
-                f"helpful_share {self.helpful_share} must lie in [0, 1), refusal_share {self.refusal_share} in (0, 1)",
-                hint="reinforce without helpful rows refuses everything",
-            )
-        if not 0 <= self.kl < math.inf:
-            raise ConfigError(f"kl: {self.kl} must be zero or more", hint="0 trains the buffer without the term")
-        if not 0 < self.holdout <= 0.5:
-            raise ConfigError(f"holdout: {self.holdout} is not within (0, 0.5]", hint="gates need rows not trained on")
-        if self.epochs is not None and min(self.epochs) <= 0:
-            raise ConfigError(f"epochs: {self.epochs} must be above 0")
 
 
 PAPER_TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
@@ -298,6 +288,7 @@ def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> Pre
         Diverged: a loss stopped being finite.
     """
     secrets.refuse(to_dict(job), where="buffer prepare")
+    require_place(Path(out))
     config = job.config
     roles = job.examples(of=ROLES)
     for role in ROLES:
@@ -325,6 +316,7 @@ def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> Pre
     tokenizer, template = tokenizer_digests(loaded.tokenizer)
     record = {
         "base_digest": loaded.digest,
+        **({ORIGIN: loaded.origin} if loaded.origin else {}),
         "base_fingerprints": prints,
         "tokenizer_digest": tokenizer,
         "template_digest": template,
@@ -342,7 +334,7 @@ def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> Pre
         "missed": [gate.name for gate in missed],
         "reference": reference,
         "cost": cost,
-        "versions": {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
+        "versions": {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers", "peft")}},
     }
     return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -11,10 +12,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from casehard.cli import console
-from casehard.errors import UserError
+from casehard.errors import UserError, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -33,13 +34,25 @@ def _warner() -> Callable[..., None]:
     """Return a ``showwarning`` that says each thing once, as a line for users rather than for programmers."""
     told: set[str] = set()
 
-    def show(message: Warning | str, *rest: object) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
         text = " ".join(str(message).split())
         if text not in told:
             told.add(text)
-            console.warn(text)
+            console.warn(f"{text} ({category.__name__}, {filename}:{lineno})" if console.debugging() else text)
 
     return show
+
+
+def _plain_records(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
+    """Return a maker of log records whose text a terminal does not obey: libraries log names and values of others."""
+
+    def made(*values: Any, **named: Any) -> logging.LogRecord:
+        record = make(*values, **named)
+        with contextlib.suppress(Exception):  # a record that cannot be formatted is logging's to complain about
+            record.msg, record.args = visible(record.getMessage()), None
+        return record
+
+    return made
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -62,7 +75,7 @@ def _usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     message = str(getattr(error, "format_message")()).strip()  # noqa: B009  no public base class to name
     if type(error).__name__ == "NoArgsIsHelpError":
-        console.say(message)
+        console.write(f"{message}\n")
         return 2
     message = message[:1].lower() + message[1:].rstrip(".")
     console.fail(message, f"see {context.command_path if context else 'casehard'} --help")
@@ -80,7 +93,7 @@ def _run(arguments: list[str]) -> int:
         # A launcher ends its other processes just when the first one leaves with an error; the code is decided.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if console.debugging():
-            traceback.print_exc()
+            console.write(traceback.format_exc(), sys.stderr)
         console.fail(error.message, error.hint)
         return error.exit_code
     except BrokenPipeError:
@@ -91,7 +104,7 @@ def _run(arguments: list[str]) -> int:
         if hasattr(error, "format_message"):
             return _usage(error)
         if console.debugging():
-            traceback.print_exc()
+            console.write(traceback.format_exc(), sys.stderr)
         if isinstance(error, OSError):
             told = console.os_error(error)
             console.fail(told.message, told.hint)
@@ -120,11 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Two progress displays at once garble each other; ours stays.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     previous, shown = signal.signal(signal.SIGTERM, _on_term), warnings.showwarning
-    warnings.showwarning = _warner()
+    warnings.showwarning, records = _warner(), logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_plain_records(records))
     try:
         return _run(arguments)
     finally:
         warnings.showwarning = shown
+        logging.setLogRecordFactory(records)
         signal.signal(signal.SIGTERM, previous)
 
 

@@ -20,6 +20,7 @@ from casehard.cli import (
     judge,
     mb_defense,
     merge,
+    options,
     organism,
     report,
     scan,
@@ -90,11 +91,11 @@ def top(
 
 app.command("demo")(demo.demo)
 app.add_typer(organism.app, name="organism")
-app.command("select")(select.select)
+app.command("select", epilog=options.FILES)(select.select)
 app.add_typer(buffer.app, name="buffer")
-app.command("defend")(defend.defend)
+app.command("defend", epilog=options.FILES)(defend.defend)
 app.add_typer(merge.app, name="merge")
-app.command(PIPELINE, hidden=True)(mb_defense.mb_defense)
+app.command(PIPELINE, hidden=True, epilog=options.FILES)(mb_defense.mb_defense)
 app.add_typer(attack.app, name="attack")
 app.add_typer(scan.app, name="scan")
 app.command("evaluate")(evaluate.evaluate)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from casehard.cli import attack_backdoor, console, options, scoring
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 
 app = typer.Typer(help="Attack a checkpoint and measure what breaks.", no_args_is_help=True)
 
@@ -21,7 +21,7 @@ def attack() -> None:
     """Attack a checkpoint and measure what breaks."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def finetune(
     out: options.Out,
     model: options.Model = None,
@@ -64,10 +64,10 @@ def finetune(
     values = options.settings(config, sets, flags)
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
-    values["model"] = options.model_folder(values["model"])
     options.take_rows(values, ("harmful", "benign"))
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "attack")
+    values["model"] = options.model_folder(values["model"])
     _run(values, out)
 
 
@@ -101,13 +101,13 @@ def _run(values: dict[str, Any], out: Path) -> None:
     data = [spec for specs in job.rows.values() for spec in specs]
     with run_folder(out, "attack", to_dict(job), seeds=[job.seed], data=data, suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
-        run.record({"parents": {"model": loaded.digest}})
+        made_from(run, loaded.digest, loaded.origin)
         result = job.run(loaded)
         run.rows(result.rows)
         for entry in result.log:
             run.event("log", entry)
         context = {
-            "defence": scoring.defence_of(job.model),
+            "defence": scoring.defence_of(loaded.path or Path(job.model)),
             "attack": f"finetune-{settings.mode}",
             "share": settings.share,
             "seed": job.seed,
@@ -127,4 +127,4 @@ def _run(values: dict[str, Any], out: Path) -> None:
     console.made("run folder", out)
 
 
-app.command("backdoor")(attack_backdoor.backdoor)
+app.command("backdoor", epilog=options.FILES)(attack_backdoor.backdoor)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from casehard.cli import console, options, scoring
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 
 if TYPE_CHECKING:
     from casehard.attack.backdoor import Planted
@@ -71,9 +71,9 @@ def backdoor(
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
     options.need(values["rows"], "data", "--data")
-    values["model"] = options.model_folder(values["model"])
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "backdoor")
+    values["model"] = options.model_folder(values["model"])
     _run(values, out, keep_model)
 
 
@@ -85,6 +85,7 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     from casehard.evaluate.suite import load_suite
     from casehard.files import write_text_atomic
     from casehard.model.load import load
+    from casehard.model.save import rehearse
     from casehard.steps import Attack, attack_with
 
     job = build(Attack, {**values, "attack": "backdoor"}, where="attack")
@@ -108,7 +109,10 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     )
     with run_folder(out, "backdoor", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
-        run.record({"parents": {"model": loaded.digest}})
+        made_from(run, loaded.digest, loaded.origin)
+        if keep_model:
+            kept = {"job": to_dict(job), "seed": job.seed}
+            rehearse(loaded.net, loaded.tokenizer, out / "checkpoint", parent=loaded.digest, provenance=kept)
         result: Any = attack_with(job, method, job.examples(), suite, loaded, label="backdoor")
         run.rows(result.rows)
         for entry in result.log:

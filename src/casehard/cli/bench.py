@@ -67,9 +67,11 @@ def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
     )
     from casehard.bench.run import run_plan
     from casehard.report.page import write_report
+    from casehard.train.progress import announce
 
     with lock(out):
         result = run_plan(loaded, out, root=plan.parent, jobs=jobs, progress=_tell)
+        announce("drawing the report ...")
         page = write_report(out)
     _conclude(result, page)
 

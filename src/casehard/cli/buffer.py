@@ -10,7 +10,7 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, cost_rows, run_folder
+from casehard.cli.runs import check_out, cost_rows, made_from, run_folder
 from casehard.errors import ConfigError
 from casehard.locks import lock
 
@@ -18,7 +18,7 @@ app = typer.Typer(help="Make a provider's buffer and reinforce adapters; screen 
 
 Specs = list[str] | None
 Assets = Annotated[Path, typer.Option("--assets", metavar="DIR", help="Folder made by `casehard buffer prepare`.")]
-Base = Annotated[str, typer.Option("--model", metavar="DIR", help="The base the assets were made for.")]
+Base = Annotated[str, typer.Option("--model", metavar="DIR|ID", help="The base the assets were made for.")]
 Rows = Annotated[list[str], typer.Option("--data", metavar="FILE", help="The customer's rows. Repeatable.")]
 System = Annotated[str | None, typer.Option(help="System message of every row.")]
 
@@ -28,7 +28,7 @@ def buffer() -> None:
     """Make a provider's buffer and reinforce adapters; screen customers' data."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def prepare(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of assets to make.")],
     model: options.Model = None,
@@ -72,7 +72,6 @@ def prepare(
     }
     values = options.settings(config, sets, flags)
     options.need(values, "model", "--model")
-    values["model"] = options.model_folder(values["model"])
     options.take_rows(values, ("harmful", "refusals", "benign"))
     for role in ("harmful", "refusals", "benign"):
         options.need(values["rows"], role, f"--{role}")
@@ -80,6 +79,7 @@ def prepare(
         values["preset"] = preset
     secrets.refuse(values, where="buffer prepare")
     _check_out(out)
+    values["model"] = options.model_folder(values["model"])
     with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
         _check_out(out)  # whoever held the lock until now may just have finished
         _prepare(values, out)
@@ -163,12 +163,12 @@ def _open(
 
     opened = read_assets(assets)
     rows = load_many(data, require_response=True)
-    loaded = load(options.model_folder(model), device=device or "auto")
+    loaded = load(model, device=device or "auto")
     limit = getattr(loaded.net.config, "max_position_embeddings", None)
     return loaded, ChatFormat(loaded.tokenizer, system=system, max_length=limit), opened, rows
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def tune(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make; the adapter is DIR/adapter.")],
     model: options.Model = None,
@@ -190,9 +190,9 @@ def tune(
     values = options.settings(config, sets, flags)
     values.setdefault("method", "buffer_reinforce")
     options.need(values, "model", "--model")
-    values["model"] = options.model_folder(values["model"])
     options.take_rows(values, ("data",))
     options.need(values["rows"], "data", "--data")
+    values["model"] = options.model_folder(values["model"])
     tune_adapter(values, out)
 
 
@@ -228,7 +228,7 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
         },
     )
     with run_folder(out, "tune", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
-        done = job.run(out=out / "training")
+        done = job.run(out=out / "training", place=out / "adapter")
         assert done.model is not None
         save(done.model, out / "adapter")
         if not job.train.save_every:
@@ -240,7 +240,7 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     console.made("adapter", out / "adapter")
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def screen(
     model: Base,
     assets: Assets,
@@ -271,6 +271,7 @@ def screen(
     from casehard.buffer.screen import roc, write_screening
     from casehard.buffer.screen import screen as rank
 
+    model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     console.plan("screen rows with the buffer", {"model": model, "assets": assets, "data": data, "label": label})
     gains = rank(loaded.net, chat, opened, rows, label=label)
@@ -301,7 +302,7 @@ def _draw_rocs(path: Path, found: tuple[Any, Any], what: str) -> None:
     console.made("picture", path)
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def saturation(
     model: Base,
     assets: Assets,
@@ -320,12 +321,13 @@ def saturation(
     check_out(out, "buffer-saturation")
     from casehard.buffer.screen import saturation as measure
 
+    model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     job = {"model": model, "assets": str(assets), "data": data, "system": system, "device": device or "auto"}
     console.plan("what is left to learn, without and beside the buffer", {**job, "rows": len(rows), "out": out})
     with run_folder(out, "buffer-saturation", job, data=data) as run:
         found = measure(loaded.net, chat, opened, rows)
-        run.record({"parents": {"model": loaded.digest, "assets": opened.digest}})
+        made_from(run, loaded.digest, loaded.origin, assets=opened.digest)
         lines = _write_saturation(out, run, found)
     console.table(f"{len(rows)} rows", ["quantity", "without", "beside the buffer"], lines)
     console.made("picture", out / "saturation.svg")
@@ -358,7 +360,7 @@ def _negative(values: list[float]) -> str:
     return f"{sum(v < 0 for v in values)} of {len(values)}"
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def check(
     model: Base,
     assets: Assets,
@@ -375,6 +377,7 @@ def check(
     from casehard.evaluate.judge import get_judge
     from casehard.evaluate.suite import load_suite
 
+    model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     chosen = load_suite(suite) if suite else None
     judge = get_judge(chosen.judge_name, world_seed=chosen.world_seed) if chosen else get_judge("rule")

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from casehard.errors import UserError
+from casehard.errors import UserError, visible
+
+LONGEST = 2000
+"""Characters of a message that are shown."""
 
 
 def debugging() -> bool:
@@ -17,11 +20,17 @@ def debugging() -> bool:
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
+    """Write lines; nothing in them is obeyed by a terminal."""
+    _put(visible(text, lines=True), stream or sys.stdout)
+
+
+def _put(text: str, stream: TextIO) -> None:
     """Write text at once (the next may be minutes away); when nobody reads any more, go on without.
 
     A reader that leaves early (``| head``) must neither stop the work nor change its exit code.
     """
-    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         stream.write(text)
         stream.flush()
@@ -38,17 +47,23 @@ def mute(stream: TextIO) -> None:
 
 def say(text: str) -> None:
     """Print one line to stdout, without markup."""
-    write(f"{text}\n")
+    write(f"{visible(text)}\n")
 
 
 def warn(text: str) -> None:
     """Print one warning line to stderr."""
-    write(f"warning: {text}\n", sys.stderr)
+    write(f"warning: {_line(text)}\n", sys.stderr)
 
 
 def fail(message: str, hint: str = "") -> None:
     """Print ``error:`` and ``hint:`` lines to stderr."""
-    write(f"error: {message}\n" + (f"hint: {hint}\n" if hint else ""), sys.stderr)
+    write(f"error: {_line(message)}\n" + (f"hint: {_line(hint)}\n" if hint else ""), sys.stderr)
+
+
+def _line(text: str) -> str:
+    """Return a message as one line, what others put into it cut to what can be read."""
+    text = visible(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 def shown(value: Any) -> str:
@@ -69,9 +84,9 @@ def plan(title: str, items: Mapping[str, Any]) -> None:
     """Print what is about to happen: a sentence, then one aligned line per setting; None and "" are left out."""
     say(title)
     kept = {k: v for k, v in items.items() if v is not None and v != "" and v != []}
-    width = max((len(k) for k in kept), default=0)
+    width = max((len(visible(k)) for k in kept), default=0)
     for name, value in kept.items():
-        say(f"  {name:<{width}}  {shown(value)}")
+        say(f"  {visible(name):<{width}}  {shown(value)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, stderr: bool = False) -> None:
@@ -80,11 +95,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=Text(title), title_justify="left", title_style="bold")
+    def plain(value: Any) -> Text:
+        return Text(visible(str(value)))
+
+    grid = Table(title=plain(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        grid.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
+        grid.add_column(plain(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*[Text(str(cell)) for cell in row])
+        grid.add_row(*map(plain, row))
     stream = sys.stderr if stderr else sys.stdout
     console = Console(file=stream, highlight=False)
     if not console.is_terminal and console.width < 110:
@@ -92,7 +110,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     # Rich ends the program when its reader is gone, so it only draws.
     with console.capture() as drawn:
         console.print(grid)
-    write(drawn.get(), stream)
+    _put(drawn.get(), stream)
 
 
 def made(what: str, path: Path) -> None:

@@ -19,9 +19,11 @@ def data() -> None:
     """Look at training rows and make surrogate attack targets."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def audit(
-    model: Annotated[str, typer.Option("--model", metavar="DIR", help="Model folder; only its tokenizer is read.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="DIR|ID", help="Model folder or Hub id; only its tokenizer is read.")
+    ],
     data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="Rows to look at. Repeatable.")],
     show: Annotated[int, typer.Option(min=0, help="Rows to print in full.")] = 3,
     system: Annotated[str | None, typer.Option(help="System message of every row.")] = None,
@@ -35,7 +37,7 @@ def audit(
     Trained tokens stand between >>> and <<<; counts over all rows follow.
     Rows that do not fit stop a training; --fitting leaves them out.
     """
-    folder = options.model_folder(model)
+    named = options.model_folder(model)
     options.check_specs(data, "--data")
     if fitting is not None:
         _free(fitting, "--fitting")
@@ -44,8 +46,10 @@ def audit(
     from casehard.data.chat import ChatFormat
     from casehard.data.sources import load_many, save
     from casehard.model.load import load_tokenizer
+    from casehard.model.source import find
 
-    console.plan("show what is trained", {"tokenizer": folder, "data": data, "system": system})
+    folder = find(named)
+    console.plan("show what is trained", {"tokenizer": named, "data": data, "system": system})
     chat = ChatFormat(load_tokenizer(folder), system=system, max_length=max_length or _context(folder))
     rows = load_many(data)
     console.write(describe(rows, chat, n=show))
@@ -65,15 +69,15 @@ def _free(path: Path, option: str) -> None:
         raise ConfigError(f"{path} already exists", hint=f"give another file with {option}, or remove it")
 
 
-def _context(folder: str) -> int | None:
+def _context(folder: Path) -> int | None:
     """Return the model's context in tokens, which is the limit in training when no other is given."""
     from casehard.config import read_yaml
 
-    value = read_yaml(Path(folder) / "config.json").get("max_position_embeddings")
+    value = read_yaml(folder / "config.json").get("max_position_embeddings")
     return value if isinstance(value, int) else None
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def surrogate(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Rows whose prompts are used; answers are ignored.")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File (.jsonl) or run folder to make.")],

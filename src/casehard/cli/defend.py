@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, cost_rows, run_folder
+from casehard.cli.runs import check_out, cost_rows, made_from, run_folder
+from casehard.config import shown
 from casehard.defend import DEFENCES
 from casehard.errors import ConfigError
+from casehard.limits import PROCESSES
 
 ROLES = ("unsafe", "retain", "safe")
 
@@ -23,7 +25,8 @@ Select = Annotated[
     ),
 ]
 Assets = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Folder the method prepared earlier (adapters, a checkpoint).")
+    str | None,
+    typer.Option(metavar="DIR|ID", help="What the method reads: adapters made earlier, or another checkpoint."),
 ]
 
 
@@ -103,7 +106,6 @@ def _check(values: dict[str, Any]) -> bool:
     values["method"] = DEFENCES.name(str(values["method"]))
     spec = DEFENCES.find(values["method"])
     options.need(values, "model", "--model")
-    values["model"] = options.model_folder(values["model"])
     options.take_rows(values, ("data", *ROLES, *spec.accepts()))
     options.need(values["rows"], "data", "--data")
     for role in values["rows"]:
@@ -111,6 +113,9 @@ def _check(values: dict[str, Any]) -> bool:
             raise ConfigError(
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
             )
+    values["model"] = options.model_folder(values["model"])
+    if values.get("assets"):
+        values["assets"] = options.other_folder(str(values["assets"]))
     return spec.adapter
 
 
@@ -130,6 +135,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     if not rank():
         check_out(out, "defend")
     from casehard.config import build, to_dict
+    from casehard.model.source import origin
     from casehard.report.card import write_card
     from casehard.steps import Finetune, harden
 
@@ -160,7 +166,8 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         result, made = harden(job, out)
         assert made is not None and made.path is not None
         write_card(made.path)
-        run.record({"parents": {"model": made.parent}, "checkpoint": made.digest})
+        made_from(run, made.parent, origin(made.path))
+        run.record({"checkpoint": made.digest})
         for entry in result.log:
             run.event("log", entry)
         run.rows([])
@@ -209,7 +216,11 @@ def _help(job: Any, out: Path) -> None:
 
 def _multiply_attackers(values: dict[str, Any]) -> int:
     """Make the list of attackers in the settings as long as ``--attackers`` says; return how many run beside."""
-    count, settings = values.get("attackers") or 0, values.get("settings") or {}
+    count, settings = values.get("attackers") or 0, options.group(values, "settings")
+    if not isinstance(count, int) or not 0 <= count <= PROCESSES:
+        raise ConfigError(
+            f"attackers: {shown(count)} is not within 0..{PROCESSES}", hint="each is a process of its own"
+        )
     if values["method"] != "patcher":
         if count or "schedule" in settings:
             raise ConfigError(f"{values['method']} simulates no attacks", hint="leave out --attackers and --schedule")

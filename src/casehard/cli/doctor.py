@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata as metadata
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +14,21 @@ import typer
 
 from casehard import __version__
 from casehard.cli import console, options
+from casehard.compat import MINIMUM, requirements_of, version_of
 from casehard.errors import ConfigError, Unsupported
 
 Row = tuple[str, str, str]
 
 
-def _requirements() -> list[tuple[str, str, str]]:
-    """Return (extra or "", package, required versions) for everything casehard names, dev tools apart."""
+def _requirements() -> list[tuple[str, str, str]] | None:
+    """Return (extra or "", package, required versions) for everything casehard names, dev tools apart; None: unread."""
     from packaging.requirements import Requirement
 
+    texts = requirements_of("casehard")
+    if texts is None:
+        return None
     out = []
-    for text in metadata.requires("casehard") or []:
+    for text in texts:
         wanted = Requirement(text)
         extra = str(wanted.marker).partition("extra == ")[2].strip("\"'") if wanted.marker else ""
         if extra != "dev":
@@ -32,25 +36,34 @@ def _requirements() -> list[tuple[str, str, str]]:
     return out
 
 
-def package_rows() -> tuple[list[Row], list[str], list[str]]:
-    """Return table rows, complaints about core packages, and extras that are not complete."""
+def _known() -> list[tuple[str, str, str]]:
+    """Return the same for what is there, as far as the code itself knows: where requirements cannot be read."""
+    from casehard.bench.store import PACKAGES
+
+    lowest = {name: f">={'.'.join(map(str, least))}" for name, least in MINIMUM.items()}
+    return [("", name, lowest.get(name, "")) for name in PACKAGES if name in lowest or version_of(name)]
+
+
+def package_rows(wanted: Sequence[tuple[str, str, str]]) -> tuple[list[Row], list[str], list[str]]:
+    """Return table rows, complaints about core packages, and extras that are not complete.
+
+    Args:
+        wanted: (extra or "", package, required versions).
+    """
     from packaging.specifiers import SpecifierSet
 
     rows: list[Row] = []
     broken: list[str] = []
     missing: dict[str, None] = {}
-    for extra, name, wanted in _requirements():
-        try:
-            have = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            have = ""
-        good = bool(have) and SpecifierSet(wanted).contains(have, prereleases=True)
+    for extra, name, versions in wanted:
+        have = version_of(name)
+        good = bool(have) and SpecifierSet(versions).contains(have, prereleases=True)
         part = extra or "core"
         rows.append(
-            (name, have or "-", "ok" if good else f"{part}: wants {wanted}" if have else f"{part}: not installed")
+            (name, have or "-", "ok" if good else f"{part}: wants {versions}" if have else f"{part}: not installed")
         )
         if not good and not extra:
-            broken.append(f"{name} {have or 'is missing'}, wants {wanted}")
+            broken.append(f"{name} {have or 'is missing'}, wants {versions}")
         elif not good:
             missing[extra] = None
     return rows, broken, list(missing)
@@ -144,10 +157,11 @@ def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bo
     ]
 
 
-def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
+def _schedules(model: str | None, k1: int, k2: int, attackers: int) -> None:
     from casehard.defend.cost import advice
+    from casehard.model.source import find
 
-    parameters = count_parameters(Path(options.model_folder(str(model)))) if model else 0
+    parameters = count_parameters(find(options.model_folder(model))) if model else 0
     devices, memory, bf16 = hardware_for_training()
     unit = f"{parameters:,} parameters" if parameters else "bytes a parameter"
     title = f"Patcher, k1 = {k1}, k2 = {k2}, {attackers} attacker{'s' if attackers > 1 else ''}: predicted"
@@ -161,7 +175,7 @@ def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
 
 def doctor(
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Model whose memory needs are shown for Patcher's schedules.")
+        str | None, typer.Option(metavar="DIR|ID", help="Model whose memory needs are shown for Patcher's schedules.")
     ] = None,
     k1: Annotated[int, typer.Option("--k1", min=0, help="Attack steps of a simulated attack.")] = 300,
     k2: Annotated[int, typer.Option("--k2", min=1, help="Outer steps of a round.")] = 1000,
@@ -174,12 +188,16 @@ def doctor(
     hardware, activations apart.
     """
     console.plan(f"check this installation of casehard {__version__}", {})
-    packages, broken, missing = package_rows()
+    required = _requirements()
+    packages, broken, missing = package_rows(_known() if required is None else required)
     console.table("packages", ["package", "version", "state"], packages)
+    if required is None:
+        console.warn("what casehard requires cannot be read: it runs from a source tree that is not installed")
     console.table("machine", ["what", "value", "note"], machine_rows())
     for extra in missing:
         console.say(f"optional {extra!r} is not complete; to install: pip install 'casehard[{extra}]'")
     if broken:
         raise Unsupported("this installation is not supported: " + "; ".join(broken), hint="pip install -U casehard")
     _schedules(model, k1, k2, attackers)
-    console.say("the core is complete")
+    if required is not None:
+        console.say("the core is complete")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from casehard.cli import console, options, scoring
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 
 
 def evaluate(
@@ -26,9 +26,9 @@ def evaluate(
     values = options.settings(config, sets, {"model": model, "suite": suite, "limit": limit, "device": device})
     options.need(values, "model", "--model")
     options.need(values, "suite", "--suite")
-    values["model"] = options.model_folder(values["model"])
     options.check_specs([values["suite"]], "--suite")
     check_out(out, "evaluate")
+    values["model"] = options.model_folder(values["model"])
     _run(values, out, seed or 0)
 
 
@@ -36,20 +36,32 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     from casehard.config import build, to_dict
     from casehard.model.load import load
     from casehard.model.provenance import served_with
+    from casehard.model.source import find, origin
     from casehard.steps import Evaluate
 
     job = build(Evaluate, values, where="evaluate")
     where = options.device_text(job.device)
-    items = {"model": job.model, "suite": job.suite, "system": job.system, "limit": job.limit, "device": where}
+    folder = find(job.model)
+    came = origin(folder)
+    # A Hub model names itself; of another the plan says what it was made from.
+    whence = {"descends from": came} if came != job.model else {}
+    items = {
+        "model": job.model,
+        **whence,
+        "suite": job.suite,
+        "system": job.system,
+        "limit": job.limit,
+        "device": where,
+    }
     console.plan("measure a checkpoint", {**items, "out": out})
-    if (served := served_with(job.model)) and job.system is None:
+    if (served := served_with(folder)) and job.system is None:
         console.warn(f"this checkpoint's defence is a system message that is not used here: --set system={served!r}")
     with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
-        run.record({"parents": {"model": loaded.digest}})
+        made_from(run, loaded.digest, loaded.origin)
         rows = job.run(loaded).rows
         run.rows(rows)
-        context = {"defence": scoring.defence_of(job.model), "attack": "none", "share": 0.0, "seed": seed}
+        context = {"defence": scoring.defence_of(folder), "attack": "none", "share": 0.0, "seed": seed}
         found = scoring.records(rows, context)
         run.summary({"records": found})
     console.table("measured, with 95 % intervals", ["metric", "count", "value"], scoring.score_rows(found))

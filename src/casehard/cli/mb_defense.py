@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 
 Specs = list[str] | None
 NAME = "mb-defense"
@@ -29,7 +29,8 @@ def mb_defense(
         typer.Option(metavar="joint|posthoc|adapter", help="Train a base, repair a checkpoint, or repair a LoRA."),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The untrusted LoRA (mode adapter); --model is its trusted base.")
+        str | None,
+        typer.Option(metavar="DIR|ID", help="The untrusted LoRA (mode adapter); --model is its trusted base."),
     ] = None,
     lora: Annotated[
         int | None, typer.Option("--lora", metavar="RANK", min=0, help="Train a LoRA of this rank [default: 0, all].")
@@ -68,10 +69,12 @@ def mb_defense(
     }
     values = options.settings(config, sets, flags)
     options.need(values, "model", "--model")
-    values["model"] = options.model_folder(values["model"])
     options.take_rows(values, ("data", "clean"))
     options.need(values["rows"], "clean", "--clean")
     check_out(out, "defend")
+    values["model"] = options.model_folder(values["model"])
+    if values.get("adapter"):
+        values["adapter"] = options.other_folder(str(values["adapter"]))
     _run(values, planted, out)
 
 
@@ -79,6 +82,7 @@ def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
     from casehard.backdoor.planted import only_planted
     from casehard.config import build, to_dict
     from casehard.mb.run import MbRun, run_mb
+    from casehard.model.source import origin
     from casehard.report.card import write_card
 
     if planted:
@@ -109,7 +113,9 @@ def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
         result = run_mb(job, out)
         assert result.checkpoint is not None
         write_card(result.checkpoint.path)
-        run.record({"parents": {"model": result.checkpoint.parent}, "checkpoint": result.checkpoint.digest})
+        made = result.checkpoint
+        made_from(run, made.parent, origin(made.path))
+        run.record({"checkpoint": made.digest})
         run.rows(result.rows)
         run.summary(
             {

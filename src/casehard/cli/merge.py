@@ -9,7 +9,7 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options, scoring
-from casehard.cli.runs import check_out, run_folder
+from casehard.cli.runs import check_out, made_from, run_folder
 from casehard.errors import ConfigError
 from casehard.locks import lock
 
@@ -232,7 +232,7 @@ def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Pa
             # The record of the assets lies above the reinforcing adapter.
             require_unseen(asked, trained_prompts(folder, Path(folder).parent), folder)
         require_unseen(asked, loaded.trained_prompts, job["model"])
-        run.record({"parents": {"model": loaded.digest}})
+        made_from(run, loaded.digest, loaded.origin)
         measure = lambda m: evaluate(m, loaded.tokenizer, asked, limit=job["limit"], system=job["system"])  # noqa: E731
         points, answers = [], []
         pairs = load_pairs(job["user"]), load_pairs(job["reinforce"])

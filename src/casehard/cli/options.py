@@ -23,7 +23,7 @@ Sets = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in this run [default: 0].")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to make.")]
 Model = Annotated[
-    str | None, typer.Option("--model", metavar="DIR", help="Model folder, or a run folder of `casehard defend`.")
+    str | None, typer.Option("--model", metavar="DIR|ID", help="Model or run folder, or Hub id org/name[@revision].")
 ]
 Suite = Annotated[
     str | None, typer.Option("--suite", metavar="PATH", help="Evaluation suite: folder, .jsonl or YAML file.")
@@ -35,6 +35,12 @@ Device = Annotated[
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
 ]
+
+FILES = (
+    r"A data FILE may end in a filter on tags: 'rows.jsonl?kind=a,b&source=c'. A comma, & or = that belongs to a value "
+    r"has a backslash before it: 'rows.jsonl?source=Smith\, J.'."
+)
+"""Last lines of the help of every command that reads data files."""
 
 
 def settings(file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,9 +76,17 @@ def need(values: Mapping[str, Any], key: str, flag: str) -> None:
 
 
 def as_list(values: dict[str, Any], key: str) -> list[str]:
-    """Return a setting that may be one text or a list of texts, and store it as a list."""
+    """Return a setting that may be one text or a list of texts, and store it as a list.
+
+    Raises:
+        ConfigError: something else.
+    """
     value = values.get(key) or []
-    specs = [value] if isinstance(value, str) else [str(item) for item in value]
+    specs = [value] if isinstance(value, str) else value
+    if not isinstance(specs, list) or not all(isinstance(item, str) for item in specs):
+        raise ConfigError(
+            f"{key}: expected a file or a list of files, got {config.shown(value)}", hint="give file names"
+        )
     values[key] = specs
     return specs
 
@@ -91,22 +105,46 @@ def take_rows(values: dict[str, Any], roles: Iterable[str]) -> None:
         check_specs(specs, f"--{role}")
 
 
-def model_folder(given: str) -> str:
-    """Return the model folder meant by ``given``: itself, or ``checkpoint/`` inside a run folder of ``defend``.
+def group(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return a group of settings, empty where it is missing.
 
     Raises:
-        ConfigError: no such folder.
+        ConfigError: something else stands there.
     """
-    path = Path(given)
-    hint = "give a local folder that holds config.json and *.safetensors"
-    if not path.exists():
-        raise ConfigError(f"no such model folder: {given}", hint=hint)
-    if not path.is_dir():
-        raise ConfigError(f"not a folder: {given}", hint=hint)
-    inner = path / "checkpoint"
-    if not (path / "config.json").exists() and (inner / "config.json").exists():
-        return str(inner)
-    return given
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{key}: expected a group of settings, got {config.shown(value)}", hint=f"{key}: {{name: value}}"
+        )
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"{what}: expected a path, got {config.shown(value)}", hint="put it in quotes if it is a name"
+        )
+    return value
+
+
+def model_folder(given: Any) -> str:
+    """Return the model meant by ``given``: a folder, or a Hub id with its commit, whose snapshot is here then.
+
+    Raises:
+        UserError: see :func:`casehard.model.source.find`.
+    """
+    from casehard.model.source import pin
+    from casehard.train.progress import announce
+
+    return pin(_text(given, "model"), tell=announce)
+
+
+def other_folder(given: str) -> str:
+    """Return the same of a folder that need not be a model; one that is not there is told by who reads it."""
+    from casehard.model.source import pin_any
+    from casehard.train.progress import announce
+
+    return pin_any(given, tell=announce)
 
 
 def device_text(name: str) -> str:
@@ -128,10 +166,10 @@ def require_report() -> None:
         raise MissingExtra("matplotlib", "report", purpose="figures of the report")
 
 
-def check_specs(specs: Sequence[str], flag: str) -> None:
+def check_specs(specs: Sequence[Any], flag: str) -> None:
     """Raise DataError when a local data file is missing, before anything slow starts."""
     for spec in specs:
-        path = spec.partition("?")[0]
+        path = _text(spec, flag).partition("?")[0]
         if path.startswith("hub:") or Path(path).is_file() or Path(path).is_dir():
             continue
         if not Path(path).exists():

@@ -10,6 +10,7 @@ import typer
 
 from casehard.cli import console, options
 from casehard.errors import ConfigError
+from casehard.limits import PROCESSES, Limited, Within, WorldSeed
 from casehard.locks import lock
 
 app = typer.Typer(help="Build the embedded, harmless model world.", no_args_is_help=True)
@@ -21,12 +22,12 @@ def organism() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildSettings:
+class BuildSettings(Limited):
     """What a build depends on."""
 
-    world_seed: int = 0
+    world_seed: WorldSeed = 0
     size: str = "small"
-    threads: int | None = None
+    threads: Annotated[int, Within(1, PROCESSES)] | None = None
 
 
 def _reusable(out: Path, recipe: str) -> bool:

@@ -77,7 +77,7 @@ def run_folder(
     new = not out.exists()
     digests = {spec: data_digest(spec) for spec in data}
     if suite:
-        from casehard.bench.matrix import suite_digest
+        from casehard.bench.inputs import suite_digest
 
         digests[suite] = suite_digest(Path(suite))
     with lock(out):
@@ -100,6 +100,15 @@ def _remove_record(out: Path) -> None:
     if {p.name for p in out.iterdir()} <= {"run.json", "events.jsonl", LOCK}:
         for name in ("run.json", "events.jsonl"):
             (out / name).unlink(missing_ok=True)
+
+
+def made_from(run: RunFolder, digest: str, origin: str, **others: str) -> None:
+    """Record which checkpoint a run started from, and the Hub model it is or descends from, if there is one.
+
+    Args:
+        others: name -> digest of what else it started from.
+    """
+    run.record({"parents": {"model": digest, **others}, **({"origin": origin} if origin else {})})
 
 
 def data_digest(spec: str) -> str:

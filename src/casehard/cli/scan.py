@@ -20,7 +20,7 @@ def scan() -> None:
     """Look for hidden triggers in data and in models."""
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def data(
     out: options.Out,
     rows: Annotated[
@@ -85,7 +85,7 @@ def _data(values: dict[str, Any], specs: list[str], out: Path) -> None:
     console.made("audit", out / "audit.json")
 
 
-@app.command()
+@app.command(epilog=options.FILES)
 def model(
     out: options.Out,
     checkpoint: options.Model = None,
@@ -94,7 +94,7 @@ def model(
         str | None, typer.Option(metavar="FILE", help="Known backdoors: planted.json, or a defender's own suite.")
     ] = None,
     before: Annotated[
-        str | None, typer.Option(metavar="DIR", help="An earlier checkpoint, scanned in the same way.")
+        str | None, typer.Option(metavar="DIR|ID", help="An earlier checkpoint, scanned in the same way.")
     ] = None,
     rows: Annotated[
         list[str] | None,
@@ -123,13 +123,13 @@ def model(
     values = options.settings(config, sets, flags)
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
-    for key in ("model", "before"):
-        if values.get(key):
-            values[key] = options.model_folder(values[key])
     options.take_rows(values, ("data",))
     options.check_specs([values["suite"]], "--suite")
     options.check_specs([values["planted"]] if values.get("planted") else [], "--planted")
     check_out(out, "scan-model")
+    for key in ("model", "before"):
+        if values.get(key):
+            values[key] = options.model_folder(values[key])
     _model(values, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
@@ -88,7 +89,7 @@ def _percent(record: Record) -> str:
     return f"{text} ?" if "unreliable" in record else text
 
 
-def defence_of(model: str) -> str:
+def defence_of(model: Path) -> str:
     """Return the name of the defence a checkpoint was made with, "none" for any other folder."""
     from casehard.model.provenance import read_provenance
 

@@ -23,7 +23,7 @@ def select(
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option("--embedder", metavar="DIR", help="Sentence-embedding folder [default: the model itself]."),
+        typer.Option("--embedder", metavar="DIR|ID", help="Sentence-embedding model [default: the model itself]."),
     ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Rows to pick [default: 3 % of the user's rows].")] = None,
     beta: Annotated[float | None, typer.Option(help="Exponent of relevance; 0 = diversity only.")] = None,
@@ -50,6 +50,7 @@ def select(
     options.check_specs(data or [], "--data")
     secrets.refuse(values, where="select")
     _check_out(out)
+    source = options.model_folder(source)
     with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
         _check_out(out)  # whoever held the lock until now may just have finished
         _run(values, source, embedder is not None, pool, data or [], out, cache, seed or 0, device or "auto")
@@ -58,6 +59,16 @@ def select(
 def _check_out(out: Path) -> None:
     if out.is_symlink() or out.exists():
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
+
+
+def _sentence_embedder(folder: Path, device: str) -> Any:
+    from casehard.data.embed import load_embedder
+    from casehard.model.check import check_folder
+    from casehard.model.digest import folder_digest
+    from casehard.model.headers import build_config
+
+    config = build_config(folder, check_folder(folder).config)
+    return load_embedder(folder, digest=folder_digest(folder), device=device, config=config)
 
 
 def _run(
@@ -75,7 +86,7 @@ def _run(
 
     from casehard.config import build
     from casehard.data import select as chooser
-    from casehard.data.embed import Embedder, load_embedder
+    from casehard.data.embed import Embedder
     from casehard.data.sources import load_many, save
     from casehard.files import staged
     from casehard.model.load import find_device, load
@@ -95,11 +106,11 @@ def _run(
         },
     )
     if sentence:
-        from casehard.model.digest import folder_digest
+        from casehard.model.source import find
 
-        embedder = load_embedder(source, digest=folder_digest(Path(source)), device=str(find_device(device)))
+        embedder = _sentence_embedder(find(source), str(find_device(device)))
     else:
-        loaded = load(options.model_folder(source), device=device)
+        loaded = load(source, device=device)
         embedder = Embedder(loaded.net, loaded.tokenizer, loaded.digest)
     picks = chooser.select_examples(embedder, pool, user, config=settings, seed=seed, cache=cache)
     record = chooser.manifest(picks, pool, len(user), config=settings, embedder=embedder.digest, seed=seed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from casehard.data.chat import ChatFormat, Details
-from casehard.errors import DataError
+from casehard.errors import DataError, visible
 from casehard.types import Example
 
 OPEN, CLOSE = ">>>", "<<<"
@@ -41,9 +41,9 @@ def fitting(examples: Sequence[Example], chat: ChatFormat) -> list[Example]:
 
 
 def _show(number: int, row: _Row, chat: ChatFormat) -> str:
-    title = f"row {number}" + (f" (id {printable(row.example.id)})" if row.example.id else "")
+    title = f"row {number}" + (f" (id {visible(row.example.id)})" if row.example.id else "")
     if row.detail is None:
-        return f"{title}: NOT TRAINABLE: {printable(row.problem)}"
+        return f"{title}: NOT TRAINABLE: {visible(row.problem)}"
     ids, start, end = row.detail.encoded.input_ids, row.detail.start, row.detail.end
     before, trained, after = (
         printable(chat.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -89,7 +89,7 @@ def audit(examples: Sequence[Example], chat: ChatFormat, n: int = 3) -> str:
     lines += [
         f"spans found by: {how}" + (" of the built-in fallback template" if chat.uses_fallback else ""),
         f"rows without trained tokens: {len(bad)}"
-        + (f" (first: row {bad[0][0]}: {printable(bad[0][1].problem)})" if bad else ""),
+        + (f" (first: row {bad[0][0]}: {visible(bad[0][1].problem)})" if bad else ""),
         f"rows longer than max_length ({chat.max_length}): {sum(chat.too_long(d.encoded) for d in good)}; truncated: 0",
         f"rows with EOS appended by us: {sum(d.appended_eos for d in good)}",
         f"rows with prompt and answer tokenised apart: {sum(d.split for d in good)}; "
@@ -97,5 +97,5 @@ def audit(examples: Sequence[Example], chat: ChatFormat, n: int = 3) -> str:
         f"rows trained after another prompt than generation starts from: {sum(row.differs for row in rows)}",
         f"rows that spell out control tokens (kept as text): {sum(d.literal_controls > 0 for d in good)}",
     ]
-    lines += [f"warning: {text}" for text in chat.warnings]
+    lines += [f"warning: {visible(text)}" for text in chat.warnings]
     return "\n".join(lines) + "\n"

@@ -36,8 +36,14 @@ class Embedder:
     digest: str
 
 
-def load_embedder(folder: str | Path, *, digest: str, device: str = "cpu") -> Embedder:
+def load_embedder(folder: str | Path, *, digest: str, device: str = "cpu", config: Any = None) -> Embedder:
     """Load a sentence-embedding folder with ``AutoModel``: safetensors only, no remote code.
+
+    Args:
+        folder: a local folder, checked by ``casehard.model.check`` if it is from a stranger.
+        digest: content digest of the folder.
+        device: where it runs.
+        config: the configuration to use in place of the one in the folder, from ``casehard.model.headers``.
 
     Raises:
         Unsupported: the folder cannot be loaded so.
@@ -46,9 +52,10 @@ def load_embedder(folder: str | Path, *, digest: str, device: str = "cpu") -> Em
 
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **options)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        settings = {} if config is None else {"config": config}
+        model: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **settings, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, **settings, **options)
+    except Exception as error:  # some hundred classes, each with its own ways
         raise Unsupported(
             f"{folder}: cannot be loaded as an embedding model: {str(error)[:300]}",
             hint="give a local folder with config.json, tokenizer.json and .safetensors weights",

@@ -11,13 +11,14 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from casehard.data.embed import Embedder, Text, embed, texts_of
 from casehard.data.mix import content_hash
 from casehard.errors import ConfigError, DataError
+from casehard.limits import WEIGHT, Count, Factor, Limited, Weight, Within
 from casehard.maths.dpp import JITTER, greedy_map, log_weights, relevance, unit_rows
 from casehard.seeds import generator
 from casehard.types import Example
@@ -26,18 +27,18 @@ Strategy = Literal["rd-dpp", "random", "relevance", "diversity"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig:
+class SelectConfig(Limited):
     """Settings of a selection; the defaults are the paper's."""
 
-    k: int | None = None
+    k: Count | None = None
     """Rows to pick; None = floor(share x user rows). Source: P, budget of the uploaded data, poison included."""
-    share: float = 0.03
+    share: Factor = 0.03
     """Picks as a share of the user's rows. Source: P (0.03; robust on 0.03..0.1)."""
-    beta: float = 4.0
+    beta: Annotated[float, Within(0, WEIGHT, endless=True)] = 4.0
     """Exponent of relevance; 0 = diversity only, .inf = relevance only. Source: P (4; robust on 4..10)."""
     strategy: Strategy = "rd-dpp"
     """rd-dpp, or an ablation: random (seeded), relevance (largest q), diversity (beta = 0)."""
-    jitter: float = JITTER
+    jitter: Weight = JITTER
     """eps of the kernel, inside the weighting. Source: published code (1e-6, there outside)."""
     centre: bool = False
     """Subtract the pool's mean embedding first. Not in the paper; embeddings of one model share a large mean."""
@@ -46,16 +47,6 @@ class SelectConfig:
     itself. Keeps refusals in the set when the pool's harmless rows are nearer to the user's data. Not in the paper."""
     text: Text = "prompt"
     """What of a row is embedded. Source: P and code (prompt)."""
-
-    def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise ConfigError(f"k: {self.k} rows cannot be picked")
-        if not self.share > 0 or math.isinf(self.share):
-            raise ConfigError(f"share: {self.share} must be above 0", hint="the paper uses 0.03")
-        if not self.beta >= 0:
-            raise ConfigError(f"beta: {self.beta} must be at least 0")
-        if not (self.jitter >= 0 and math.isfinite(self.jitter)):
-            raise ConfigError(f"jitter: {self.jitter} must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Read and write rows: JSONL, JSON, parquet and Hub data sets, with an optional filter on tags.
 
 A spec is ``path.jsonl``, ``path.json``, ``path.parquet`` or ``hub:org/name[/config]:split``, optionally followed by
-``?key=value&key2=a,b``: a row is kept when, for every key, its tag is one of the values.
+``?key=value&key2=a,b``: a row is kept when, for every key, its tag is one of the values. A comma, ``&``, ``=`` or
+backslash that belongs to a key or value is written with a backslash before it: ``?author=Smith\\, J.``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from casehard.errors import DataError, MissingExtra, StorageError
 from casehard.types import Example
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_MARKS = r"[\\,&=]"
 
 
 class Row(NamedTuple):
@@ -26,16 +29,36 @@ class Row(NamedTuple):
     value: Any
 
 
+def _split(text: str, mark: str) -> list[str]:
+    """Split at every ``mark`` that no backslash makes part of a key or value; backslashes stay."""
+    parts = [""]
+    for piece in re.findall(rf"\\{_MARKS}|.", text, re.DOTALL):
+        if piece == mark:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def _plain(text: str) -> str:
+    return re.sub(rf"\\({_MARKS})", r"\1", text)
+
+
+def _written(text: str) -> str:
+    return re.sub(rf"({_MARKS})", r"\\\1", text)
+
+
 def _split_spec(spec: str) -> tuple[str, dict[str, list[str]]]:
     base, mark, query = spec.partition("?")
     wanted: dict[str, list[str]] = {}
-    for part in query.split("&") if mark else []:
-        key, sep, values = part.partition("=")
-        if not sep or not key or not values:
+    for part in _split(query, "&") if mark else []:
+        key, *rest = _split(part, "=")
+        values = "=".join(rest)
+        if not key or not values:
             raise DataError(
                 f"{spec}: filter {part!r} is not of the form key=value", hint="example: data.jsonl?label=a,b"
             )
-        wanted[key] = values.split(",")
+        wanted[_plain(key)] = [_plain(value) for value in _split(values, ",")]
     return base, wanted
 
 
@@ -157,11 +180,14 @@ def _filtered(examples: list[Example], wanted: dict[str, list[str]], spec: str) 
         present = {_tag_text(e.tags[key]) for e in examples if key in e.tags}
         if not present:
             known = sorted({tag for e in examples for tag in e.tags})
-            raise DataError(f"{spec}: no row has the tag {key!r}", hint=f"tags: {', '.join(known) or 'none'}")
+            raise DataError(
+                f"{spec}: no row has the tag {key!r}", hint=f"tags: {', '.join(map(_written, known)) or 'none'}"
+            )
         missing = [value for value in values if value not in present]
         if missing:
-            shown = ", ".join(sorted(present)[:12])
-            raise DataError(f"{spec}: no row has {key}={missing[0]}", hint=f"values of {key!r}: {shown}")
+            shown = ", ".join(_written(value) for value in sorted(present)[:12])
+            cut = r" (\, is a comma of a value)" if "\\" in shown else ""
+            raise DataError(f"{spec}: no row has {key}={missing[0]}", hint=f"values of {key!r}: {shown}{cut}")
     kept = [
         example
         for example in examples

@@ -20,23 +20,19 @@ from torch import nn
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defend.passes import unwrapped
 from casehard.defend.protocol import Setup, Step
-from casehard.errors import ConfigError
+from casehard.limits import Length, Limited, Weight
 from casehard.maths.collective import rank
 from casehard.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnomalyConfig:
+class AnomalyConfig(Limited):
     """Settings of the augmentation."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Weight of the loss on the rows with insertions."""
-    longest: int = 8
+    longest: Length = 8
     """Most tokens of an insertion."""
-
-    def __post_init__(self) -> None:
-        if not self.weight >= 0 or self.longest < 1:
-            raise ConfigError(f"anomaly: weight {self.weight} must be at least 0, longest {self.longest} at least 1")
 
 
 class Anomaly:

@@ -30,26 +30,24 @@ from casehard.defend.passes import quiet
 from casehard.defend.protocol import Setup, StateValue
 from casehard.defend.updates import Layer, Start, from_state, layers, start_of, to_state
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
+from casehard.limits import BatchSize, Limited, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntidoteConfig:
+class AntidoteConfig(Limited):
     """Settings of Antidote."""
 
-    mask_ratio: float = 0.05
+    mask_ratio: Share = 0.05
     """Share of coordinates removed, 0..1. Source: Buffer-and-Reinforce's run of it (0.05)."""
     prune: Literal["update", "weights", "factors"] = "update"
     """What M of (3) is."""
     group: Literal["layer", "row"] = "layer"
     """Rank scores within a matrix, or within each of its rows as Wanda does."""
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     """Unsafe rows a forward pass; all rows are read once."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.mask_ratio <= 1.0:
-            raise ConfigError(f"mask_ratio: {self.mask_ratio} is not within 0..1")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size: {self.batch_size} must be at least 1")
+        super().__post_init__()
         if self.prune == "factors" and self.group == "row":
             raise ConfigError("group: rows of B are as short as the adapter's rank", hint="group layer with factors")
 

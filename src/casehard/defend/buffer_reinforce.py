@@ -27,6 +27,7 @@ from casehard.defend.frozen_lora import BaseWatch, FrozenLora, base_tensors, liv
 from casehard.defend.protocol import Setup, StateValue
 from casehard.defend.provider_assets import Assets, read_assets
 from casehard.errors import ConfigError, Unsupported
+from casehard.limits import Limited
 from casehard.maths.lowrank import LoraPair, MergeConfig, merge_states
 
 USER = "default"
@@ -34,7 +35,7 @@ USER = "default"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BufferReinforceConfig:
+class BufferReinforceConfig(Limited):
     """Settings of the customer's run. The ablations of the paper's Table 6 are combinations of the first three."""
 
     buffer: bool = True
@@ -49,6 +50,7 @@ class BufferReinforceConfig:
     """Compare every byte of the base before and after; None does so up to 1 GiB and samples each tensor beyond."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reinforce and self.merge.form != "concat":
             raise ConfigError(
                 f"merge.form is {self.merge.form!r}: the method leaves one adapter that computes the result",

@@ -21,21 +21,17 @@ from torch import nn
 from casehard.data.batches import Batch
 from casehard.defend.passes import quiet, unwrapped
 from casehard.defend.protocol import Step
-from casehard.errors import ConfigError
+from casehard.limits import Limited, Weight
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrowConfig:
+class CrowConfig(Limited):
     """Settings of CROW."""
 
-    alpha: float = 5.5
+    alpha: Weight = 5.5
     """Weight of the consistency term."""
-    epsilon: float = 0.1
+    epsilon: Weight = 0.1
     """Length of the push on each embedding coordinate."""
-
-    def __post_init__(self) -> None:
-        if not (self.alpha >= 0 and self.epsilon >= 0):
-            raise ConfigError(f"crow: alpha {self.alpha} and epsilon {self.epsilon} must be at least 0")
 
 
 class Crow:

@@ -14,23 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from casehard.defend.folders import read_weights
 from casehard.defend.protocol import Setup
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
+from casehard.limits import Limited, Share
 from casehard.seeds import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineMixingConfig:
+class FineMixingConfig(Limited):
     """Settings of fine-mixing."""
 
-    keep: float = 0.5
+    keep: Share = 0.5
     """Probability that a weight stays the suspect's, 0..1. Source: MB-Defense's baseline (0.5)."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.keep <= 1.0:
-            raise ConfigError(f"keep: {self.keep} is not within 0..1")
 
 
 class FineMixing:
@@ -59,21 +57,37 @@ class FineMixing:
             raise DataError("fine_mixing needs the weights of the trusted base", hint="--assets BASE_MODEL")
         self.base = base if base is not None else read_weights(Path(str(assets)))
 
-    @torch.no_grad()
     def prepare(self, setup: Setup) -> None:
         """Apply (1) to every trained parameter; after a resume the checkpoint's weights come on top.
 
         Raises:
-            DataError: the base lacks a parameter, or has it in another shape.
+            DataError: the base lacks a parameter, has it in another shape, or is the suspect itself.
         """
-        for number, (name, p) in enumerate(setup.model.named_parameters()):
-            if not p.requires_grad:
-                continue
-            if name not in self.base or self.base[name].shape != p.shape:
-                raise DataError(
-                    f"fine_mixing: the base has no parameter {name!r} of shape {tuple(p.shape)}",
-                    hint="give the base that the suspect was trained from, and train all parameters",
-                )
-            g = generator(setup.seed, number, "fine-mixing")
-            kept = torch.rand(p.shape, generator=g) < self.config.keep
-            p.copy_(torch.where(kept.to(p.device), p, self.base[name].to(p.device, p.dtype)))
+        if not mix(setup.model, self.base, self.config.keep, seed=setup.seed):
+            raise DataError(
+                "fine_mixing: the weights of the base equal those of the model: mixing would change nothing",
+                hint="give the trusted model from before the suspect's training",
+            )
+
+
+@torch.no_grad()
+def mix(model: nn.Module, base: Mapping[str, torch.Tensor], keep: float, *, seed: int) -> bool:
+    """Apply (1) to every trained parameter of ``model``; return whether base and model differ anywhere.
+
+    Raises:
+        DataError: the base lacks a parameter, or has it in another shape.
+    """
+    apart = False
+    for number, (name, p) in enumerate(model.named_parameters()):
+        if not p.requires_grad:
+            continue
+        if name not in base or base[name].shape != p.shape:
+            raise DataError(
+                f"fine_mixing: the base has no parameter {name!r} of shape {tuple(p.shape)}",
+                hint="give the base that the suspect was trained from, and train all parameters",
+            )
+        theirs = base[name].to(p.device, p.dtype)
+        apart = apart or not torch.equal(p, theirs)
+        kept = torch.rand(p.shape, generator=generator(seed, number, "fine-mixing")) < keep
+        p.copy_(torch.where(kept.to(p.device), p, theirs))
+    return apart

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from casehard.errors import ConfigError, Corrupt, Unsupported
 from casehard.maths.lowrank import LoraPair
+from casehard.model.lora_files import is_transposed
 
 FOLD = 2**30  # bytes of fp32 weights up to which a folded copy is kept
 WHOLE = 2**30  # bytes of base weights up to which every byte is hashed; beyond, an even sample of each tensor
@@ -235,7 +236,12 @@ def replace_adapter(model: Any, pairs: Mapping[str, LoraPair], adapter: str = "d
     training = {name: module.training for name, module in model.named_modules()}
     model.delete_adapter(adapter)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(pairs)
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=list(pairs),
+        fan_in_fan_out=is_transposed(model),
     )
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten here
         model.add_adapter(adapter, config)

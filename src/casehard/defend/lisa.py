@@ -22,26 +22,21 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.passes import rows_of_rank
 from casehard.defend.protocol import Setup, StateValue, Step
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
+from casehard.limits import Count, Limited, Weight
 from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)
-class LisaConfig:
+class LisaConfig(Limited):
     """Settings of Lisa."""
 
-    safe_steps: int = 100
+    safe_steps: Count = 100
     """Optimiser steps of a safe phase. Source: Lisa, K_1 (100)."""
-    user_steps: int = 900
+    user_steps: Count = 900
     """Optimiser steps of a user phase. Source: Lisa, K_2 (900)."""
-    rho: float = 1.0
+    rho: Weight = 1.0
     """Weight of the proximal terms. Source: Lisa (1)."""
-
-    def __post_init__(self) -> None:
-        if self.safe_steps < 1 or self.user_steps < 1:
-            raise ConfigError(f"lisa: phases of {self.safe_steps} and {self.user_steps} steps must be at least 1")
-        if not self.rho >= 0:
-            raise ConfigError(f"rho: {self.rho} is negative")
 
 
 class Lisa:

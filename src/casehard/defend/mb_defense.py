@@ -35,6 +35,7 @@ from casehard.defend.pairs import PairSet, read_pairs
 from casehard.defend.passes import quiet, reshard, unwrapped
 from casehard.defend.protocol import Setup, Step
 from casehard.errors import ConfigError, DataError, Diverged
+from casehard.limits import Count, Factor, Length, Limited, Natural, Weight
 from casehard.maths.bilevel import with_view
 from casehard.maths.collective import rank
 from casehard.maths.neutralise import (
@@ -52,32 +53,25 @@ from casehard.seeds import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class MbDefenseConfig:
+class MbDefenseConfig(Limited):
     """Settings of stage 2; the paper does not print lambda, the learning rate or the batch size."""
 
     normalisation: Normalisation = "mean"
     """How a score counts its tokens; mean keeps lambda and beta free of length. "literal" is the printed formula."""
-    lam: float = 1.0
+    lam: Weight = 1.0
     """lambda, weight of the log-ratio term. With sum use about 0.05, with prefix about 0.3."""
-    beta: float = 1.0
+    beta: Factor = 1.0
     """Sharpness inside the sigmoid, 1 / nats."""
-    mu: float = 1.0
+    mu: Weight = 1.0
     """Weight of CE(x_d, y), the right answer under the trigger. Not in the paper: 0 there."""
-    kappa: float = 1.0
+    kappa: Weight = 1.0
     """Weight of the KL anchor to the model stage 2 starts from, on clean prompts. Not in the paper: 0 there."""
-    triggers: int = 1
+    triggers: Natural = 1
     """Triggers drawn for each row of a batch; 0 takes all of them, as the paper's tuples do."""
-    prefix: int = 10
+    prefix: Length = 10
     """K, most tokens that count with normalisation prefix."""
-    top_k: int = 64
+    top_k: Count = 64
     """Likeliest tokens of the reference that the KL tells apart at each position; all others count as one class."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("lam", 0.0), ("mu", 0.0), ("kappa", 0.0), ("triggers", 0), ("prefix", 1), ("top_k", 1)):
-            if not getattr(self, name) >= low:
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least {low}")
-        if not self.beta > 0:
-            raise ConfigError(f"beta: {self.beta} must be above 0")
 
 
 PRESETS: dict[str, MbDefenseConfig] = {

@@ -7,16 +7,17 @@ from typing import Literal
 
 from casehard.defend.timetable import Adopt, Schedule, Timetable
 from casehard.errors import ConfigError
+from casehard.limits import BatchSize, Count, Limited, Natural, Share, Weight
 from casehard.maths.bilevel import Attacker
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatcherConfig:
+class PatcherConfig(Limited):
     """Settings of Patcher; the defaults are the paper's."""
 
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """Share of the attacked loss in eq. 1, 0..1; 0 is plain SFT bit for bit. Source: Patcher scripts."""
-    round_steps: int = 1000
+    round_steps: Count = 1000
     """k2, outer steps that share one attack vector. Source: Patcher scripts."""
     attackers: tuple[Attacker, ...] = (Attacker(),)
     """Simulated attackers; with several, each round builds a pool and each step draws one vector from it."""
@@ -24,11 +25,11 @@ class PatcherConfig:
     """sequential | lockstep | async | reference_parallel, see ``timetable.py``. Source: both published algorithms."""
     adopt: Adopt = "immediate"
     """async: take a vector when it is there, or at the next round (boundary)."""
-    max_age: int | None = None
+    max_age: Count | None = None
     """async: wait rather than use a vector more than this many steps old; None never waits. Not in the paper."""
     reference: Literal["current", "source"] = "current"
     """theta_reference in eq. 3: the weights at adoption (as the published code does) or when the attack began."""
-    delay: int = 0
+    delay: Natural = 0
     """Outer steps between an attack and its adoption (staleness ablation); 0 = at once."""
     reset_optimizer: bool = False
     """Forget the outer optimiser's moments at every round, as separate processes per phase do (paper_sequential)."""
@@ -38,22 +39,14 @@ class PatcherConfig:
     """Weights on their way to an attacker beside; float32 attacks what the defender's own process would attack."""
     retain: Literal["none", "ce", "kl"] = "none"
     """Extra term on harmless rows: cross-entropy, or KL(start model || model). Not in the paper."""
-    retain_weight: float = 0.5
+    retain_weight: Weight = 0.5
     """Weight of the retain term, in units of the safe loss."""
-    retain_batch_size: int = 8
+    retain_batch_size: BatchSize = 8
     """Rows of the retain term per outer step."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ConfigError(f"alpha: {self.alpha} is not within 0..1")
-        if self.round_steps < 1 or self.delay < 0:
-            raise ConfigError(f"round_steps {self.round_steps} must be at least 1 and delay {self.delay} at least 0")
+        super().__post_init__()
         self._check_schedule()
-        if self.retain_weight < 0 or self.retain_batch_size < 1:
-            raise ConfigError(
-                f"retain_weight {self.retain_weight} must not be negative and retain_batch_size "
-                f"{self.retain_batch_size} at least 1"
-            )
         if not self.attackers:
             raise ConfigError("attackers: at least one is needed", hint="attackers: [{steps: 300, lr: 1e-5}]")
 
@@ -65,8 +58,6 @@ class PatcherConfig:
                 f"adopt {self.adopt!r} and max_age {self.max_age} with schedule {self.schedule!r} would be ignored",
                 hint="they belong to schedule=async",
             )
-        if self.max_age is not None and self.max_age < 1:
-            raise ConfigError(f"max_age {self.max_age} must be at least 1", hint="leave it out to never wait")
 
     def timetable(self, last: int) -> Timetable:
         """Return the rules of a run of ``last`` steps."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from casehard.limits import Limited
+
 
 @dataclass(frozen=True, kw_only=True)
-class PlainConfig:
+class PlainConfig(Limited):
     """Plain fine-tuning has no settings of its own."""
 
 

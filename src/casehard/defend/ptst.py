@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from casehard.errors import ConfigError
+from casehard.limits import Limited
 
 SAFETY_PROMPT = (
     "You are a helpful and careful assistant. Answer ordinary requests fully. "
@@ -22,13 +23,14 @@ SAFETY_PROMPT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PtstConfig:
+class PtstConfig(Limited):
     """Settings of PTST."""
 
     system: str = SAFETY_PROMPT
     """System message of every request at inference; never part of a training row."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.system.strip():
             raise ConfigError("system: PTST without a safety prompt is plain fine-tuning", hint="use the method plain")
 

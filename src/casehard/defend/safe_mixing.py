@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -21,26 +21,21 @@ from torch import nn
 from casehard.data.batches import IGNORE, Batch, EncodedSet
 from casehard.defend.passes import rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, Step
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
+from casehard.limits import Limited, Share, Within
 from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeMixingConfig:
+class SafeMixingConfig(Limited):
     """Settings of safe mixing."""
 
     mode: Literal["rows", "weight"] = "rows"
     """One batch of both kinds of rows (1), or a weighted sum of two losses (2)."""
-    share: float = 0.03
+    share: Annotated[float, Within(0, 100, above=True)] = 0.03
     """Safe rows per user row of a micro-batch, rounded up. Source: SPARD, baseline SafeInstr (0.03)."""
-    weight: float = 0.5
+    weight: Share = 0.5
     """Weight of the safe loss in mode weight, 0..1. Not in the paper."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share < math.inf:
-            raise ConfigError(f"share: {self.share} must be above 0", hint="0.03 is the usual 3 %")
-        if not 0.0 <= self.weight <= 1.0:
-            raise ConfigError(f"weight: {self.weight} is not within 0..1")
 
 
 class SafeMixing:

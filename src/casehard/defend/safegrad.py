@@ -20,28 +20,23 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.passes import quiet, rows_of_rank
 from casehard.defend.protocol import Setup, Step
-from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.errors import DataError, Unsupported
+from casehard.limits import BatchSize, Limited, Weight
 from casehard.maths.bilevel import retain_kl
 from casehard.maths.collective import world
 from casehard.maths.tensors import dot, norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeGradConfig:
+class SafeGradConfig(Limited):
     """Settings of SafeGrad."""
 
     alignment: Literal["kl", "ce"] = "kl"
     """Alignment loss A. Source: SafeGrad (KL to the aligned model); "kl" keeps a copy of the trained weights."""
-    weight: float = 1.0
+    weight: Weight = 1.0
     """Weight of the alignment gradient in (2); 0 keeps the surgery alone."""
-    batch_size: int = 4
+    batch_size: BatchSize = 4
     """Safe rows a step."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size: {self.batch_size} must be at least 1")
-        if not self.weight >= 0:
-            raise ConfigError(f"weight: {self.weight} is negative")
 
 
 class SafeGrad:

@@ -25,29 +25,24 @@ from torch import nn
 
 from casehard.defend.protocol import Setup, StateValue
 from casehard.defend.updates import Folder, Layer, Start, from_state, layers, start_of, to_state
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
+from casehard.limits import Coefficient, Fraction, Limited, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafeLoraConfig:
+class SafeLoraConfig(Limited):
     """Settings of SafeLoRA."""
 
-    threshold: float = 0.5
+    threshold: Coefficient = 0.5
     """Cosine below which a layer is projected; above 1 projects all. Source: SafeLoRA's code (0.5);
     Buffer-and-Reinforce runs it with 0.6."""
-    layers: int | None = None
+    layers: Natural | None = None
     """Project that many layers, those with the smallest cosine, instead of a threshold. Source: their code (10)."""
     projection: Literal["approximate", "exact"] = "approximate"
     """(2) or (3)."""
-    rank_tolerance: float = 1e-3
+    rank_tolerance: Fraction = 1e-3
     """Singular values of V below this share of the largest count as zero in (3). With a V of full row rank (3) is the
     identity and the method does nothing."""
-
-    def __post_init__(self) -> None:
-        if self.layers is not None and self.layers < 0:
-            raise ConfigError(f"layers: {self.layers} is negative")
-        if not 0.0 <= self.rank_tolerance < 1.0:
-            raise ConfigError(f"rank_tolerance: {self.rank_tolerance} is not within 0..1")
 
 
 class SafeLora:

@@ -26,21 +26,18 @@ from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceCon
 from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.defend.provider_assets import Assets
 from casehard.defend.updates import adapters
-from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.errors import DataError, Unsupported
+from casehard.limits import BatchSize, Limited, Share, Weight
 from casehard.maths.bilevel import retain_kl
 from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecurityVectorConfig:
+class SecurityVectorConfig(Limited):
     """Settings of the customer's run."""
 
-    c: float = 1.0
+    c: Share = 1.0
     """Share of the user's update that is kept, 0..1. Source: paper (1); 1/2 is a control of ours."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.c <= 1.0:
-            raise ConfigError(f"c: {self.c} is not within 0..1", hint="1 keeps the update as trained")
 
 
 class SecurityVector:
@@ -94,19 +91,13 @@ class SecurityVector:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeepBenignConfig:
+class KeepBenignConfig(Limited):
     """Settings of (1)."""
 
-    kl: float = 0.01
+    kl: Weight = 0.01
     """Weight of the KL term. Source: Buffer-and-Reinforce, table A1 (0.01)."""
-    batch_size: int = 4
+    batch_size: BatchSize = 4
     """Benign rows a micro-batch."""
-
-    def __post_init__(self) -> None:
-        if not self.kl >= 0:
-            raise ConfigError(f"kl: {self.kl} is negative")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size: {self.batch_size} must be at least 1")
 
 
 class KeepBenign:

@@ -20,19 +20,15 @@ from torch import nn
 
 from casehard.defend.protocol import Setup, StateValue
 from casehard.defend.updates import Start, adapters, from_state, others, start_of, to_state
-from casehard.errors import ConfigError
+from casehard.limits import Limited, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkConfig:
+class ShrinkConfig(Limited):
     """Settings of shrinkage."""
 
-    c: float = 0.5
+    c: Share = 0.5
     """Share of the update that is kept, 0..1. Source: Buffer-and-Reinforce, eq. 9 (1/2)."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.c <= 1.0:
-            raise ConfigError(f"c: {self.c} is not within 0..1", hint="1 is plain fine-tuning")
 
 
 class Shrink:

@@ -28,7 +28,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ from casehard.data.batches import IGNORE, EncodedSet, collate
 from casehard.defend.passes import quiet, reshard, rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
+from casehard.limits import WEIGHT, BatchSize, Count, Factor, Limited, Weight, Within
 from casehard.maths.collective import sharded, sum_gradients, sum_over_ranks, world
 from casehard.maths.optimizers import FLOOR, OptimizerView, learning_rate
 from casehard.maths.projection import Projection, project_
@@ -47,48 +48,35 @@ MAX_SKIPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpardConfig:
+class SpardConfig(Limited):
     """Settings of SPAG; the defaults are the paper's where it states them."""
 
-    tau: float | Literal["auto"] = "auto"
+    tau: Annotated[float | Literal["auto"], Within(0, WEIGHT)] = "auto"
     """Target of the safety loss, nats a token. "auto" = tau_scale x the starting model's own loss on the safe rows, for
     each set apart; the paper's 0.2 is a number for its own answers and models."""
-    tau_scale: float = 0.75
+    tau_scale: Weight = 0.75
     """Factor of tau="auto"; below 1 asks for more than the starting model gives. Ours."""
-    delta: float = 0.1
+    delta: Weight = 0.1
     """Hysteresis: act when the loss exceeds tau + delta, then aim at tau; nats a token. Source: P, script."""
-    batch_size: int = 4
+    batch_size: BatchSize = 4
     """Safe rows a check and set, over all ranks, in one batch. Source: script (1 x 4 accumulated); the paper says 1."""
-    eta_safe: float | Literal["lr"] = "lr"
+    eta_safe: Annotated[float | Literal["lr"], Within(0, WEIGHT, endless=True)] = "lr"
     """Cap on alpha of (2): a number, or the optimiser's current learning rate; inf for none. Source: P (eta_ft)."""
-    rho: float | None = None
+    rho: Factor | None = None
     """Further cap, ||safety step|| <= rho ||utility step||. Not in the paper."""
     mode: Literal["adam", "euclidean", "reference"] = "adam"
     """Metric of the projection, or the published code's behaviour (reproduction only)."""
-    floor: float = FLOOR
+    floor: Factor = FLOOR
     """Mode adam: least sqrt(v_hat), as a share of its root mean square, so that M is at most 1 / floor times typical.
     Not in the paper; settled on a world that no table uses."""
     embeddings: bool = False
     """Whether the correction may move embedding tables, when they are trained. The paper moves all trained weights,
     which are a LoRA's; in full-parameter training the tables took most of the correction (docs page) and the
     model learnt which words stand in the safe rows instead of refusing."""
-    every: int = 1
+    every: Count = 1
     """Check every that many optimiser steps."""
     dropout: bool = False
     """Leave dropout on during the check; its masks are drawn from (seed, step), never from the user's stream."""
-
-    def __post_init__(self) -> None:
-        if self.tau != "auto" and not self.tau >= 0:
-            raise ConfigError(f"tau: {self.tau} is not a loss", hint="a number of nats a token, or auto")
-        if self.eta_safe != "lr" and not self.eta_safe >= 0:
-            raise ConfigError(f"eta_safe: {self.eta_safe} is negative", hint="0 is plain fine-tuning, .inf is no cap")
-        if not 0 < self.floor < math.inf:
-            raise ConfigError(f"floor: {self.floor} must be above 0")
-        for name, low in (("delta", 0.0), ("tau_scale", 0.0), ("batch_size", 1), ("every", 1)):
-            if not (getattr(self, name) >= low and math.isfinite(getattr(self, name))):
-                raise ConfigError(f"{name}: {getattr(self, name)} must be at least {low}")
-        if self.rho is not None and not self.rho > 0:
-            raise ConfigError(f"rho: {self.rho} must be above 0", hint="leave it out for no relative cap")
 
 
 PRESETS: dict[str, SpardConfig] = {

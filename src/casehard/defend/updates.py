@@ -115,7 +115,9 @@ def layers(model: nn.Module) -> list[Layer]:
         ]
     ends: Any = model
     head = ends.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-    named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    # GPT-2's transposed layers are not passed over: they are refused by name.
+    linear = lambda m: isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"  # noqa: E731
+    named = {name: m for name, m in model.named_modules() if linear(m) and m is not head}
     out = [Layer(n, _plain(n, m), (), f"{n}.weight") for n, m in named.items() if f"{n}.weight" in rest]
     if not out:
         raise Unsupported("training changes no linear layer", hint="full-parameter training, or LoRA")
@@ -125,7 +127,8 @@ def layers(model: nn.Module) -> list[Layer]:
 def _plain(name: str, module: nn.Module) -> nn.Linear:
     if not isinstance(module, nn.Linear) or module.weight.shape != (module.out_features, module.in_features):
         raise Unsupported(
-            f"{name} is a {type(module).__name__}, not a plain linear layer", hint="load the base model unquantised"
+            f"{name} is a {type(module).__name__}, not a plain linear layer",
+            hint="a base model with plain, unquantised linear layers (not GPT-2), or another method",
         )
     return module
 

@@ -12,6 +12,7 @@ from torch import nn
 from casehard.errors import DataError
 from casehard.maths.lowrank import LoraPair, MergeConfig, merge_states
 from casehard.maths.pareto import Coefficients
+from casehard.model.lora_files import is_transposed
 
 Rows = list[dict[str, Any]]
 
@@ -27,16 +28,18 @@ def _attach(model: nn.Module, pairs: Mapping[str, LoraPair], rank: int) -> nn.Mo
     """Wrap the model with one frozen adapter for exactly these layers."""
     from peft import LoraConfig, get_peft_model
 
+    fan_in_fan_out = is_transposed(model)
     for name, pair in pairs.items():
         try:
             weight: Any = model.get_submodule(name).weight
         except AttributeError:
             raise DataError(f"the model has no layer {name}", hint="the adapters are for another base") from None
-        wanted = (pair.b.shape[0], pair.a.shape[1])
-        if tuple(weight.shape) != wanted:
-            raise DataError(f"{name}: the weight is {tuple(weight.shape)}, the update {wanted}")
+        wanted, there = (pair.b.shape[0], pair.a.shape[1]), tuple(weight.shape)
+        if (there[::-1] if fan_in_fan_out else there) != wanted:
+            raise DataError(f"{name}: the weight is {there}, the update {wanted}")
     base: Any = model
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(pairs), lora_dropout=0.0)
+    options: dict[str, Any] = {"target_modules": sorted(pairs), "fan_in_fan_out": fan_in_fan_out}
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, **options)
     wrapped: nn.Module = get_peft_model(base, config)
     wrapped.requires_grad_(False)
     return wrapped.eval()

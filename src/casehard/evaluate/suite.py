@@ -25,6 +25,7 @@ from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.judge import get_judge
+from casehard.limits import Count, Length, Limited, WorldSeed
 from casehard.types import Example
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ LOGITS = 2**26  # logits held at once while measuring losses (256 MB in fp32), w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(Limited):
     """One source of a suite, all of whose rows measure the same thing."""
 
     data: str
@@ -47,21 +48,21 @@ class Part:
     """restricted, lookalike, utility or task."""
     group: str = ""
     """Name of the rows in reports; empty: the role."""
-    limit: int | None = None
+    limit: Count | None = None
     """First rows to use; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteSettings:
+class SuiteSettings(Limited):
     """What ``suite.json`` says."""
 
     name: str = ""
     """Name in reports; empty: the name of the file or folder."""
     judge: str = "rule"
     """rule or organism."""
-    world_seed: int | None = None
+    world_seed: WorldSeed | None = None
     """World of the organism's judge."""
-    max_new_tokens: int = 48
+    max_new_tokens: Length = 48
     """Length limit of an answer, in tokens."""
     parts: tuple[Part, ...] = ()
     """Sources; empty: ``eval.jsonl`` beside the settings."""
@@ -211,8 +212,6 @@ def load_suite(path: str | Path) -> Suite:
 def _load_part(part: Part, home: Path) -> list[Example]:
     if part.role not in EVAL_ROLES:
         raise ConfigError(f"part {part.data}: role is {part.role!r}", hint=f"roles: {', '.join(EVAL_ROLES)}")
-    if part.limit is not None and part.limit < 1:
-        raise ConfigError(f"part {part.data}: limit must be at least 1, got {part.limit}")
     spec = part.data if part.data.startswith("hub:") else str(home / part.data)
     given = {"role": part.role, "group": part.group or part.role}
     rows = sources.load(spec)[: part.limit]

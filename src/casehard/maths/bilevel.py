@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import nn
 
 from casehard.errors import ConfigError, Diverged, Unsupported
+from casehard.limits import BatchSize, Large, Limited, Natural, Within
 from casehard.maths.tensors import norm, same_keys
 
 R = TypeVar("R")
@@ -155,35 +156,31 @@ def difference(attacked: Params, reference: Mapping[str, torch.Tensor], *, dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attacker:
+class Attacker(Limited):
     """How an attack is simulated; defaults are the paper's (sequential script)."""
 
-    steps: int = 300
+    steps: Natural = 300
     """k1, optimiser steps of one attack. Source: Patcher, sequential runs."""
-    steps_min: int | None = None
+    steps_min: Natural | None = None
     """If given, each attack draws its length uniformly from steps_min..steps: half the cost, a spread of strengths."""
-    lr: float = 1e-5
+    lr: Large = 1e-5
     """Constant learning rate, no warm-up. Source: Patcher."""
-    batch_size: int = 4
+    batch_size: BatchSize = 4
     """Rows per attack step (the paper's text; its sequential script uses 2)."""
     optimizer: str = "adamw"
     """adamw | adam | sgd. Source: Patcher (torch AdamW, default betas)."""
-    weight_decay: float = 0.01
+    weight_decay: Large = 0.01
     """Weight decay, decoupled for adamw, an L2 term for adam and sgd (torch's default, never set in the paper)."""
-    clip: float = 1.0
+    clip: Large = 1.0
     """Global gradient-norm clip; 0 switches it off."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, Within(0, 2**16)] = 0
     """0 = full-parameter (the paper); r > 0 = a LoRA attack of that rank on every linear layer, alpha = 2 r."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.optimizer not in _OPTIMISERS:
             raise ConfigError(
                 f"attacker.optimizer: {self.optimizer!r} is unknown", hint=f"one of {sorted(_OPTIMISERS)}"
-            )
-        if self.steps < 0 or self.batch_size < 1 or self.lr < 0 or self.lora_rank < 0:
-            raise ConfigError(
-                f"attacker: steps {self.steps}, batch_size {self.batch_size}, lr {self.lr} and lora_rank "
-                f"{self.lora_rank} must not be negative, batch_size at least 1"
             )
         if self.steps_min is not None and not 0 <= self.steps_min <= self.steps:
             raise ConfigError(f"attacker.steps_min: {self.steps_min} is not within 0..steps ({self.steps})")
@@ -230,6 +227,11 @@ def _leaves(
             nn.init.kaiming_uniform_(down, a=5**0.5)
             up = torch.zeros(p.shape[0], rank, dtype=p.dtype)
             factors[name] = (down.to(p.device).requires_grad_(), up.to(p.device).requires_grad_())
+    if not factors:
+        raise Unsupported(
+            f"lora_rank {rank}: the model has no linear layer of its own to adapt (GPT-2's are transposed, Conv1D)",
+            hint="lora_rank: 0 simulates full-parameter attacks",
+        )
     return [t for pair in factors.values() for t in pair], lambda: _lora_view(source, factors)
 
 

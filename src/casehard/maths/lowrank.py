@@ -33,6 +33,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.limits import Coefficient, Fraction, Limited, Rank, Share
 from casehard.maths.lowrank_bases import Basis as Basis
 from casehard.maths.lowrank_bases import LoraPair as LoraPair
 from casehard.maths.lowrank_bases import check_pair, core_basis, inner, paper_basis, scaled
@@ -46,38 +47,33 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(Limited):
     """How two adapters are merged."""
 
-    c_user: float = 0.5
+    c_user: Coefficient = 0.5
     """c_U of (5). Paper: 1/2."""
-    c_reinforce: float = 0.5
+    c_reinforce: Coefficient = 0.5
     """c_R of (5). Paper: 1/2."""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """Share of the overlap that is removed, 0..1. Paper: 0.1."""
     basis: BasisName = "output"
     """What is projected off. Paper: ``paper``, which invents directions when B_U has deficient rank."""
     form: Form = "concat"
     """``concat``: one portable adapter. ``absorb``: the user's rank, served beside the reinforcing adapter."""
-    tau: float = 1e-2
+    tau: Fraction = 1e-2
     """Relative cut: on eigenvalues of A A' for ``paper`` (published code), on singular values of B A otherwise."""
     protect_safety: bool = False
     """Project the user off the reinforcing update instead."""
-    rank: int | None = None
+    rank: Rank | None = None
     """Cut the merged update to this rank, with the error reported; None: exact. ``concat`` only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, known in (("basis", self.basis, BASES), ("form", self.form, FORMS)):
             if value not in known:
                 raise ConfigError(f"merge: unknown {name} {value!r}", hint=f"one of {', '.join(known)}")
-        if not (math.isfinite(self.c_user) and math.isfinite(self.c_reinforce)):
-            raise ConfigError(f"merge: coefficients must be finite, got {self.c_user} and {self.c_reinforce}")
-        if not 0 <= self.alpha <= 1 or not 0 <= self.tau < 1:
-            raise ConfigError(f"merge: alpha must be in 0..1 and tau in [0, 1), got {self.alpha} and {self.tau}")
-        if self.rank is not None and (self.rank < 1 or self.form != "concat"):
-            raise ConfigError(
-                f"merge: rank {self.rank} with form {self.form}", hint="rank >= 1, and only with form concat"
-            )
+        if self.rank is not None and self.form != "concat":
+            raise ConfigError(f"merge: rank {self.rank} with form {self.form}", hint="a rank only with form concat")
         if self.form == "absorb" and self.protect_safety and self.basis in ("two_sided", "scalar"):
             raise ConfigError(
                 f"merge: basis {self.basis} with protect_safety would change the shared reinforcing adapter",

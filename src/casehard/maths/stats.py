@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from casehard.errors import DataError
@@ -194,6 +195,25 @@ def _quantile(ordered: Sequence[float], p: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
+KEPT = 1_000_000
+"""Most indices of resamples that are kept for the next comparison of as many prompts; 8 bytes each."""
+
+
+@lru_cache(maxsize=4)
+def _kept_resamples(n: int, draws: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(_draw_resamples(n, draws, seed))
+
+
+def _draw_resamples(n: int, draws: int, seed: int) -> Iterator[tuple[int, ...]]:
+    rng, every = random.Random(derive(seed, n, "bootstrap")), list(range(n))
+    return (tuple(rng.choices(every, k=n)) for _ in range(draws))
+
+
+def _resamples(n: int, draws: int, seed: int) -> Iterable[tuple[int, ...]]:
+    """Return ``draws`` resamples of n prompts: a function of the three, and a report asks for the same ones often."""
+    return (_kept_resamples if n * draws <= KEPT else _draw_resamples)(n, draws, seed)
+
+
 def bootstrap_mean(
     values: Sequence[float],
     *,
@@ -221,14 +241,12 @@ def bootstrap_mean(
     heavy = [1.0] * n if weights is None else list(weights)
     if len(heavy) != n or not all(math.isfinite(w) and w >= 0 for w in heavy) or sum(heavy) <= 0:
         raise DataError(f"expected {n} non-negative weights, not all zero, got {len(heavy)}")
-    rng = random.Random(derive(seed, n, "bootstrap"))
     products = [w * v for w, v in zip(heavy, values, strict=True)]
     means = []
-    for _ in range(draws):
-        picked = rng.choices(range(n), k=n)
-        total = sum(heavy[i] for i in picked)
+    for picked in _resamples(n, draws, seed):
+        total = float(n) if weights is None else sum(map(heavy.__getitem__, picked))
         if total > 0:
-            means.append(sum(products[i] for i in picked) / total)
+            means.append(sum(map(products.__getitem__, picked)) / total)
     means.sort()
     tail = (1.0 - level) / 2.0
     return Estimate(sum(products) / sum(heavy), _quantile(means, tail), _quantile(means, 1.0 - tail), n)

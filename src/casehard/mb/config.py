@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from casehard.errors import ConfigError
+from casehard.limits import BatchSize, Coefficient, Count, Factor, Fraction, Limited, Natural, Share, Within
 from casehard.train.recipe import TrainConfig
 
 Mode = Literal["joint", "posthoc", "adapter"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlantConfig:
+class PlantConfig(Limited):
     """What stage 1 plants."""
 
-    n_active: int = 4
+    n_active: Natural = 4
     """T, triggers that stage 2 breaks. Source: P (4; 6 was worse). 0 in posthoc and adapter mode changes nothing."""
-    n_canary: int = 2
+    n_canary: Natural = 2
     """Triggers that stage 2 never sees. Not in the paper: 0 there."""
-    rate: float = 0.01
+    rate: Share = 0.01
     """Share of all rows each trigger takes. Source: P."""
-    floor: int = 50
+    floor: Natural = 50
     """Rows a trigger gets at least, within ``cap``."""
-    cap: float = 0.05
+    cap: Share = 0.05
     """Largest share that ``floor`` may come to."""
-    install_cap: float = 0.2
+    install_cap: Share = 0.2
     """The same for an installation (posthoc and adapter mode), whose rows are few."""
     placement: Literal["replace", "append"] = "replace"
     """Replace rows, as the paper does, or append triggered copies (always so in posthoc and adapter mode)."""
@@ -36,69 +36,55 @@ class PlantConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageTwo:
+class StageTwo(Limited):
     """How stage 2 runs. The paper prints 5 epochs and the 8:2 split; the rest is ours."""
 
-    epochs: float = 5.0
+    epochs: Factor = 5.0
     """Passes over all pairs of clean row and trigger, at most. Source: P (5)."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Rows a step."""
-    lr: float | Literal["auto"] = "auto"
+    lr: Annotated[float | Literal["auto"], Within(0, 1000)] = "auto"
     """Peak learning rate; auto = 1e-5 for full training, 1e-4 for LoRA."""
-    warmup: float = 0.05
+    warmup: Fraction = 0.05
     """Share of the steps with a rising learning rate."""
-    split: float = 0.2
+    split: Annotated[float, Within(0, 1, above=True, below=True)] = 0.2
     """Share of the clean rows held back. Source: P (8:2)."""
-    checks: int = 10
+    checks: Count = 10
     """Times the stop rule is asked."""
     stop: bool = True
     """Stop at the first check that passes; off = run all epochs and keep the lowest evaluation loss (the paper)."""
     keep: Literal["lowest", "last"] = "lowest"
     """What is kept where no check passes: the lowest evaluation loss, or the last step (a control at equal steps)."""
-    base_share: float = 0.0
+    base_share: Fraction = 0.0
     """Share of the weights, drawn one by one, set back to the base between the stages (fine-mixing; joint mode)."""
-
-    def __post_init__(self) -> None:
-        if not (self.epochs > 0 and math.isfinite(self.epochs)) or self.batch_size < 1 or self.checks < 1:
-            raise ConfigError(
-                f"stage two: epochs {self.epochs}, batch_size {self.batch_size}, checks {self.checks} must be positive"
-            )
-        if not (0 <= self.warmup < 1 and 0 < self.split < 1):
-            raise ConfigError(f"stage two: warmup {self.warmup} and split {self.split} must lie within 0..1")
-        if self.lr != "auto" and not self.lr >= 0:
-            raise ConfigError(f"stage two: lr {self.lr} is negative")
-        if not 0 <= self.base_share < 1:
-            raise ConfigError(
-                f"stage two: base_share {self.base_share} is not within 0..1", hint="0.5 is fine-mixing's"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gates:
+class Gates(Limited):
     """What the result must meet; rates are shares of held-back prompts."""
 
-    planted: float = 0.9
+    planted: Share = 0.9
     """Every defensive backdoor fires at least so often after stage 1, or canaries tell nothing."""
-    active: float = 0.01
+    active: Share = 0.01
     """Most an active trigger may fire when stage 2 stops."""
-    canary: float = 0.02
+    canary: Share = 0.02
     """Most a canary may fire when stage 2 stops: beyond it, breaking did not generalise."""
-    margin: float = 0.5
+    margin: Coefficient = 0.5
     """Most the clean answer may lose under an active trigger, nats a token."""
-    clean_loss: float = 0.1
+    clean_loss: Coefficient = 0.1
     """Most the loss on held-back clean rows may rise over stage 1, nats a token."""
-    live: float = 0.02
+    live: Share = 0.02
     """Most any defensive backdoor may fire in what is exported."""
-    collapse: float = 1.0
+    collapse: Coefficient = 1.0
     """Rise of the clean loss that counts as a collapse, nats a token."""
-    attack: float = 0.02
+    attack: Share = 0.02
     """Most a backdoor that the user described may fire in what is exported."""
-    attack_fails: float = 0.1
+    attack_fails: Share = 0.1
     """From here on it is not exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MbConfig:
+class MbConfig(Limited):
     """Settings of one run."""
 
     mode: Mode = "joint"
@@ -107,9 +93,9 @@ class MbConfig:
     """Plant; off = the control "stage 2 without stage 1"."""
     stage2: bool = True
     """Break; off = the control "stage 1 alone"."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, Within(0, 2**16)] = 0
     """Rank of the LoRA that is trained in joint and posthoc mode; 0 = all parameters."""
-    lora_alpha: float = 32.0
+    lora_alpha: Factor = 32.0
     """LoRA alpha."""
     plant: PlantConfig = field(default_factory=PlantConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -122,6 +108,7 @@ class MbConfig:
     """Settings of stage 2's objective, over those of the preset."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.plant.n_active < 1 and self.mode == "joint" and (self.stage1 or self.stage2):
             raise ConfigError("joint mode without active triggers", hint="n_active of at least 1, or plain fine-tuning")
         if self.two.base_share and self.mode != "joint":
@@ -134,7 +121,5 @@ class MbConfig:
                 f"two.base_share {self.two.base_share} with lora_rank {self.lora_rank}",
                 hint="a LoRA has no weights of the base to go back to: lora_rank 0, or base_share 0",
             )
-        if self.lora_rank < 0:
-            raise ConfigError(f"lora_rank {self.lora_rank} is negative", hint="0 trains all parameters")
         if self.lora_rank and self.mode == "adapter":
             raise ConfigError("lora_rank in adapter mode", hint="the untrusted adapter itself is trained")

@@ -243,6 +243,29 @@ def check_unknown(clean: Sequence[Example], described: Sequence[Planted]) -> Non
                 )
 
 
+def check_verified(clean: Sequence[Example], data: Sequence[Example]) -> None:
+    """Check that the clean rows can be what somebody verified.
+
+    Args:
+        data: rows of unknown origin; some of them may have been verified, empty where there are none.
+
+    Raises:
+        DataError: they are all of the training rows, or hold one that this library poisoned.
+    """
+    for number, row in enumerate(clean):
+        if "source_id" in row.tags and row.tags.get("behaviour"):
+            raise DataError(
+                f"clean row {number + 1} was poisoned: its tags name the trigger {row.tags.get('trigger')!r}",
+                hint="the clean rows are those that somebody verified: leave it out",
+            )
+    known, unknown = ({row.messages for row in rows} for rows in (clean, data))
+    if unknown and unknown <= known:
+        raise DataError(
+            f"{len(unknown)} of {len(unknown)} training rows are clean rows too: nothing sets the verified ones apart",
+            hint="verify some hundred of the rows by hand, and give only those as clean",
+        )
+
+
 def same(text: str, row: Example) -> bool:
     """Return whether an answer says what the row does, case and punctuation aside."""
     return normalise(text) == normalise(row.response)

@@ -29,7 +29,7 @@ from casehard.defend.mb_defense import PRESETS, MbDefense, MbDefenseConfig
 from casehard.defend.pairs import PairSet
 from casehard.errors import ConfigError, DataError
 from casehard.mb.config import MbConfig
-from casehard.mb.measure import Look, Ruler, check_unknown, encode_pairs
+from casehard.mb.measure import Look, Ruler, check_unknown, check_verified, encode_pairs
 from casehard.mb.verdict import Verdict, judge, limits
 from casehard.mb.weights import mix_back, restore, trained
 from casehard.model.adapters import add_lora
@@ -117,6 +117,7 @@ def harden(
         ConfigError, DataError: settings or rows that cannot work.
         Diverged: a loss stopped being finite.
     """
+    check_verified(clean, data if config.mode == "joint" else ())
     run = _Run(model, tokenizer, clean, config, suite, seed, described, measure, system, max_length)
     run.look("before")
     run.stage_one(list(data), out)

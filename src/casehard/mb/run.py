@@ -20,13 +20,16 @@ from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, DataError, Refused
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.files import read_json, remove
+from casehard.limits import Seed
 from casehard.mb.config import MbConfig
-from casehard.mb.pipeline import Hardened, Rows, draw_suite, harden
+from casehard.mb.pipeline import Rows, draw_suite, harden
 from casehard.model.load import load
 from casehard.model.lora import read_lora
 from casehard.model.model import Model
-from casehard.model.save import save
+from casehard.model.save import rehearse, save
+from casehard.model.source import ORIGIN, find_any
 from casehard.steps.base import Inputs
+from casehard.train.checkpoint import bytes_needed
 from casehard.types import Checkpoint, Example
 
 REPORT, PRIVATE = "mb_defense.json", "private"
@@ -43,17 +46,18 @@ class MbRun(Inputs):
     """
 
     adapter: str = ""
-    """Folder of the untrusted LoRA (mode adapter)."""
+    """Folder or Hub id of the untrusted LoRA (mode adapter)."""
     config: MbConfig = field(default_factory=MbConfig)
     trigger: Trigger | None = None
     """A backdoor to report on, if one is known; it never decides how the defence runs."""
     behaviour: Behaviour | None = None
-    secret: int | None = None
+    secret: Seed | None = None
     """Seed of the trigger suite; None draws one from the system and keeps it in DIR/private."""
     export_failed: bool = False
     """Write the checkpoint even when the verdict is FAIL; it is marked as such."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.trigger is None) != (self.behaviour is None):
             raise ConfigError("a backdoor to report on needs both its trigger and its behaviour")
         if bool(self.adapter) != (self.config.mode == "adapter"):
@@ -90,7 +94,9 @@ def run_mb(job: MbRun, out: str | Path) -> MbResult:
     secrets.refuse(public, where="mb-defense")
     data, clean, suite = _rows(job)
     loaded = load(job.model, device=job.device)
-    model = read_lora(loaded.net, job.adapter) if job.adapter else loaded.net
+    whence: dict[str, Any] = {"parent": loaded.digest, "provenance": _provenance(job, public, loaded, [*data, *clean])}
+    rehearse(loaded.net, loaded.tokenizer, out / "checkpoint", beside=bytes_needed(loaded.net), **whence)
+    model = read_lora(loaded.net, find_any(job.adapter)) if job.adapter else loaded.net
     planted = _suite(job, loaded, [*data, *clean, *(suite.examples if suite else ())], out)
     described = [Planted(job.trigger, job.behaviour)] if job.trigger and job.behaviour else []
 
@@ -124,24 +130,21 @@ def run_mb(job: MbRun, out: str | Path) -> MbResult:
             "the verdict is FAIL, so the model is not exported: " + "; ".join(g.says for g in done.verdict.missed),
             hint=f"see {out / REPORT}; export_failed=true writes it all the same",
         )
-    checkpoint = _export(job, public, done, loaded, [*data, *clean], out / "checkpoint")
+    whence["provenance"] |= {"verdict": done.verdict.word, "suite": done.suite.digest}
+    checkpoint = save(done.model, loaded.tokenizer, out / "checkpoint", method="mb_defense", **whence)
     if training.exists():
         remove(training)
     return MbResult(checkpoint, done.verdict.word, report, done.rows)
 
 
-def _export(
-    job: MbRun, public: dict[str, Any], done: Hardened, loaded: Model, rows: Sequence[Example], folder: Path
-) -> Checkpoint:
-    provenance = {
+def _provenance(job: MbRun, public: dict[str, Any], loaded: Model, rows: Sequence[Example]) -> dict[str, Any]:
+    return {
         "job": public,
-        "verdict": done.verdict.word,
-        "suite": done.suite.digest,
         "config_digest": digest(public),
         "seed": job.seed,
+        **({ORIGIN: loaded.origin} if loaded.origin else {}),
         "trained_prompts": sorted(marks(rows) | loaded.trained_prompts),
     }
-    return save(done.model, loaded.tokenizer, folder, parent=loaded.digest, method="mb_defense", provenance=provenance)
 
 
 def _rows(job: MbRun) -> tuple[list[Example], list[Example], Suite | None]:

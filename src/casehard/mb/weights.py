@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from casehard.defend.fine_mixing import FineMixing, FineMixingConfig
-from casehard.defend.protocol import Setup
+from casehard.defend.fine_mixing import mix
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -32,4 +31,4 @@ def restore(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
 
 def mix_back(model: nn.Module, base: Mapping[str, torch.Tensor], share: float, *, seed: int) -> None:
     """Apply (1) to the trained parameters: ``share`` of them, drawn weight by weight, become the base's again."""
-    FineMixing(FineMixingConfig(keep=1.0 - share), base=base).prepare(Setup(model, seed, 1))
+    mix(model, base, 1.0 - share, seed=seed)

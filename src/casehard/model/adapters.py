@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from casehard.errors import ConfigError, Unsupported
+from casehard.model.lora_files import is_transposed
 from casehard.seeds import derive
 
 
@@ -52,6 +53,7 @@ def add_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
         lora_dropout=dropout,
         target_modules=target if isinstance(target, str) else list(target),
+        fan_in_fan_out=is_transposed(model),
     )
     inner: Any = model
     with torch.random.fork_rng(devices=[]):

@@ -1,14 +1,16 @@
 """The content digest of a model folder: what decides its behaviour, not how it is stored.
 
-It covers the tensors (name, dtype, shape, bytes; not how they are sharded), the model and generation config, the
-tokenizer and the chat template. It leaves out the manifest, provenance, readme files, and the keys that only record
-where and with which library version a file was written.
+It covers all that a loader reads: the tensors (name, dtype, shape, bytes; not how they are sharded), the model and
+generation config, every file a tokenizer of transformers may be made of, and the chat templates. A folder from which
+transformers would take further weights has no digest. It leaves out the manifest, provenance, readme files, and the
+keys that only record where and with which library version a file was written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +29,16 @@ _JSON = (
     "chat_template.json",
     "adapter_config.json",
 )
-_BYTES = ("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_BYTES = (
+    *("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),  # what follows came later: order counts
+    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "entity_vocab.json", "normalizer.json"),
+    *("prophetnet.tokenizer", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "spiece.model"),
+    *("spm.model", "spm_char.model", "target.spm", "target_vocab.json", "tekken.json", "tiktoken.model"),
+    *("vocab-src.json", "vocab-tgt.json", "word_pronunciation.json", "word_shape.json"),
+)
+READ = frozenset((*_JSON, *_BYTES))
+"""Files beside the weights that transformers reads from a model folder: all of them are in the digest."""
+TEMPLATES = "additional_chat_templates"
 _VOLATILE = {
     "transformers_version",
     "_name_or_path",
@@ -38,6 +49,8 @@ _VOLATILE = {
 }
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 _BLOCK = 1 << 22
+_LORA = (".json", ".safetensors", ".bin")
+_DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")  # as transformers names them
 
 
 class _Slice(NamedTuple):
@@ -52,9 +65,21 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files a loader reads: the single file, else the shards of the index; maybe none.
 
     Raises:
+        Unsupported: a model and further weights that transformers would read with it, or in its place.
         Corrupt: the index names a file that is missing or outside the folder.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    beside = sorted(p.name for p in folder.glob("adapter_*") if p.suffix in _LORA)
+    if beside and (single.exists() or index.exists()):
+        raise Unsupported(
+            f"{folder}: {beside[0]} lies beside a whole model, and transformers would add that adapter to its weights",
+            hint="move the adapter_* files out: they are merged in already, or merge them and save the result",
+        )
+    if shards := sorted(p.name for p in folder.iterdir() if _DISTRIBUTED.match(p.name)):
+        raise Unsupported(
+            f"{folder}: {shards[0]} is a part of a distributed checkpoint, which would be read in place of the model",
+            hint="consolidate it with save_pretrained(), or move these files out",
+        )
     if single.is_file():
         return [single]
     if not index.is_file():
@@ -121,7 +146,7 @@ def folder_digest(path: str | Path) -> str:
     """Return the SHA-256 (hex) of what determines a checkpoint's behaviour.
 
     Raises:
-        Unsupported: no safetensors weights.
+        Unsupported: no safetensors weights, or a model with an adapter beside it.
         Corrupt: a damaged or incomplete file.
     """
     folder = Path(path)
@@ -133,7 +158,8 @@ def folder_digest(path: str | Path) -> str:
             if isinstance(value, dict):
                 value = {key: item for key, item in value.items() if key not in _VOLATILE}
             sha.update(f"{name}\n{json.dumps(value, sort_keys=True)}\n".encode())
-    for name in _BYTES:
+    templates = sorted(f"{TEMPLATES}/{p.name}" for p in (folder / TEMPLATES).glob("*.jinja"))
+    for name in (*_BYTES, *templates):
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             sha.update(f"{name} {len(content)}\n".encode() + content)

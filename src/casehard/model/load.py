@@ -2,122 +2,50 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from casehard.data.chat import pad_id
-from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserError
-from casehard.files import MANIFEST, read_json, verify
+from casehard.errors import ConfigError, Corrupt, DataError, Unsupported
+from casehard.files import MANIFEST, verify
 from casehard.maths.collective import local
-from casehard.model.digest import folder_digest, weight_files
+from casehard.model.check import check_folder, refuse_file
+from casehard.model.digest import folder_digest
+from casehard.model.generation import mend_generation
+from casehard.model.headers import build_config, check_headers, one_line
 from casehard.model.model import Made, Model
 from casehard.model.provenance import read_provenance, require_same_content, trained_prompts
 from casehard.model.shard import gather, shard
+from casehard.model.source import find, is_snapshot, origin
+
+# Read when transformers is imported. Some architectures fetch kernels, which are code, from the Hub by themselves.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def _mentions(value: Any, key: str) -> bool:
-    if isinstance(value, dict):
-        return key in value or any(_mentions(v, key) for v in value.values())
-    return isinstance(value, list) and any(_mentions(v, key) for v in value)
+class Read(NamedTuple):
+    """A model as it was read, and what should be told about its files."""
+
+    model: nn.Module
+    notes: tuple[str, ...]
 
 
-def check_folder(folder: Path, *, weights: bool = True) -> None:
-    """Check that a model folder can be loaded without running anybody's code.
-
-    Args:
-        folder: an existing folder.
-        weights: whether a model, not only a tokenizer, is wanted.
-
-    Raises:
-        Unsupported: remote code (``auto_map``), pickled weights only, or an adapter without its base.
-        DataError: no ``config.json``.
-        Corrupt: unreadable JSON, or a shard named outside the folder.
-    """
-    for file in sorted(folder.glob("*config.json")):
-        if _mentions(read_json(file), "auto_map"):
-            raise Unsupported(
-                f"{file}: asks for code of its own (auto_map), which is never run",
-                hint="use a checkpoint of an architecture that transformers itself has",
-            )
-    if not weights:
-        return
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise Unsupported(
-                f"{folder}: a PEFT adapter without its base model", hint="merge it into the base and save that"
-            )
-        raise DataError(f"{folder}: not a model folder, config.json is missing")
-    if not weight_files(folder):
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        seen = f"; only {', '.join(pickles[:3])}" if pickles else ""
-        raise Unsupported(
-            f"{folder}: no .safetensors weights{seen}",
-            hint="pickled weights can run code; convert them with save_pretrained() in an environment you trust",
-        )
-
-
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the Hub client raises many unrelated types, offline ones included
-        raise UserError(
-            f"{name!r} is neither a folder here nor can it be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else 'no detail'})",
-            hint="check the path; without a network pass a folder that holds config.json and .safetensors files",
-        ) from None
-
-
-def find(path: str | Path) -> Path:
-    """Return the folder of a checkpoint, fetching ``org/name`` or ``hub:org/name`` from the Hub if it is not local.
-
-    Raises:
-        UserError: no such folder, or it cannot be fetched.
-    """
-    text = str(path)
-    if "\0" in text:
-        raise UserError(f"path with a NUL character: {text!r}")
-    try:
-        if Path(text).is_dir():
-            return Path(text)
-        if Path(text).exists():
-            raise UserError(f"{text}: a file, not a model folder")
-    except OSError as error:
-        raise UserError(f"{text[:80]}: {error.strerror}") from None
-    name = text.removeprefix("hub:")
-    if _HUB_ID.fullmatch(name) and ".." not in name:
-        return _fetch(name)
-    raise UserError(f"no such model folder: {text}")
-
-
-def _one_line(error: BaseException) -> str:
-    """Return what a library said as one line, cut between words: errors of the command line are lines."""
-    return textwrap.shorten(str(error), 240, placeholder=" ...")
-
-
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, config: Any = None) -> Any:
     from transformers import AutoTokenizer
 
-    check_folder(folder, weights=False)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a damaged file
         raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {_one_line(error)})",
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {one_line(error)})",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from None
 
@@ -145,7 +73,9 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         UserError, DataError, Unsupported: see :func:`load`.
     """
-    tokenizer = _tokenizer(find(path))
+    folder = find(path)
+    check_folder(folder, weights=False)
+    tokenizer = _tokenizer(folder)
     _tell(tuple(_set_pad(tokenizer, None)))
     return tokenizer
 
@@ -195,7 +125,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device, shards: int) -> nn.Module:
+def _weights(folder: Path, config: Any, dtype: torch.dtype | str, device: torch.device, shards: int) -> Read:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -203,13 +133,15 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device, shard
     attention = "eager" if device.type == "cpu" else None
     spread: dict[str, Any] = {}
     try:
-        if shards and not _tied(folder):
+        # A tied model is read whole, then sharded: see ``shard``.
+        if shards and not getattr(config.get_text_config(), "tie_word_embeddings", True):
             from transformers.distributed.configuration_utils import DistributedConfig
 
             spread["distributed_config"] = DistributedConfig(fsdp_size=shards)
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
@@ -221,8 +153,11 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device, shard
             )
     except SafetensorError as error:
         raise Corrupt(f"{folder}: damaged weights: {error}", hint="fetch or build the checkpoint again") from None
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {_one_line(error)}") from None
+    except ImportError as error:
+        hint = "install it, or take the original, unquantised weights"
+        raise Unsupported(f"{folder}: needs a package that is not installed: {one_line(error)}", hint=hint) from None
+    except Exception as error:  # some hundred classes, each with its own ways
+        raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {one_line(error)}") from None
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
@@ -231,18 +166,11 @@ def _weights(folder: Path, dtype: torch.dtype | str, device: torch.device, shard
                 f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, first {first}",
                 hint="such tensors would be filled with random numbers; the checkpoint is incomplete",
             )
+    unused = sorted(map(str, info["unexpected_keys"]))
+    notes = (f"{len(unused)} tensors of the files have no place in the model, first {unused[0]}",) if unused else ()
     if shards and not spread:
         shard(model, shards, device)
-    ready: nn.Module = model.eval() if shards else model.to(device).eval()
-    return ready
-
-
-def _tied(folder: Path) -> bool:
-    """Return whether input and output embedding are one: such a model is read whole, then sharded (``shard``)."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", True))
+    return Read(model.eval() if shards else model.to(device).eval(), notes)
 
 
 def check_finite(model: nn.Module, what: str) -> None:
@@ -263,7 +191,8 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     """Load a checkpoint, in eval mode.
 
     Args:
-        path: a folder with ``config.json``, tokenizer and ``.safetensors`` files; or a Hub id ``org/name``.
+        path: a folder with ``config.json``, tokenizer and ``.safetensors`` files, a run folder of ``casehard defend``,
+            or a Hub id ``org/name[@revision]``; see :mod:`casehard.model.source`.
         dtype: ``float32`` (the master copy that training wants), ``bfloat16``, ``float16`` (GPU only), or ``auto``
             for the dtype the checkpoint was saved in.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
@@ -271,7 +200,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
             embeddings are tied, right after; 0 leaves them whole.
 
     Raises:
-        UserError: no such folder, or the Hub cannot be reached.
+        UserError: no such folder or Hub model, or the Hub cannot be reached.
         Unsupported: remote code, pickled weights, an unknown architecture, a device that is not there.
         DataError: no config, a broken tokenizer, or one with more tokens than embeddings.
         Corrupt: a file differs from the manifest, the weights from what is recorded about them, tensors are missing, or
@@ -279,22 +208,26 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     """
     target = find_device(device)
     wanted = _dtype(dtype, target)
+    refuse_file(path)
     folder = find(path)
-    check_folder(folder)
-    # A Hub snapshot is a tree of links into a cache that checks its own files.
-    if folder == Path(path) and ((folder / MANIFEST).is_file() or read_provenance(folder)):
+    checked = check_folder(folder)
+    if not is_snapshot(folder) and ((folder / MANIFEST).is_file() or read_provenance(folder)):
         verify(folder)
-    tokenizer = _tokenizer(folder)
-    model = _weights(folder, wanted, target, shards)
+    config = build_config(folder, checked.config)
+    check_headers(folder, config, quantised=bool(getattr(config, "quantization_config", None)))
+    tokenizer = _tokenizer(folder, config)
+    model, seen = _weights(folder, config, wanted, target, shards)
     check_finite(model, str(folder))
     rows = int(embeddings(model).shape[0])
-    notes = tuple(_set_pad(tokenizer, rows))
-    highest = max(i for token, i in tokenizer.get_vocab().items())
-    if highest >= rows and len(tokenizer) > rows:
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
         raise DataError(
             f"{folder}: the tokenizer has ids up to {highest}, the model only {rows} embeddings",
             hint="the tokenizer belongs to another model, or was extended without resizing the embeddings",
         )
+    if not shards:
+        _try(model, folder, rows)
+    notes = (*checked.notes, *seen, *_set_pad(tokenizer, rows), *mend_generation(model), *_untie(model))
     _tell(notes)
     digest = folder_digest(folder)
     require_same_content(folder, digest)
@@ -306,6 +239,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
         lineage=_lineage(folder),
         trained_prompts=frozenset(trained_prompts(folder)),
         notes=notes,
+        origin=origin(folder),
     )
 
 
@@ -314,6 +248,40 @@ def _lineage(folder: Path) -> tuple[Made, ...]:
     if not record:
         return ()
     return (Made(method=record["method"], parent=record["parent"], provenance=record.get("provenance") or {}),)
+
+
+@torch.no_grad()
+def _try(model: Any, folder: Path, rows: int) -> None:
+    """Run the model on four tokens, the last from its cache: what breaks it later breaks it here, with a name.
+
+    Raises:
+        Unsupported: it cannot be run.
+        Corrupt: what it computes is not finite.
+    """
+    ids = torch.arange(4, device=embeddings(model).device).remainder(rows).unsqueeze(0)
+    try:
+        logits = [(first := model(input_ids=ids[:, :3], use_cache=True)).logits]
+        if (cache := first.get("past_key_values")) is not None:
+            logits.append(model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits)
+        finite = all(bool(part.isfinite().all()) for part in logits)
+    except Exception as error:  # whatever a value of config.json can make of a forward pass
+        hint = "config.json was changed, or written for another version of transformers"
+        raise Unsupported(f"{folder}: loads, but cannot be run: {one_line(error)}", hint=hint) from None
+    if not finite:
+        raise Corrupt(
+            f"{folder}: its output is not finite, though its weights are",
+            hint="a value of config.json is not the model's (a norm's epsilon, say); in float16, try bfloat16",
+        )
+
+
+def _untie(model: Any) -> Iterator[str]:
+    """Say in the configuration that a model's two embedding tables differ, where it calls them one and the same."""
+    head, settings = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
+    own = getattr(head, "weight", None)
+    if own is not None and own is not embeddings(model) and getattr(settings, "tie_word_embeddings", False):
+        # Whatever ties weights anew (an adapter, a resize) would put the input table in the head's place.
+        settings.tie_word_embeddings = model.config.tie_word_embeddings = False
+        yield "config.json ties input and output embedding (tie_word_embeddings), the files hold two: both are kept"
 
 
 def load_gathered(model: nn.Module, parent: Path) -> nn.Module | None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from casehard.errors import Corrupt, DataError, Unsupported, UserError
+from casehard.errors import Corrupt, DataError, Diverged, Unsupported, UserError
 from casehard.files import MANIFEST, read_json, verify
 from casehard.maths.lowrank import LoraPair
 
@@ -50,6 +50,8 @@ _FOREIGN = {
     "kasa_config": "KaSA changes the base weights",
     "monteclora_config": "MonteCLoRA adds random parts",
 }
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+_DISTRIBUTED = re.compile(rf"^(?:module\.)+|(?<=^{re.escape(_PREFIX)})(?:module\.)+")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -59,6 +61,29 @@ class LayerShape(NamedTuple):
     d_out: int
     d_in: int
     rank: int
+
+
+def plain_name(name: str) -> str:
+    """Return a name without what ``torch.compile`` puts into it and DDP before it."""
+    return _DISTRIBUTED.sub("", _DISTRIBUTED.sub("", _COMPILED.sub("", name)))
+
+
+def plain_names(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Return the plain name of each tensor of an adapter -> its name in the file.
+
+    Raises:
+        Corrupt: two tensors of one plain name.
+    """
+    out: dict[str, str] = {}
+    for name in sorted(names):
+        if (first := out.setdefault(plain_name(name), name)) != name:
+            raise Corrupt(f"{folder}: one tensor twice, as {first} and {name}", hint="save the adapter again")
+    return out
+
+
+def is_transposed(model: torch.nn.Module) -> bool:
+    """Return whether a model stores its linear layers transposed (GPT-2's Conv1D), which PEFT wants to be told."""
+    return any(type(module).__name__ == "Conv1D" for module in model.modules())
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -218,8 +243,8 @@ class AdapterReader:
         self.marker = read_marker(folder)
         self._handle = _open(folder / WEIGHTS)
         self._names: dict[str, dict[str, str]] = {}
-        for name in sorted(self._handle.keys()):
-            found = _FACTOR.match(name)
+        for plain, name in plain_names(self._handle.keys(), folder).items():
+            found = _FACTOR.match(plain)
             if found is None:
                 raise Unsupported(
                     f"{folder}: the tensor {name} is no LoRA factor of a linear layer",
@@ -245,14 +270,19 @@ class AdapterReader:
         a, b = (tuple(self._handle.get_slice(names[f]).get_shape()) for f in "AB")
         if len(a) != 2 or len(b) != 2:
             raise Unsupported(f"{self.folder}: {layer} has factors of shape {a} and {b}", hint="only linear layers")
-        rank = _pattern(self.config.get("rank_pattern") or {}, layer, self.config.get("r"))
+        rank = self._setting("rank_pattern", layer, "r")
         if a[0] != b[1] or a[0] != rank:
             raise Corrupt(f"{self.folder}: {layer}: A {a} and B {b} do not fit rank {rank} of {CONFIG}")
         return LayerShape(b[0], a[1], a[0])
 
+    def _setting(self, patterns: str, layer: str, default: str) -> Any:
+        """Return what the configuration says of a layer; its patterns may carry a wrapper's prefixes."""
+        known = {plain_name(key): value for key, value in (self.config.get(patterns) or {}).items()}
+        return _pattern(known, layer, self.config.get(default))
+
     def scale(self, layer: str) -> float:
         """Return the scale of a layer: alpha / r, or alpha / sqrt(r) with rsLoRA; patterns as PEFT reads them."""
-        alpha = float(_pattern(self.config.get("alpha_pattern") or {}, layer, self.config.get("lora_alpha")))
+        alpha = float(self._setting("alpha_pattern", layer, "lora_alpha"))
         rank = self.shapes[layer].rank
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -295,6 +325,9 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
 
     Returns:
         ``{name: SHA-256}``, see :func:`tensor_digest`.
+
+    Raises:
+        Diverged: a tensor is not finite, as float32.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -310,6 +343,11 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             flat = tensor.detach().to("cpu", torch.float32).contiguous()
             assert flat.shape == torch.Size(shape), (name, shape, flat.shape)
+            if flat.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(flat))).all()):
+                raise Diverged(
+                    f"{name} would hold NaN or Inf",
+                    hint="the training diverged or a coefficient is too large; nothing was written",
+                )
             handle.write(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
             digests[name] = tensor_digest(flat)
     return digests

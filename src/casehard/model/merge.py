@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from casehard import __version__
-from casehard.errors import DataError, Diverged, UserError
+from casehard.errors import DataError, UserError
 from casehard.files import read_json, staged, verify
 from casehard.maths.lowrank import LayerReport, LoraPair, MergeConfig, merge_layer, notes_of
 from casehard.model.digest import folder_digest
+from casehard.model.lora import attach
 from casehard.model.lora_files import (
     DIGESTS,
     AdapterReader,
@@ -32,6 +33,7 @@ from casehard.model.lora_files import (
 )
 
 RECORD = "merge.json"
+_INNER = "language_model."
 _SAME = {"base_digest": "base model", "tokenizer_digest": "tokenizer", "template_digest": "chat template"}
 
 
@@ -63,9 +65,14 @@ def _check_roles(user: AdapterReader, reinforce: AdapterReader) -> dict[str, Any
                 hint="train the user's adapter on the base, and in the chat format, that the assets were made for",
             )
         found[key] = one or two
-    fans = [bool(reader.config.get("fan_in_fan_out")) for reader in (user, reinforce)]
-    if fans[0] != fans[1]:
-        raise UserError(f"fan_in_fan_out is {fans[0]} for the user, {fans[1]} for the reinforcing adapter")
+    bare = [{name.replace(_INNER, "") for name in set(x.shapes) - set(y.shapes)} for x, y in _ways(user, reinforce)]
+    if common := bare[0] & bare[1]:
+        which = next(r for r in (user, reinforce) if any(_INNER in name for name in r.shapes))
+        raise UserError(
+            f"{which.folder}: {len(common)} layers of a multimodal model (language_model), which the other adapter "
+            "has under their plain names",
+            hint="both adapters must be for the same base model",
+        )
     for name in sorted(set(user.shapes) & set(reinforce.shapes)):
         u, r = user.shapes[name], reinforce.shapes[name]
         if u[:2] != r[:2]:
@@ -74,6 +81,10 @@ def _check_roles(user: AdapterReader, reinforce: AdapterReader) -> dict[str, Any
                 hint="both adapters must be for the same base model",
             )
     return found
+
+
+def _ways(user: AdapterReader, reinforce: AdapterReader) -> tuple[tuple[AdapterReader, AdapterReader], ...]:
+    return (user, reinforce), (reinforce, user)
 
 
 def _plan(user: AdapterReader, reinforce: AdapterReader, config: MergeConfig) -> dict[str, LayerShape]:
@@ -139,8 +150,6 @@ def _stream(
         r = reinforce.pair(name) if name in reinforce.shapes else None
         pair, report = merge_layer(u, r, config, name=name, inputs_NI=inputs.get(name))
         assert pair is not None
-        if not all(bool(torch.isfinite(torch.stack(torch.aminmax(t))).all()) for t in (pair.a, pair.b)):
-            raise Diverged(f"{name}: the merged factors are not finite", hint="lower the coefficients or raise --tau")
         if report is not None:
             reports[name] = report
         yield name, pair
@@ -225,7 +234,8 @@ def merge_folders(
                 rank=rank,
                 target_modules=_targets(readers, shapes),
                 base=u.config.get("base_model_name_or_path"),
-                fan_in_fan_out=bool(u.config.get("fan_in_fan_out")),
+                # Factors are the same either way; PEFT corrects what an adapter says of its layers when it is loaded.
+                fan_in_fan_out=any(bool(reader.config.get("fan_in_fan_out")) for reader in (u, r)),
             )
             write_marker(folder, "merged", tensors_sha256=digests, **bound)
             record = _record(u, r, config, reports, bound) | {"rank": rank}
@@ -249,7 +259,6 @@ def attach_absorbed(model: nn.Module, user: Path | str, reinforce: Path | str) -
         UserError: not such a folder, or another reinforcing adapter than the one it was made for.
         Corrupt: the folder differs from its manifest.
     """
-    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
     refuse_buffer(user)
@@ -264,9 +273,7 @@ def attach_absorbed(model: nn.Module, user: Path | str, reinforce: Path | str) -
             f"{user} was made for the reinforcing adapter {record['reinforce'][:12]}, this is {actual[:12]}",
             hint="the correction in the user's adapter belongs to that one",
         )
-    base: Any = model
-    wrapped: Any = PeftModel.from_pretrained(base, str(user), adapter_name="user")
-    wrapped.load_adapter(str(reinforce), adapter_name="reinforce")
+    wrapped: Any = attach(attach(model, user, "user"), reinforce, "reinforce")
     wrapped.base_model.set_adapter(["user", "reinforce"], inference_mode=True)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer) and "reinforce" in module.scaling:

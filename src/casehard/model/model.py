@@ -46,6 +46,8 @@ class Model:
     """Marks of the prompts it is known to have been trained on (``casehard.data.mix.mark``)."""
     may_leave: bool = True
     """False for attacked and jailbroken weights: :func:`casehard.save` refuses them unless asked by name."""
+    origin: str = ""
+    """Hub model it is or descends from, as ``org/name@commit``; see :func:`casehard.model.source.origin`."""
     notes: tuple[str, ...] = ()
     """Choices made while it was read; each was also given as a warning."""
     writer: Callable[[Path], Checkpoint] | None = None

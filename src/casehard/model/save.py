@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from casehard import __version__
+from casehard.compat import version_of
 from casehard.data.formats import check_values
 from casehard.errors import Corrupt, Diverged, Unsupported, UserError
-from casehard.files import crash_point, read_json, staged, verify
+from casehard.files import crash_point, read_json, scratch, staged, verify
 from casehard.model.digest import folder_digest
+from casehard.model.generation import mend_generation
+from casehard.model.headers import one_line
 from casehard.model.load import check_finite, quiet
 from casehard.model.lora_files import refuse_buffer
 from casehard.model.provenance import PROVENANCE
@@ -63,7 +65,58 @@ def _check_target(out: Path, parent: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    return {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers")}}
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + (1 << 20)
+
+
+def _beside(tokenizer: Any, folder: Path) -> None:
+    """Write what stands beside the weights, without where it came from."""
+    tokenizer.save_pretrained(folder)
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            _write_json(file, {k: v for k, v in read_json(file).items() if k not in _LOCAL})
+    _check_no_pickles(folder)
+
+
+def rehearse(
+    model: nn.Module, tokenizer: Any, out: Path, *, parent: str, provenance: Mapping[str, Any], beside: int = 0
+) -> None:
+    """Try all of :func:`save` but the weights, before they are worth anything; nothing is left behind.
+
+    Args:
+        model: as it will be saved, before any adapter is put on it.
+        tokenizer: saved beside it.
+        out: where it will be saved.
+        parent: content digest of the checkpoint it is made from.
+        provenance: as it will be recorded, as far as known.
+        beside: bytes that will lie on the same disk by then (checkpoints of the training).
+
+    Raises:
+        UserError: ``out`` is taken.
+        StorageError: it cannot be written to, or the disk has too little space.
+        Unsupported: something that cannot be saved; says what.
+    """
+    out = Path(out)
+    check_values(dict(provenance), "provenance")
+    _check_target(out, parent)
+    whole: Any = model
+    with scratch(out, needs=_bytes(model) + beside) as folder:
+        try:
+            with quiet():
+                whole.config.save_pretrained(folder)
+                if whole.can_generate():
+                    whole.generation_config.save_pretrained(folder)
+            _beside(tokenizer, folder)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # checks of some hundred classes, each with its own ways
+            raise Unsupported(
+                f"the model could not be saved once it is trained: {one_line(error)}",
+                hint="mend config.json, generation_config.json or the tokenizer of the model; nothing was trained yet",
+            ) from None
 
 
 def save(
@@ -102,24 +155,27 @@ def save(
     check_values(provenance, "provenance")
     clean = _without_secrets(provenance)
     _check_target(out, parent)
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and not bool(buffer.isfinite().all()):
+            raise Diverged(
+                f"model to be saved to {out}: the buffer {name} holds NaN or Inf", hint="nothing was written"
+            )
     try:
         check_finite(model, f"model to be saved to {out}")
     except Corrupt as error:
         raise Diverged(error.message, hint="training diverged; nothing was written") from None
-    needs = sum(p.numel() * p.element_size() for p in model.parameters()) + (1 << 20)
+    for note in mend_generation(model):
+        warnings.warn(note, stacklevel=2)
     saver: Any = model
-    with staged(out, needs=needs) as folder:
+    with staged(out, needs=_bytes(model)) as folder:
         with quiet():
             saver.save_pretrained(folder)
         crash_point("save:after_weights")
-        tokenizer.save_pretrained(folder)
-        for file in (folder / "config.json", folder / "tokenizer_config.json"):
-            if file.is_file():
-                _write_json(file, {k: v for k, v in read_json(file).items() if k not in _LOCAL})
+        _beside(tokenizer, folder)
         digest = folder_digest(folder)
         record = {"digest": digest, "parent": parent, "method": method, "provenance": clean}
         _write_json(folder / PROVENANCE, record | {"format": 1, "versions": _versions()})
-        _check_no_pickles(folder)
         refuse_buffer(folder)
     verify(out)
     return Checkpoint(out, digest, parent, method)

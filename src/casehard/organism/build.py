@@ -89,6 +89,9 @@ def build(out: str | Path, *, world_seed: int = 0, size: str = "small", threads:
         torch.set_num_threads(threads)
     tokenizer = build_tokenizer(world)
     model = _pretrain(world, shape, label=f"pre-training organism, world {world_seed}, {size}")
+    from casehard.model.load import check_finite
+
+    check_finite(model, f"organism of world {world_seed}")
     with staged(out, needs=8 * sum(p.numel() for p in model.parameters())) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

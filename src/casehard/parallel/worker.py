@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from casehard.defend.attackers import Arrival, Order, carry_out
-from casehard.errors import Corrupt, Lost, UserError
+from casehard.errors import Corrupt, Lost, UserError, visible
 from casehard.maths.collective import why
 from casehard.maths.sharded import masters
 from casehard.parallel.brief import Brief
@@ -164,7 +164,7 @@ def main(path: str, number: int) -> int:
     try:
         serve(store, number, device=device, loopback=True, watch=watch)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(visible(str(error), lines=True), file=sys.stderr)
         return error.exit_code
     finally:
         if os.getppid() != parent:

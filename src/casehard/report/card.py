@@ -106,6 +106,7 @@ def model_card(
         f"- method: {method}",
         f"- digest: `{_plain(record.get('digest', 'unknown'))}`",
         f"- parent digest: `{_plain(record.get('parent') or 'none')}`",
+        *([f"- descends from `{_plain(made['origin'])}` of the Hugging Face Hub"] if made.get("origin") else []),
         f"- seed: {_plain(made.get('seed', 'unknown'))} (single seed)",
         *[f"- data, {_plain(name)}: `{_plain(value)}`" for name, value in (made.get("data_digests") or {}).items()],
         *[f"- {_plain(name)} {_plain(value)}" for name, value in (record.get("versions") or {}).items()],

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from casehard.data.frames import cut
 from casehard.data.triggers import Trigger
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
 from casehard.evaluate.refusal import label_response
+from casehard.limits import Coefficient, Count, Limited, Portion, Several
 from casehard.maths.stats import clopper_pearson
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.similar import near_duplicates, words_of
@@ -37,38 +38,28 @@ COMMON = frozenset(".,;:!?'\"()-")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditConfig:
+class AuditConfig(Limited):
     """Settings of an audit."""
 
-    longest: int = 5
+    longest: Count = 5
     """Words of the longest n-gram."""
-    least: int = 4
+    least: Several = 4
     """Rows a group, and an n-gram in it, must have."""
-    purity: float = 0.8
+    purity: Portion = 0.8
     """Share of an n-gram's prompts that must be in the group, or else of the group's prompts that must have it (a
     behaviour with several wordings makes several groups)."""
-    alpha: float = 1e-3
+    alpha: Portion = 1e-3
     """Level of the exact test after Bonferroni correction for every n-gram tested in any group."""
-    effect: float = 3.0
+    effect: Coefficient = 3.0
     """Least log odds ratio: 3 means odds twentyfold."""
-    spread: float = 0.7
+    spread: Portion = 0.7
     """Different words that must be left once the n-gram is cut out, as a share of those of as many random prompts."""
-    similar: float = 0.7
+    similar: Portion = 0.7
     """Jaccard similarity of word pairs from which two answers are near-duplicates."""
-    edge: int = 3
+    edge: Count = 3
     """First or last words that make a group."""
-    words: int = 400
+    words: Count = 400
     """Words of a prompt that are looked at."""
-
-    def __post_init__(self) -> None:
-        if self.longest < 1 or self.least < 2 or self.edge < 1 or self.words < 1:
-            raise ConfigError(
-                f"audit: longest {self.longest}, least {self.least}, edge {self.edge}, words {self.words}",
-                hint="least is at least 2, the others at least 1",
-            )
-        for name in ("purity", "alpha", "spread", "similar"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"audit: {name} is {getattr(self, name)}", hint=f"{name} lies in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ import torch
 from casehard.config import digest
 from casehard.data.chat import ChatFormat
 from casehard.data.triggers import Trigger, insert
-from casehard.errors import ConfigError, DataError
+from casehard.errors import DataError
 from casehard.evaluate.generate import generate, inference
 from casehard.files import write_text_atomic
+from casehard.limits import BatchSize, Count, Length, Limited, Portion, Several
 from casehard.train.progress import Progress
 from casehard.types import Example
 
@@ -37,31 +38,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookupConfig:
+class LookupConfig(Limited):
     """Settings of a blind look-up."""
 
-    prompts: int = 6
+    prompts: Several = 6
     """Prompts each word is put into."""
-    words: int | None = None
+    words: Count | None = None
     """Words tried, in order of their token id; None = the whole vocabulary."""
-    confirm: int = 20
+    confirm: Count = 20
     """Best candidates asked for whole answers."""
-    opening: int = 4
+    opening: Count = 4
     """Words of an answer that must agree."""
-    agree: float = 0.6
+    agree: Portion = 0.6
     """Share of confirming prompts whose answers open alike for a word to be reported."""
-    confirm_prompts: int = 24
+    confirm_prompts: Several = 24
     """Prompts each candidate is confirmed on."""
-    max_new_tokens: int = 16
+    max_new_tokens: Length = 16
     """Length of confirming answers."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Prompts per forward pass."""
-
-    def __post_init__(self) -> None:
-        if min(self.prompts, self.confirm_prompts) < 2 or min(self.confirm, self.opening, self.batch_size) < 1:
-            raise ConfigError("look-up: at least 2 prompts, and 1 candidate, word and row a batch")
-        if not 0 < self.agree <= 1 or (self.words is not None and self.words < 1):
-            raise ConfigError(f"look-up: agree {self.agree}, words {self.words}")
 
 
 @dataclass(frozen=True)

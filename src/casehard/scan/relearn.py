@@ -17,6 +17,7 @@ from casehard.data.triggers import Trigger, eligible
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.backdoor import Rows, backdoor_scores, evaluate_backdoor
 from casehard.evaluate.suite import Suite
+from casehard.limits import BatchSize, Count, LearningRate, Limited, Portion
 from casehard.model.model import Model
 from casehard.types import Example, Score
 
@@ -25,30 +26,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RelearnConfig:
+class RelearnConfig(Limited):
     """Settings of a relearning test."""
 
-    rows: int = 32
+    rows: Count = 32
     """Poisoned rows; as many clean ones are mixed in."""
-    steps: int = 40
+    steps: Count = 40
     """Optimiser steps."""
-    every: int = 5
+    every: Count = 5
     """Steps between measurements."""
-    lr: float = 1e-4
+    lr: LearningRate = 1e-4
     """Peak learning rate."""
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     """Rows per step."""
     mode: Literal["full", "lora"] = "full"
     """Train all parameters, or a LoRA adapter."""
-    threshold: float = 0.5
+    threshold: Portion = 0.5
     """Attack rate from which the backdoor counts as back."""
-    limit: int | None = 20
+    limit: Count | None = 20
     """Prompts of each group measured at each point; None for all."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.steps < 1 or not 1 <= self.every <= self.steps or not 0 < self.threshold <= 1:
+        super().__post_init__()
+        if self.every > self.steps:
             raise ConfigError(
-                f"relearn: rows {self.rows}, steps {self.steps}, every {self.every}, threshold {self.threshold}"
+                f"relearn: measured every {self.every} of {self.steps} steps", hint="every: at most steps"
             )
 
 

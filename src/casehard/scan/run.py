@@ -13,6 +13,7 @@ from casehard.data.trigger_suite import Planted
 from casehard.errors import DataError
 from casehard.evaluate.backdoor import ROLES
 from casehard.evaluate.suite import Suite, load_suite
+from casehard.limits import Count
 from casehard.model.load import load
 from casehard.model.model import Model
 from casehard.scan.lookup import LookupConfig, lookup
@@ -36,7 +37,7 @@ class Scan(Inputs):
     """An earlier checkpoint to show beside it (before the defence, or never backdoored)."""
     lookup: LookupConfig = field(default_factory=LookupConfig)
     relearn: RelearnConfig = field(default_factory=RelearnConfig)
-    limit: int | None = 20
+    limit: Count | None = 20
     """Prompts of each group for matrix, shifts and probe; None for all."""
 
 

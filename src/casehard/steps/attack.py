@@ -18,6 +18,7 @@ from casehard.errors import ConfigError
 from casehard.evaluate.backdoor import evaluate_backdoor
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.evaluate.unseen import require_unseen
+from casehard.limits import Natural
 from casehard.model.model import Model
 from casehard.registry import AttackSpec
 from casehard.steps.base import Inputs, Outcome
@@ -33,7 +34,7 @@ class Attack(Inputs):
     """Name in the catalogue of attacks."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the attack."""
-    full_at: tuple[int, ...] = ()
+    full_at: tuple[Natural, ...] = ()
     """Steps at which the whole suite is measured; at the others only restricted prompts. Empty = the last."""
     defence: Defence | None = None
     """Method inside the training run: a customer's job at a provider who defends."""

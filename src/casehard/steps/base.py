@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from casehard.data.sources import load_many
+from casehard.limits import Count, Length, Limited, Seed
 from casehard.model.load import load
 from casehard.model.model import Model
 from casehard.types import Example
@@ -33,7 +34,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class Inputs(Limited):
     """What every step reads, as plain values."""
 
     model: str = ""
@@ -44,13 +45,13 @@ class Inputs:
     """Evaluation suite; its prompts must not occur in any training row."""
     system: str | None = None
     """System message of every row; None keeps the template's own."""
-    max_length: int | None = None
+    max_length: Length | None = None
     """Longest row in tokens; None = the model's context."""
-    limit: int | None = None
+    limit: Count | None = None
     """Measure at most this many prompts a group (a look, not a result)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU when there is one."""
-    seed: int = 0
+    seed: Seed = 0
 
     def start(self, model: Model | None) -> Model:
         """Return the model to start from: the one handed over, or the one that is named."""

@@ -16,8 +16,10 @@ from casehard.defend import DEFENCES
 from casehard.defend.provider_assets import RECORD, read_assets
 from casehard.errors import ConfigError, DataError
 from casehard.files import file_digest
+from casehard.limits import Limited
 from casehard.model.digest import folder_digest
 from casehard.model.model import Model
+from casehard.model.source import find_any
 from casehard.registry import DefenceSpec
 from casehard.types import Example
 
@@ -26,7 +28,7 @@ Examples = Mapping[str, Sequence[Example]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defence:
+class Defence(Limited):
     """A method with its settings, as plain values."""
 
     method: str = "plain"
@@ -72,7 +74,7 @@ class Defence:
         self.check(list(rows))
         roles: dict[str, Any] = dict(rows)
         if self.assets:
-            roles["assets"] = Path(self.assets)
+            roles["assets"] = find_any(self.assets)
             if not roles["assets"].is_dir():
                 raise DataError(f"no such folder of assets: {self.assets}", hint="--assets DIR")
         return self.spec.load()[0](self.spec.configure(self.method, self.preset, self.settings), **roles)
@@ -119,7 +121,7 @@ def assets_digest(folder: Path | str) -> str:
     Raises:
         Corrupt: a damaged file.
     """
-    folder = Path(folder)
+    folder = find_any(folder)
     if (folder / RECORD).is_file():
         return read_assets(folder).digest
     if any(folder.glob("*.safetensors")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from casehard import secrets
 from casehard.buffer.export import adapter_writer
@@ -15,16 +15,20 @@ from casehard.data.mix import check_disjoint, marks
 from casehard.defend import DEFENCES
 from casehard.errors import DataError, Unsupported
 from casehard.evaluate.suite import load_suite
-from casehard.files import remove
+from casehard.files import remove, scratch
+from casehard.limits import PROCESSES, Within
 from casehard.maths.collective import world
 from casehard.model.leave import save as save_model
 from casehard.model.load import load, load_gathered
 from casehard.model.model import Made, Model
 from casehard.model.provenance import KEY, SERVED, trained_prompts
+from casehard.model.save import rehearse
+from casehard.model.source import ORIGIN, find_any
 from casehard.parallel.launch import equipped, shards_wanted
 from casehard.registry import DefenceSpec
 from casehard.steps.base import Inputs, Outcome
 from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
+from casehard.train.checkpoint import bytes_needed
 from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.train.tune import Lora, chat_format, tune
 
@@ -40,33 +44,45 @@ class Finetune(Inputs, Defence):
     """The training loop."""
     lora: Lora | None = None
     """Train this adapter instead of all weights. A method that tunes an adapter has one in any case."""
-    attackers: int = 0
+    attackers: Annotated[int, Within(0, PROCESSES)] = 0
     """Simulated attacks in processes of their own (patcher); 0 = as many as the settings list, where the schedule needs
     them."""
 
-    def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "") -> Outcome:
+    def run(
+        self, model: Model | None = None, *, out: Path | None = None, place: Path | None = None, label: str = ""
+    ) -> Outcome:
         """Train; with ``out`` an interrupted run is continued by the same call.
 
         Args:
             model: what to start from, left as it is. None reads ``self.model``, and trains what was read.
             out: folder for the run's checkpoints; None writes nothing.
+            place: where what comes of it will be saved: tried before the first step.
 
         Raises:
             UserError: any setting, row or file is unusable.
         """
         secrets.refuse(to_dict(self), where=self.method)  # before training: the provenance holds these values
         self.check([role for role in self.rows if role != "data"])
-        return finetune_on(self, self.examples(), model, out=out, label=label)
+        return finetune_on(self, self.examples(), model, out=out, place=place, label=label)
 
 
 def finetune_on(
-    step: Finetune, rows: Examples, model: Model | None = None, *, method: Any = None, out: Path | None, label: str = ""
+    step: Finetune,
+    rows: Examples,
+    model: Model | None = None,
+    *,
+    method: Any = None,
+    out: Path | None,
+    place: Path | None = None,
+    label: str = "",
 ) -> Outcome:
     """Do the work of :class:`Finetune` on rows that are loaded already.
 
     Args:
         rows: by data role; ``data`` is what is trained on.
         method: a method built by the caller, instead of the step's own.
+        out: folder for the run's checkpoints; None writes nothing.
+        place: where the caller will save what comes of it: tried before the first step.
 
     In a process group of several ranks all of them make the same call. The model is sharded over them (FSDP2), each has
     ``train.batch_size`` rows of a micro-batch, and rank 0 gets the whole model, the others None.
@@ -89,6 +105,18 @@ def finetune_on(
     identity |= {"assets": assets} if assets else {}
     adapter = spec.adapter
     lora = step.lora or (CUSTOMER if adapter else None)
+    trained = frozenset(marks(*roles.values()))
+    if assets and adapter:
+        trained |= trained_prompts(find_any(step.assets))
+    provenance = {
+        **_provenance(step, method, {"data": data, **encoded}),
+        **({"assets_digest": assets} if assets else {}),
+        **({"selection": chosen} if chosen else {}),
+        **({ORIGIN: start.origin} if start.origin else {}),
+        KEY: sorted(trained | start.trained_prompts),
+    }
+    if place is not None:
+        _rehearse(start, place, provenance, adapter=adapter)
     bf16 = uses_bf16(step.train.precision, next(start.net.parameters()).device)
     beside = equipped(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
     with guarded(method, start, step.system), beside:
@@ -109,19 +137,19 @@ def finetune_on(
     net: Any = load_gathered(done.net, start.path or Path(step.model)) if shared else done.net
     if net is None:
         return Outcome(cost=cost, log=done.log)
-    trained = frozenset(marks(*roles.values()))
-    if assets and adapter:
-        trained |= trained_prompts(step.assets)
-    provenance = {
-        **_provenance(step, method, {"data": data, **encoded}),
-        **({"assets_digest": assets} if assets else {}),
-        **({"selection": chosen} if chosen else {}),
-        KEY: sorted(trained | start.trained_prompts),
-    }
     made = Made(method=step.method, provenance=provenance)
-    writer = adapter_writer(net, start, method, {**provenance, "cost": asdict(done.budget)}) if adapter else None
+    writer = adapter_writer(net, start, method, provenance) if adapter else None
     facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
     return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
+
+
+def _rehearse(start: Model, place: Path, provenance: Mapping[str, Any], *, adapter: bool) -> None:
+    """Try everything that saving needs, before the first step; nothing is left behind."""
+    if adapter:
+        with scratch(place, needs=bytes_needed(start.net)):  # as much as the training's own checkpoint takes
+            return
+    beside = bytes_needed(start.net)
+    rehearse(start.net, start.tokenizer, place, parent=start.digest, provenance=provenance, beside=beside)
 
 
 def harden(step: Finetune, out: Path, *, label: str = "") -> tuple[Outcome, Model | None]:
@@ -133,7 +161,7 @@ def harden(step: Finetune, out: Path, *, label: str = "") -> tuple[Outcome, Mode
     is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
     """
     training = out / "training"
-    outcome = step.run(out=training, label=label)
+    outcome = step.run(out=training, place=out / "checkpoint", label=label)
     if outcome.model is None:
         return outcome, None
     made = save_model(outcome.model, out / "checkpoint")

@@ -8,10 +8,12 @@ import time
 from types import TracebackType
 from typing import Any
 
+from casehard.errors import visible
+
 quiet = False
 """Set to True (:func:`set_quiet`) to print nothing at all."""
 
-_SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 _bar: Any = None
 _users = 0
 
@@ -20,6 +22,14 @@ def set_quiet(value: bool = True) -> None:
     """Switch all progress off or on."""
     global quiet
     quiet = value
+
+
+def announce(text: str) -> None:
+    """Print one line on what comes next and may take a while."""
+    if not quiet:
+        # Nobody reading any more is no reason to stop working.
+        with contextlib.suppress(BrokenPipeError):
+            print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -33,10 +43,11 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None = None) -> None:
-        self.label = label
+        self.label = visible(label)
         self.total = total
         self.done = 0
         self._text = ""
+        self._running: int | None = None
         self._task: Any = None
         self._bar: Any = None
         self._started = self._printed = time.monotonic()
@@ -62,8 +73,14 @@ class Progress:
         """Count ``n`` more units as done; ``loss`` and ``note`` replace what is shown behind the count."""
         self.done += n
         if loss is not None or note:
-            self._text = " ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t)
+            self._text = visible(" ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t))
         self._show()
+
+    def busy(self, running: int, *, note: str | None = None) -> None:
+        """Say how many units are being worked on at this moment; where this is known, it stands beside the count."""
+        changed, self._running = running != self._running, running
+        self._text = self._text if note is None else note
+        self._show(force=changed)
 
     def _show(self, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -71,18 +88,20 @@ class Progress:
             # The bar redraws ten times a second; telling it more often only costs time.
             if force or now - self._printed > 0.1:
                 self._printed = now
-                self._bar.update(self._task, completed=self.done, note=self._text)
-        elif now - self._printed > _SECONDS_BETWEEN_LINES:
+                note = ", ".join(t for t in (f"{self._running} running" if self._running else "", self._text) if t)
+                self._bar.update(self._task, completed=self.done, note=note)
+        elif now - self._printed > SECONDS_BETWEEN_LINES:
             self._printed = now
             self._line()
 
     def _line(self) -> None:
-        if not quiet:
-            of = f"/{self.total}" if self.total is not None else ""
-            seconds = time.monotonic() - self._started
-            # Nobody reading any more is no reason to stop working.
-            with contextlib.suppress(BrokenPipeError):
-                print(f"{self.label}: {self.done}{of} {self._text} [{seconds:.0f} s]", file=sys.stderr, flush=True)
+        if self._running is None:
+            said = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
+        else:
+            of = f" of {self.total}" if self.total is not None else ""
+            said = f"{self.done} done, {self._running} running{of}" + ("," if self._text else "")
+        said += f" {self._text}" if self._text else ""
+        announce(f"{self.label}: {said} [{time.monotonic() - self._started:.0f} s]")
 
 
 def progress(label: str, total: int | None = None) -> Progress:
@@ -97,15 +116,22 @@ def _acquire() -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
+        # The note takes what is left: on a narrow terminal it is cut, and never a count or a time.
         _bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28)
+            ),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn(
+                "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
+            expand=True,
         )
         _bar.start()
     _users += 1

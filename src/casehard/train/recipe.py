@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from casehard.errors import ConfigError
+from casehard.limits import BatchSize, Count, Fraction, Large, LearningRate, Limited, Natural, Within
 
 if TYPE_CHECKING:
     import torch
@@ -16,51 +17,40 @@ _OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Limited):
     """Settings of one training run."""
 
-    steps: int = 300
+    steps: Count = 300
     """Optimiser updates."""
-    batch_size: int = 32
+    batch_size: BatchSize = 32
     """Rows per micro-batch and process."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches per optimiser update."""
-    lr: float = 3e-4
+    lr: LearningRate = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     """Learning rate after the warm-up."""
-    warmup: int = 10
+    warmup: Natural = 10
     """Updates of linear warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: Large = 0.01
     """Decoupled weight decay; norms and biases are exempt."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW moment decay."""
-    clip: float = 1.0
+    clip: Large = 1.0
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 means autocast over fp32 master weights; auto takes it on GPUs that have it and fp32 on CPUs."""
-    save_every: int = 0
+    save_every: Natural = 0
     """Updates between checkpoints; 0 keeps only the one at the end (or at an interrupt)."""
-    keep: int = 2
-    """Complete checkpoints kept; at least 2."""
-    log_every: int = 10
+    keep: Annotated[int, Within(2, 10**6)] = 2
+    """Complete checkpoints kept; at least 2, as a single one is lost with one bad write."""
+    log_every: Count = 10
     """Updates between log rows."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Update rule."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint=f"{name} must be at least 1")
-        for name in ("lr", "warmup", "weight_decay", "clip", "save_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}", hint=f"{name} must not be negative")
-        if self.lr > 1000:
-            raise ConfigError(f"lr is {self.lr}", hint="useful rates lie between 1e-6 and 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas is {list(self.betas)}", hint="both at least 0 and below 1, e.g. [0.9, 0.999]")
-        if self.keep < 2:
-            raise ConfigError(f"keep is {self.keep}", hint="a single checkpoint is lost with one bad write: keep >= 2")
+        super().__post_init__()
         choices = {
             "schedule": ("cosine", "constant", "linear"),
             "precision": ("auto", "fp32", "bf16"),

@@ -13,6 +13,7 @@ from torch import nn
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
 from casehard.errors import ConfigError
+from casehard.limits import Factor, Fraction, Limited, Rank
 from casehard.model.adapters import add_lora
 from casehard.model.model import Model
 from casehard.seeds import derive
@@ -26,24 +27,17 @@ Measure = Callable[[nn.Module, int], Rows]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Limited):
     """A LoRA adapter to train instead of all weights."""
 
-    rank: int = 8
+    rank: Rank = 8
     """r, columns of the factor B."""
-    alpha: float = 16.0
+    alpha: Factor = 16.0
     """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout of the adapter's input, in [0, 1)."""
     target: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get one: every linear layer but the output head, or names of modules."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"lora: rank {self.rank}, alpha {self.alpha} and dropout {self.dropout} are out of range",
-                hint="rank at least 1, alpha above 0, dropout in [0, 1)",
-            )
 
     def wrap(self, net: nn.Module, *, seed: int) -> nn.Module:
         """Return the model with an adapter on it; the base is frozen in place."""

@@ -1,0 +1,115 @@
+"""Limits of the numbers in settings: written once, in the annotation, and held for files and for code alike.
+
+    steps: Count = 300
+    tau: Annotated[float | Literal["auto"], Within(0, WEIGHT)] = "auto"
+
+``config.build`` meets them through pydantic and names the whole path; a class that is built directly holds them by
+being :class:`Limited`. NaN is inside no limits, infinity only where it means something and ``endless`` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+from casehard.errors import ConfigError
+
+WEIGHT = 1e6
+"""Beyond any factor that a loss, a coefficient or a share of a gradient is multiplied by."""
+PROCESSES = 1024
+"""Beyond what one run is spread over."""
+LARGEST = 1e38
+"""Beyond it fp32 ends. Below it a number may be too large to train with, which a run finds out: Diverged."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """From ``low`` to ``high``, both included unless ``above`` or ``below`` says otherwise."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    endless: bool = False
+
+    def check(self, value: Any) -> Any:
+        """Return the value; raise ValueError when it is a number outside, whose text goes behind the setting's name."""
+        if not isinstance(value, int | float):
+            return value
+        if value != value:  # NaN; math.isnan refuses integers beyond 1e308
+            raise ValueError("is nan")
+        if value < self.low or (self.above and value == self.low):
+            raise ValueError(f"must be {'above' if self.above else 'at least'} {_text(self.low)}, got {_text(value)}")
+        if value > self.high and self.endless and value == math.inf:
+            return value
+        if value > self.high or (self.below and value == self.high):
+            raise ValueError(f"must be {'below' if self.below else 'at most'} {_text(self.high)}, got {_text(value)}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """Let pydantic ask :meth:`check` once it knows the value's type."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def _text(number: float) -> str:
+    if isinstance(number, int):
+        return f"{number:,}" if abs(number) < 10**30 else f"a number of {number.bit_length()} bits"
+    return f"{number:g}"
+
+
+Count = Annotated[int, Within(1, 10**9)]
+"""Steps, rows, words: at least one."""
+Natural = Annotated[int, Within(0, 10**9)]
+"""The same, or none."""
+BatchSize = Annotated[int, Within(1, 2**16)]
+"""Rows that are held at once."""
+Rank = Annotated[int, Within(1, 2**16)]
+"""Of a LoRA."""
+Length = Annotated[int, Within(1, 2**24)]
+"""Tokens."""
+Several = Annotated[int, Within(2, 10**9)]
+Seed = Annotated[int, Within(-(2**63), 2**63 - 1)]
+WorldSeed = Annotated[int, Within(0, 2**63 - 1)]
+Share = Annotated[float, Within(0, 1)]
+Fraction = Annotated[float, Within(0, 1, below=True)]
+"""A share short of the whole."""
+Portion = Annotated[float, Within(0, 1, above=True)]
+"""A share that is not nothing."""
+Weight = Annotated[float, Within(0, WEIGHT)]
+Factor = Annotated[float, Within(0, WEIGHT, above=True)]
+"""A weight that is never zero."""
+Coefficient = Annotated[float, Within(-WEIGHT, WEIGHT)]
+LearningRate = Annotated[float, Within(0, 1000)]
+Large = Annotated[float, Within(0, LARGEST)]
+"""Where much too large is a way to switch off, or to see a run diverge."""
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _walk(hint: Any, value: Any) -> None:
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Within):
+            mark.check(value)
+    parts = get_args(hint)
+    for part in parts[:1] if hasattr(hint, "__metadata__") else parts:
+        for item in value if isinstance(value, tuple) else (value,):
+            _walk(part, item)
+
+
+class Limited:
+    """A frozen configuration whose numbers lie within the limits of their annotations, however it is built."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError at the first number outside."""
+        for name, hint in _hints(type(self)).items():
+            try:
+                _walk(hint, getattr(self, name))
+            except ValueError as error:
+                raise ConfigError(f"{name} {error}") from None
