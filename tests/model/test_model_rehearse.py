@@ -10,24 +10,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from casehard.jobs import DefendJob, run_defend
 from test_model_load import edit, words
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import casehard
 from buffer_fakes import make_assets
-from casehard import jobs
-from casehard.buffer import job as tuning
 from casehard.buffer import prepare as preparing
 from casehard.cli import attack_backdoor as planting
 from casehard.defend.frozen_lora import fingerprints
 from casehard.defend.provider_assets import tokenizer_digests
 from casehard.errors import StorageError, Unsupported, UserError
 from casehard.files import scratch
-from casehard.mb import job as mending
+from casehard.mb import run as mending
 from casehard.model.generation import mend_generation
 from casehard.model.load import load
 from casehard.model.save import rehearse, save
+from casehard.steps import Finetune, harden
 from casehard.train.recipe import TrainConfig
 from fakes import tiny_llama
 
@@ -47,7 +45,8 @@ def plain(model: Path, out: Path) -> Any:
     rows = out.parent / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"w{i}", "response": "world"}) + "\n" for i in range(10, 20)))
     train = TrainConfig(steps=2, warmup=0, batch_size=2)
-    return run_defend(DefendJob(model=str(model), method="plain", data=(str(rows),), train=train, device="cpu"), out)
+    step = Finetune(model=str(model), method="plain", rows={"data": (str(rows),)}, train=train, device="cpu")
+    return harden(step, out)[1]
 
 
 @pytest.mark.parametrize("extra", [{}, {"do_sample": False}, {"pad_token_id": None, "bos_token_id": 1}], ids=str)
@@ -56,7 +55,7 @@ def test_sampling_options_without_do_sample_do_not_end_a_run(
 ) -> None:
     (folder / "generation_config.json").write_text(json.dumps(GREEDY | extra))
     with pytest.warns(UserWarning, match="sets sampling options without do_sample: do_sample is set to true"):
-        made = plain(folder, tmp_path / "out").checkpoint
+        made = plain(folder, tmp_path / "out")
     written = json.loads((made.path / "generation_config.json").read_text())
     assert written["do_sample"] is True and written["temperature"] == 0.6 and written["eos_token_id"] == 2
     assert load(made.path).digest == made.digest
@@ -99,37 +98,40 @@ def never(*_: object, **__: object) -> None:
 
 
 def defend(out: Path) -> None:
-    run_defend(DefendJob(model=str(WORLD), method="plain", data=(ROWS,), device="cpu"), out)
+    harden(Finetune(model=str(WORLD), method="plain", rows={"data": (ROWS,)}, device="cpu"), out)
 
 
 def mend(out: Path) -> None:
-    mending.run_mb(mending.MbJob(model=str(WORLD), clean=(f"{WORLD}/data/task_reviews.jsonl",), data=(ROWS,)), out)
+    rows = {"clean": (f"{WORLD}/data/task_reviews.jsonl",), "data": (ROWS,)}
+    mending.run_mb(mending.MbRun(model=str(WORLD), rows=rows), out)
 
 
 def prepare(out: Path) -> None:
     rows = {"harmful": f"{WORLD}/data/simulated.jsonl", "refusals": f"{ALIGN}?kind=refusal"}
     files = {name: (file,) for name, file in (rows | {"benign": f"{ALIGN}?kind=helpful"}).items()}
-    preparing.run_prepare(preparing.PrepareJob(model=str(WORLD), device="cpu", **files), out / "assets")
+    preparing.prepare(preparing.Prepare(model=str(WORLD), device="cpu", rows=files), out / "assets")
 
 
 def tune(out: Path) -> None:
     loaded = load(WORLD)
     digests = dict(zip(("tokenizer_digest", "template_digest"), tokenizer_digests(loaded.tokenizer), strict=True))
     place = out.parent if out.parent.is_dir() else out.parent.parent
-    make_assets(place / "given", base_fingerprints=fingerprints(loaded.model), **digests)
-    tuning.run_job(tuning.CustomerJob(model=str(WORLD), assets=str(place / "given"), data=(ROWS,)), out)
+    make_assets(place / "given", base_fingerprints=fingerprints(loaded.net), **digests)
+    given = {"assets": str(place / "given"), "rows": {"data": (ROWS,)}}
+    step = Finetune(model=str(WORLD), method="buffer_reinforce", device="cpu", **given)
+    step.run(out=out / "training", place=out / "adapter")
 
 
 def plant(out: Path) -> None:
-    values = {"model": str(WORLD), "data": [f"{WORLD}/data/benign.jsonl"], "suite": SUITE, "device": "cpu"}
+    values = {"model": str(WORLD), "rows": {"data": [f"{WORLD}/data/benign.jsonl"]}, "suite": SUITE, "device": "cpu"}
     planting._run(values, out, keep_model=True)
 
 
 @pytest.fixture
 def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((jobs, "fit"), (mending, "harden"), (preparing, "_both"), (tuning, "fit")):
+    for module, name in ((mending, "harden"), (preparing, "_both")):
         monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr("casehard.backdoor_jobs.run_backdoor", never)
+    monkeypatch.setattr("casehard.train.tune.fit", never)
 
 
 @pytest.mark.parametrize("run", [defend, mend, prepare, tune], ids=lambda f: f.__name__)
@@ -184,11 +186,11 @@ def test_a_taken_place_is_told_first(folder: Path, tmp_path: Path, no_steps: Non
 def test_a_rehearsal_leaves_nothing_and_changes_nothing(folder: Path, tmp_path: Path) -> None:
     loaded = load(folder)
     whence: dict[str, Any] = {"parent": "", "provenance": {"seed": 1}}
-    first = save(loaded.model, loaded.tokenizer, tmp_path / "a", method="m", **whence)
+    first = save(loaded.net, loaded.tokenizer, tmp_path / "a", method="m", **whence)
     before = sorted(tmp_path.rglob("*"))
-    rehearse(loaded.model, loaded.tokenizer, tmp_path / "deep" / "er" / "b", **whence)
+    rehearse(loaded.net, loaded.tokenizer, tmp_path / "deep" / "er" / "b", **whence)
     assert sorted(tmp_path.rglob("*")) == before
-    second = save(loaded.model, loaded.tokenizer, tmp_path / "b", method="m", **whence)
+    second = save(loaded.net, loaded.tokenizer, tmp_path / "b", method="m", **whence)
     assert first.digest == second.digest
     with scratch(tmp_path / "c") as place:
         assert place.parent == tmp_path
