@@ -24,11 +24,11 @@ import torch
 from patcher_step import Loop
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.cost import GRADIENT, MOMENTS, WEIGHTS, costs
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.cost import GRADIENT, MOMENTS, WEIGHTS, costs
+from casehard.defend.patcher.workers.launch import beside
+from casehard.defend.patcher.workers.spec import brief_for
 from casehard.maths.bilevel import Attacker
-from casehard.parallel.brief import brief_for
-from casehard.parallel.launch import beside
 
 SIZES = ("organism", "llama25m")
 SCHEDULES = ("sequential", "lockstep", "async", "reference_parallel")

@@ -23,9 +23,9 @@ import torch
 from patcher_step import BATCHES, Loop, build
 
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.workers.launch import beside
+from casehard.defend.patcher.workers.spec import brief_for
 from casehard.maths.bilevel import Attacker
-from casehard.parallel.brief import brief_for
-from casehard.parallel.launch import beside
 
 
 def block(loop: Loop, steps: int) -> float:

@@ -26,8 +26,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.attackers import Order
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.backend import Order
 from casehard.defend.protocol import Setup, Step
 from casehard.maths.bilevel import Attacker
 from casehard.maths.bilevel import parameters as parameters_of

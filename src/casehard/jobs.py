@@ -21,17 +21,17 @@ from casehard.data.mix import check_disjoint, mark, marks
 from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
+from casehard.defend.patcher.workers.launch import shards_wanted, with_attackers
 from casehard.defend.provider_assets import RECORD, read_assets
+from casehard.distributed.ranks import world
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.evaluate.suite import Suite, evaluate, load_suite
 from casehard.evaluate.unseen import require_unseen, trained_prompts
 from casehard.files import file_digest, remove
-from casehard.maths.collective import world
 from casehard.model.digest import folder_digest
 from casehard.model.load import Loaded, load, load_gathered
 from casehard.model.provenance import SERVED
 from casehard.model.save import save
-from casehard.parallel.launch import equipped, shards_wanted
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.types import Checkpoint, Example
@@ -240,8 +240,8 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     assets = {"assets": assets_digest(job.assets)} if job.assets else {}
     training = out / "training"
     bf16 = uses_bf16(job.train.precision, next(loaded.model.parameters()).device)
-    beside = equipped(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
-    with _guarded(method, loaded, job.system), beside:
+    attackers = with_attackers(method, loaded.model, wanted=job.attackers, seed=job.seed, bf16=bf16)
+    with _guarded(method, loaded, job.system), attackers:
         result = fit(
             loaded.model,
             loaded.tokenizer,

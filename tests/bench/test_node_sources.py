@@ -66,7 +66,6 @@ def test_what_the_sources_of_a_kind_import_is_among_them(kind: str) -> None:
 
 
 def test_what_a_job_runs_outside_its_rooms_is_among_its_sources() -> None:
-    assert "parallel" in matrix.SOURCES["defend"], "where Patcher's attackers run"
     assert "evaluate/unseen.py" in matrix.SOURCES["defend"], "what the checkpoint says it was trained on"
     for kind in ("evaluate", "attack", "prepare", "tune", "harden"):
         assert {"evaluate", "organism"} <= set(matrix.SOURCES[kind]), f"{kind} is judged"

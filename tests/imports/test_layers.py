@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each room and the rooms it may import from. A name that is missing here fails the test: place it first.
 BOTTOM = {
     *("__init__", "errors", "types", "config", "seeds", "secrets", "files", "locks", "tensorfile", "compat", "maths"),
+    "distributed",
 }
 WORLD = {"data", "organism"}
 ROOMS: dict[str, set[str]] = {
@@ -31,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "tensorfile": {"errors", "files"},
     "compat": {"errors"},
     "maths": {"errors", "seeds"},
+    "distributed": {"errors", "seeds", "maths"},
     "data": BOTTOM,
     "model": BOTTOM | {"data"},
     "train": BOTTOM | {"data", "model", "defend"},
@@ -39,8 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "defend": BOTTOM | {"data", "model"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
-    "parallel": BOTTOM | {"data", "model", "defend"},
-    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer", "parallel"},
+    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer"},
     "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
     "backdoor_jobs": BOTTOM | {"data", "model", "train", "attack", "evaluate", "organism", "scan", "jobs"},
@@ -49,13 +50,12 @@ ROOMS: dict[str, set[str]] = {
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
     "cli": BOTTOM
     | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report", "mb"}
-    | {"scan", "backdoor_jobs", "parallel"},
+    | {"scan", "backdoor_jobs"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
     ("train", "defend"): {"casehard.defend.protocol", "casehard.defend.plain"},
-    ("defend", "model"): {"casehard.model.lora_files"},
-    ("parallel", "model"): {"casehard.model.shard"},
+    ("defend", "model"): {"casehard.model.lora_files", "casehard.model.shard"},
     ("organism", "evaluate"): {"casehard.evaluate.judge"},
     ("evaluate", "organism"): {"casehard.organism.judge"},
     ("evaluate", "train"): {"casehard.train.progress"},
@@ -63,6 +63,7 @@ ONLY: dict[tuple[str, str], set[str]] = {
 }
 METHOD_IMPORTS = {
     "casehard.maths",
+    "casehard.distributed",
     "casehard.data.batches",
     "casehard.seeds",
     "casehard.errors",

@@ -36,14 +36,15 @@ _SHARED = (
     "tensorfile.py",
     "bench/execute.py",
     "maths",
+    "distributed",
     "data",
     "model",
     "train",
 )
 SOURCES: dict[Kind, tuple[str, ...]] = {
     "base": (*_SHARED, "organism"),
-    # Attackers of Patcher run in parallel/; what a checkpoint says it was trained on comes from evaluate/unseen.py.
-    "defend": (*_SHARED, "defend", "parallel", "evaluate/unseen.py"),
+    # What a checkpoint says it was trained on comes from evaluate/unseen.py.
+    "defend": (*_SHARED, "defend", "evaluate/unseen.py"),
     "evaluate": (*_SHARED, "evaluate", "organism"),
     # Training reads its step protocol from there, also without a method.
     "attack": (*_SHARED, "defend/protocol.py", "attack", "evaluate", "organism"),

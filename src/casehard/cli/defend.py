@@ -122,8 +122,8 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         _tune(values, select, out)
         return
     chosen = _selection(values, select)
-    from casehard.maths.collective import rank, world
-    from casehard.parallel.launch import join, leave
+    from casehard.defend.patcher.workers.launch import join, leave
+    from casehard.distributed.ranks import rank, world
 
     if join(count, each=attacker_ranks, sharing=values["method"] == "patcher"):
         return  # this rank was an attacker
@@ -194,9 +194,9 @@ def _help(job: Any, out: Path) -> None:
     """Train a shard of rank 0's model, which says and saves everything; say only what went wrong here alone."""
     import warnings
 
+    from casehard.defend.patcher.workers.launch import leave
     from casehard.errors import Elsewhere, Interrupted, Lost
     from casehard.jobs import run_defend
-    from casehard.parallel.launch import leave
     from casehard.train.progress import set_quiet
 
     set_quiet()
@@ -218,7 +218,7 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
         return 0
     from casehard.config import to_dict
     from casehard.defend import find
-    from casehard.defend.timetable import BESIDE
+    from casehard.defend.patcher.schedule import NEEDS_ATTACKERS
 
     if count and "schedule" not in settings:
         settings = values["settings"] = {**settings, "schedule": "async"}
@@ -233,7 +233,7 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
         raise ConfigError(f"--attackers {count}, and the settings list {len(listed)}", hint="leave one of them out")
     if count and len(listed) == 1:
         values["settings"] = {**settings, "attackers": [to_dict(listed[0])] * count}
-    return count or (len(listed) if configured.schedule in BESIDE else 0)
+    return count or (len(listed) if configured.schedule in NEEDS_ATTACKERS else 0)
 
 
 def _tune(values: dict[str, Any], select: bool | None, out: Path) -> None:

@@ -119,7 +119,7 @@ def hardware_for_training() -> tuple[int, float, bool]:
 
 def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bool) -> list[tuple[str, ...]]:
     """Return a table row for each of Patcher's schedules; bytes in all, or a parameter when their number is unknown."""
-    from casehard.defend.cost import costs
+    from casehard.defend.patcher.cost import costs
 
     def size(bytes_each: float) -> str:
         if not bytes_each:
@@ -145,7 +145,7 @@ def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bo
 
 
 def _schedules(model: Path | None, k1: int, k2: int, attackers: int) -> None:
-    from casehard.defend.cost import advice
+    from casehard.defend.patcher.cost import advice
 
     parameters = count_parameters(Path(options.model_folder(str(model)))) if model else 0
     devices, memory, bf16 = hardware_for_training()

@@ -57,7 +57,7 @@ class MethodSpec:
 METHODS: dict[str, MethodSpec] = {
     "plain": MethodSpec("casehard.defend.plain", "Plain", "PlainConfig"),
     "patcher": MethodSpec(
-        "casehard.defend.patcher", "Patcher", "PatcherConfig", needs=("unsafe",), takes=("unsafe", "retain")
+        "casehard.defend.patcher.method", "Patcher", "PatcherConfig", needs=("unsafe",), takes=("unsafe", "retain")
     ),
     "spard": MethodSpec("casehard.defend.spard", "Spard", "SpardConfig", needs=("safe",), takes=("safe",)),
     "buffer_reinforce": MethodSpec(

@@ -22,8 +22,8 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.passes import rows_of_rank
 from casehard.defend.protocol import Setup, StateValue, Step
+from casehard.distributed.ranks import world
 from casehard.errors import ConfigError, DataError
-from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)

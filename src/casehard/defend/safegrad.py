@@ -20,9 +20,9 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.passes import quiet, rows_of_rank
 from casehard.defend.protocol import Setup, Step
+from casehard.distributed.ranks import world
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.maths.bilevel import retain_kl
-from casehard.maths.collective import world
 from casehard.maths.tensors import dot, norm
 
 

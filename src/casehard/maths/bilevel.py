@@ -176,10 +176,8 @@ class Attacker:
     """0 = full-parameter (the paper); r > 0 = a LoRA attack of that rank on every linear layer, alpha = 2 r."""
 
     def __post_init__(self) -> None:
-        if self.optimizer not in _OPTIMISERS:
-            raise ConfigError(
-                f"attacker.optimizer: {self.optimizer!r} is unknown", hint=f"one of {sorted(_OPTIMISERS)}"
-            )
+        if self.optimizer not in OPTIMISERS:
+            raise ConfigError(f"attacker.optimizer: {self.optimizer!r} is unknown", hint=f"one of {sorted(OPTIMISERS)}")
         if self.steps < 0 or self.batch_size < 1 or self.lr < 0 or self.lora_rank < 0:
             raise ConfigError(
                 f"attacker: steps {self.steps}, batch_size {self.batch_size}, lr {self.lr} and lora_rank "
@@ -189,7 +187,7 @@ class Attacker:
             raise ConfigError(f"attacker.steps_min: {self.steps_min} is not within 0..steps ({self.steps})")
 
 
-_OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
@@ -268,7 +266,7 @@ def simulate_attack(
     with forked_rng(seed, device):
         leaves, view = _leaves(model, source, attacker.lora_rank)
         options: dict[str, Any] = {"lr": attacker.lr, "weight_decay": attacker.weight_decay}
-        optimiser = _OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
+        optimiser = OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
 
         def one(inner: nn.Module, batch: Batch) -> torch.Tensor:
             loss = inner(**batch).loss

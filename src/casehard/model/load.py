@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from casehard.data.chat import pad_id
+from casehard.distributed.ranks import local
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, UserError
 from casehard.files import MANIFEST, read_json, verify
-from casehard.maths.collective import local
 from casehard.model.digest import folder_digest, weight_files
 from casehard.model.provenance import read_provenance, require_same_content
 from casehard.model.shard import gather, shard

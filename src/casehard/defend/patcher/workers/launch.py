@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from casehard.defend.patcher.workers.consensus import ConsensusBackend
+from casehard.defend.patcher.workers.remote import RemoteBackend, Signs
+from casehard.defend.patcher.workers.resharding import channel_name
+from casehard.defend.patcher.workers.spec import AttackerSpec, spec_for
+from casehard.defend.patcher.workers.transport import Channel, dist, group
+from casehard.defend.patcher.workers.worker import DONE, HEARTBEAT, OPEN, ignore_signals, serve
+from casehard.distributed.ranks import RankInfo, world
 from casehard.errors import ConfigError, Unsupported
-from casehard.maths.collective import world
-from casehard.parallel.agreed import AgreedSide
-from casehard.parallel.brief import Brief, brief_for
-from casehard.parallel.parts import Part, channel_name
-from casehard.parallel.remote import RemoteSide, Signs
-from casehard.parallel.wire import Channel, dist, group
-from casehard.parallel.worker import BEAT, DONE, OPEN, serve, unmoved_by_signals
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 
@@ -41,8 +41,8 @@ class _Job:
     """A launched job, as :func:`join` found it from a rank of the defender."""
 
     store: Any
-    part: Part
-    """This rank's part of the defender."""
+    place: RankInfo
+    """This rank's place in the defender."""
     each: int
     """Ranks of an attacker."""
     used: bool = False
@@ -64,9 +64,9 @@ def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
     that defend together are a process group (``torch.distributed``), on a device each.
 
     Args:
-        attackers: N, beside the defender; the last ranks.
+        attackers: N; the last ranks.
         each: ranks of an attacker, over which its model is sharded.
-        sharing: whether the defender may be spread over several ranks.
+        sharing: whether the defender may have several ranks.
 
     Returns:
         True when this rank attacked and is done; False for a defender.
@@ -87,9 +87,9 @@ def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     defenders = ranks - attackers * each
     if defenders < 1 or (defenders > 1 and not sharing):
-        beside = f"{attackers * each} that attack beside it" if attackers else "this method"
+        others = f"{attackers * each} that attack" if attackers else "this method"
         raise Unsupported(
-            f"{ranks} ranks leave {defenders} for the defender, with {beside}",
+            f"{ranks} ranks leave {defenders} for the defender, with {others}",
             hint=f"start at least {attackers * each + 1} ranks"
             if sharing
             else "start it without torchrun or accelerate launch",
@@ -103,23 +103,23 @@ def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
         return False
     store, _, _ = next(iter(dist.rendezvous("env://", rank, ranks)))
     if rank >= defenders:
-        number, place = divmod(rank - defenders, each)
-        _attack(store, number, Part(place, each), defenders, device)
+        number, own = divmod(rank - defenders, each)
+        _attack(store, number, RankInfo(own, each), defenders, device)
         return True
     atexit.register(_done, store)  # however this rank ends, the attackers need not wait for it
     _alone_with(defenders)
     if defenders > 1:
         own = dist.PrefixStore("casehard/defender", store)
         dist.init_process_group(_backend(device), store=own, rank=rank, world_size=defenders)
-    _job = _Job(store, Part(rank, defenders), each)
+    _job = _Job(store, RankInfo(rank, defenders), each)
     return False
 
 
-def _attack(store: Any, number: int, part: Part, defenders: int, device: torch.device) -> None:
-    unmoved_by_signals()
-    if part.of > 1:
+def _attack(store: Any, number: int, place: RankInfo, defenders: int, device: torch.device) -> None:
+    ignore_signals()
+    if place.world_size > 1:
         own = dist.PrefixStore(f"casehard/attackers-{number}", store)
-        dist.init_process_group(_backend(device), store=own, rank=part.number, world_size=part.of)
+        dist.init_process_group(_backend(device), store=own, rank=place.rank, world_size=place.world_size)
 
     def watch() -> bool:
         try:
@@ -127,7 +127,7 @@ def _attack(store: Any, number: int, part: Part, defenders: int, device: torch.d
         except RuntimeError:  # whoever keeps the store is gone, and the job with it
             return True
 
-    serve(store, number, device=device, loopback=False, watch=watch, part=part, defenders=defenders)
+    serve(store, number, device=device, loopback=False, watch=watch, place=place, defenders=defenders)
     leave()
 
 
@@ -179,10 +179,10 @@ def _device(local_rank: int) -> torch.device:
 
 
 @contextlib.contextmanager
-def beside(
-    brief: Brief, *, device: torch.device, weights_dtype: torch.dtype = torch.float32, shared: bool = True
-) -> Iterator[RemoteSide | AgreedSide]:
-    """Run the attackers of ``brief`` beside this process for the length of a ``with`` block.
+def start_attackers(
+    spec: AttackerSpec, *, device: torch.device, weights_dtype: torch.dtype = torch.float32, shared: bool = True
+) -> Iterator[RemoteBackend | ConsensusBackend]:
+    """Run the attackers of ``spec`` in processes of their own for the length of a ``with`` block.
 
     Args:
         device: the defender's. Attackers get the devices after it, or share it when there are too few.
@@ -193,11 +193,11 @@ def beside(
         Unsupported: attackers of a launched job for a second time.
 
     Yields:
-        The side to pass to ``Patcher(side=...)``.
+        The backend to pass to ``Patcher(backend=...)``.
     """
     if _job is None:
-        with _threads_shared(brief, device, shared) as known, _children(known, device, weights_dtype) as side:
-            yield side
+        with _threads_shared(spec, device, shared) as known, _children(known, device, weights_dtype) as backend:
+            yield backend
         return
     if _job.used:
         raise Unsupported(
@@ -205,18 +205,19 @@ def beside(
             hint="start a job for each run",
         )
     _job.used = True
-    signs = [_signs(_job.store, i) for i in range(len(brief.attackers))]
-    with _served(_job.store, brief, signs, weights_dtype, part=_job.part, each=_job.each) as side:
-        if _job.part.of == 1:
-            yield side
+    signs = [_signs(_job.store, i) for i in range(len(spec.attackers))]
+    with _served(_job.store, spec, signs, weights_dtype, place=_job.place, each=_job.each) as backend:
+        place = _job.place
+        if place.world_size == 1:
+            yield backend
         else:
-            store = dist.PrefixStore("casehard/agreed", _job.store)
-            yield AgreedSide(side, group(store, *_job.part), len(brief.attackers))
+            store = dist.PrefixStore("casehard/consensus", _job.store)
+            yield ConsensusBackend(backend, group(store, place.rank, place.world_size), len(spec.attackers))
 
 
 def _signs(store: Any, number: int, ended: Callable[[], str] = lambda: "") -> Signs:
-    """Return a function that tells why an attacker ended, and the last sign of life it left in the store."""
-    key = f"{BEAT}-{number}"
+    """Return a function that tells why an attacker ended, and its last heartbeat in the store."""
+    key = f"{HEARTBEAT}-{number}"
 
     def look() -> tuple[str, str]:
         if why := ended():
@@ -232,41 +233,41 @@ def _signs(store: Any, number: int, ended: Callable[[], str] = lambda: "") -> Si
 @contextlib.contextmanager
 def _served(
     store: Any,
-    brief: Brief,
+    spec: AttackerSpec,
     signs: Sequence[Signs],
     dtype: torch.dtype,
     *,
-    part: Part = Part(),
+    place: RankInfo = RankInfo(),
     each: int = 1,
     loopback: bool = False,
-) -> Iterator[RemoteSide]:
+) -> Iterator[RemoteBackend]:
     def connect(i: int) -> list[Channel]:
-        names = [channel_name(i, q, part.number) for q in range(each)]
+        names = [channel_name(i, q, place.rank) for q in range(each)]
         return [Channel(store, name, first=True, loopback=loopback) for name in names]
 
     store.set(OPEN, "1")
-    makers = [lambda i=i: connect(i) for i in range(len(brief.attackers))]
-    side = RemoteSide(makers, brief, signs=signs, dtype=dtype, part=part)
+    makers = [lambda i=i: connect(i) for i in range(len(spec.attackers))]
+    backend = RemoteBackend(makers, spec, signs=signs, dtype=dtype, place=place)
     try:
-        side.ready()
-        yield side
+        backend.ready()
+        yield backend
     finally:
         _done(store)
-        side.close()
+        backend.close()
 
 
 @contextlib.contextmanager
-def _threads_shared(brief: Brief, device: torch.device, shared: bool) -> Iterator[Brief]:
+def _threads_shared(spec: AttackerSpec, device: torch.device, shared: bool) -> Iterator[AttackerSpec]:
     """Divide the cores between defender and attackers, unless the user has said how many threads there are."""
     before = torch.get_num_threads()
-    if brief.threads or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or not shared:
-        yield brief if brief.threads else replace(brief, threads=before)
+    if spec.threads or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or not shared:
+        yield spec if spec.threads else replace(spec, threads=before)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, min(before, cores // (1 + len(brief.attackers))))
+    share = max(1, min(before, cores // (1 + len(spec.attackers))))
     torch.set_num_threads(share)
     try:
-        yield replace(brief, threads=share)
+        yield replace(spec, threads=share)
     finally:
         torch.set_num_threads(before)
 
@@ -282,21 +283,21 @@ def _places(device: torch.device, count: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _children(brief: Brief, device: torch.device, dtype: torch.dtype) -> Iterator[RemoteSide]:
+def _children(spec: AttackerSpec, device: torch.device, dtype: torch.dtype) -> Iterator[RemoteBackend]:
     with tempfile.TemporaryDirectory(prefix="casehard-") as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "store"
         store = dist.FileStore(str(path), -1)
         store.set("casehard/start", "1")
-        places = _places(device, len(brief.attackers))
+        places = _places(device, len(spec.attackers))
         children = [stack.enter_context(_child(path, i, where)) for i, where in enumerate(places)]
         signs = [_signs(store, i, child.ended) for i, child in enumerate(children)]
-        with _served(store, brief, signs, dtype, loopback=True) as side:
-            side.processes = [child.process.pid for child in children]
-            yield side
+        with _served(store, spec, signs, dtype, loopback=True) as backend:
+            backend.processes = [child.process.pid for child in children]
+            yield backend
 
 
 class _Child:
-    """A started attacker and what it said last."""
+    """A started attacker and what it printed last."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log = process, log
@@ -320,12 +321,12 @@ def _child(store: Path, number: int, device: str) -> Iterator[_Child]:
     log = store.with_name(f"attacker-{number}.log")
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "casehard.parallel.worker", str(store), str(number)],
+            [sys.executable, "-m", "casehard.defend.patcher.workers.worker", str(store), str(number)],
             env={**_without_secrets(), "CASEHARD_ATTACKER_DEVICE": device},
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
-            start_new_session=True,  # Ctrl-C is for the defender, which then tells its attackers
+            start_new_session=True,  # Ctrl-C is for the defender, which then stops its attackers
         )
     try:
         yield _Child(process, log)
@@ -334,13 +335,13 @@ def _child(store: Path, number: int, device: str) -> Iterator[_Child]:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if process.poll() is None:
-            process.kill()  # it holds nothing worth saving
+            process.kill()  # it has nothing worth saving
         process.wait()
 
 
 @contextlib.contextmanager
-def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16: bool) -> Iterator[Any]:
-    """Give a method whose schedule needs attackers beside the defender the processes it needs, while the block runs.
+def with_attackers(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16: bool) -> Iterator[Any]:
+    """Give a method the attackers that its schedule needs, in processes of their own, while the block runs.
 
     Args:
         method: a ``Patcher``; any other method passes through untouched unless attackers are wanted.
@@ -354,13 +355,13 @@ def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16:
     workers = getattr(method, "workers", None)
     if workers is None and wanted:
         raise Unsupported(f"{wanted} attackers for {getattr(method, 'name', method)!r}", hint="it simulates no attacks")
-    if not (workers or wanted) or getattr(method, "side", None) is not None:
+    if not (workers or wanted) or getattr(method, "backend", None) is not None:
         yield None
         return
-    if world() > 1 and (_job is None or _job.part.of != world()):
+    if world() > 1 and (_job is None or _job.place.world_size != world()):
         raise Unsupported(
-            f"attackers beside a defender of {world()} processes, which no rank was set aside for",
-            hint="parallel.launch.join(attackers) on every rank before anything else; or schedule=sequential",
+            f"attackers for a defender of {world()} processes, and no rank was set aside for them",
+            hint="workers.launch.join(attackers) on every rank before anything else; or schedule=sequential",
         )
     config = method.config
     if wanted not in (0, len(config.attackers)):
@@ -370,15 +371,15 @@ def equipped(method: Any, model: nn.Module, *, wanted: int = 0, seed: int, bf16:
         )
     if config.schedule == "sequential":
         raise ConfigError(
-            "attackers beside with schedule 'sequential', which attacks in its own process",
+            "attackers in processes of their own with schedule 'sequential', which attacks in the defender's",
             hint="schedule=lockstep gives the same weights",
         )
-    brief = brief_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=bf16)
+    spec = spec_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=bf16)
     dtype = getattr(torch, config.weights_dtype)
     device, shared = next(model.parameters()).device, config.schedule != "lockstep"
-    with beside(brief, device=device, weights_dtype=dtype, shared=shared) as side:
-        method.side = side
+    with start_attackers(spec, device=device, weights_dtype=dtype, shared=shared) as backend:
+        method.backend = backend
         try:
-            yield side
+            yield backend
         finally:
-            method.side = None
+            method.backend = None

@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from casehard.defend.attackers import Arrival, Order, carry_out
+from casehard.defend.patcher.in_turn import SimulatedAttacks
+from casehard.defend.patcher.pool import AttackRequest, AttackResult
+from casehard.defend.patcher.workers.resharding import channel_name, join_rows, rows_for
+from casehard.defend.patcher.workers.spec import AttackerSpec
+from casehard.defend.patcher.workers.transport import Channel, Message, dist
+from casehard.distributed.fsdp import local_weights
+from casehard.distributed.ranks import RankInfo, why
 from casehard.errors import Corrupt, Lost, UserError
-from casehard.maths.collective import why
-from casehard.maths.sharded import masters
-from casehard.parallel.brief import Brief
-from casehard.parallel.parts import Part, channel_name, cut, put_together
-from casehard.parallel.wire import Channel, Message, dist
 
 OPEN = "casehard/open"
 DONE = "casehard/done"
-BEAT = "casehard/beat"
-"""Store keys: the defender is there; it needs no more attacks; an attacker's last sign of life."""
+HEARTBEAT = "casehard/heartbeat"
+"""Store keys: the defender is there; it needs no more attacks; an attacker's last heartbeat."""
 EVERY = 2.0
-"""Seconds between two signs of life in an attack."""
+"""Seconds between two heartbeats in an attack."""
 
 
 class _Abandoned(Exception):
@@ -43,15 +44,15 @@ def serve(
     device: torch.device,
     loopback: bool,
     watch: Callable[[], bool],
-    part: Part = Part(),
+    place: RankInfo = RankInfo(),
     defenders: int = 1,
 ) -> None:
-    """Carry out orders until the defender says stop or is gone.
+    """Carry out requests until the defender says stop or is gone.
 
     Args:
         number: position in the list of attackers.
         watch: returns True when nobody needs this attacker any more; asked while waiting and at every attack step.
-        part: which of the processes of this attacker this one is; together they are a process group.
+        place: which of the processes of this attacker this one is; together they are a process group.
         defenders: processes of the defender.
 
     Raises:
@@ -63,98 +64,98 @@ def serve(
         time.sleep(0.1)
     else:
         return
-    names = [channel_name(number, part.number, d) for d in range(defenders)]
+    names = [channel_name(number, place.rank, d) for d in range(defenders)]
     channels = [Channel(store, name, first=False, loopback=loopback) for name in names]
     try:
-        briefs = [channel.receive() for channel in channels]
-        brief = Brief.unpack(briefs[0].header, briefs[0].tensors)
-        if brief.threads:
-            torch.set_num_threads(brief.threads)
-        model = brief.model(device, part.of)
+        specs = [channel.receive() for channel in channels]
+        spec = AttackerSpec.unpack(specs[0].header, specs[0].tensors)
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        model = spec.model(device, place.world_size)
         for channel in channels:
             channel.send({"kind": "ready"})
-        desk = _Desk(channels, model, brief, number, part)
-        beat = _Beat(store, number, watch, part)
-        while (orders := [channel.receive() for channel in channels])[0].header["kind"] != "stop":
-            desk.attack(orders, beat)
+        attacker = _Attacker(channels, model, spec, number, place)
+        heartbeat = _Heartbeat(store, number, watch, place)
+        while (requests := [channel.receive() for channel in channels])[0].header["kind"] != "stop":
+            attacker.attack(requests, heartbeat)
     except (Lost, _Abandoned):
         if not watch():
             raise
     except RuntimeError as error:  # from a collective of this attacker's processes
-        if part.of == 1:
+        if place.world_size == 1:
             raise
         if not watch():
             raise Lost(f"another process of attacker {number} is gone, or this one failed: {why(error)}") from error
 
 
-class _Beat:
+class _Heartbeat:
     """Leaves signs of life at attack steps, and ends an attack that nobody needs."""
 
-    def __init__(self, store: Any, number: int, watch: Callable[[], bool], part: Part) -> None:
-        self.store, self.key, self.watch, self.part, self.last = store, f"{BEAT}-{number}", watch, part, 0.0
+    def __init__(self, store: Any, number: int, watch: Callable[[], bool], place: RankInfo) -> None:
+        self.store, self.key, self.watch, self.place, self.last = store, f"{HEARTBEAT}-{number}", watch, place, 0.0
 
     def __call__(self, step: int) -> None:
         useless = self.watch()
-        if self.part.of > 1:  # who stopped alone would leave the others waiting in the middle of a pass
+        if self.place.world_size > 1:  # who stopped alone would leave the others waiting in the middle of a pass
             flag = torch.tensor(int(useless))
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             useless = bool(flag)
         if useless:
             raise _Abandoned
-        if not self.part.number and time.monotonic() - self.last > EVERY:
+        if not self.place.rank and time.monotonic() - self.last > EVERY:
             self.last = time.monotonic()
             self.store.set(self.key, str(self.last))
 
 
 @dataclass(frozen=True)
-class _Desk:
-    """Takes an order from every process of the defender, and gives each its part of the vector."""
+class _Attacker:
+    """Takes a request from every process of the defender, and gives each its part of the vector."""
 
     channels: list[Channel]
     model: nn.Module
-    brief: Brief
+    spec: AttackerSpec
     number: int
-    part: Part
+    place: RankInfo
 
-    def attack(self, orders: list[Message], beat: _Beat) -> None:
-        brief, number, top = self.brief, self.number, orders[0].header
-        if odd := [message.header for message in orders if message.header != top]:
-            raise Corrupt(f"the defender's processes ordered different attacks: {top} and {odd[0]}")
-        order = Order(number, int(top["number"]), int(top["source_step"]))
-        source = masters(self.model)
-        sent = put_together([message.tensors for message in orders], source, "the defender")
+    def attack(self, messages: list[Message], heartbeat: _Heartbeat) -> None:
+        spec, top = self.spec, messages[0].header
+        if odd := [message.header for message in messages if message.header != top]:
+            raise Corrupt(f"the defender's processes requested different attacks: {top} and {odd[0]}")
+        request = AttackRequest(self.number, int(top["number"]), int(top["source_step"]))
+        source = local_weights(self.model)
+        sent = join_rows([message.tensors for message in messages], source, "the defender")
         with torch.no_grad():
             for name, p in source.items():
                 p.copy_(sent.pop(name))
-        rows, attacker, dtype = brief.rows[number], brief.attackers[number], getattr(torch, brief.delta_dtype)
+        attacks = SimulatedAttacks(spec.rows, spec.attackers, spec.seed, getattr(torch, spec.delta_dtype))
         try:
-            done = carry_out(self.model, source, rows, attacker, order, seed=brief.seed, dtype=dtype, progress=beat)
+            done = attacks.run(self.model, source, request, progress=heartbeat)
         except UserError as error:
-            said = {"kind": "error", "error": type(error).__name__, "message": error.message, "hint": error.hint}
+            answer = {"kind": "error", "error": type(error).__name__, "message": error.message, "hint": error.hint}
             for channel in self.channels:
-                channel.send(said)
+                channel.send(answer)
             return
         for d, channel in enumerate(self.channels):
-            pieces = cut(done.delta, brief.heights, self.part, Part(d, len(self.channels)))
+            pieces = rows_for(done.delta, spec.row_counts, self.place, RankInfo(d, len(self.channels)))
             channel.send(_header(done), pieces.items(), count=len(pieces))
 
 
-def _header(done: Arrival) -> dict[str, Any]:
-    order = done.order
-    top = {"kind": "vector", "number": order.number, "source_step": order.source_step, "steps": done.steps}
+def _header(done: AttackResult) -> dict[str, Any]:
+    request = done.request
+    top = {"kind": "vector", "number": request.number, "source_step": request.source_step, "steps": done.steps}
     return {**top, "losses": done.losses, "tokens": done.tokens, "seconds": done.seconds}
 
 
-def unmoved_by_signals() -> None:
-    """Leave stopping to the defender, which is sent the same signals and then tells its attackers."""
+def ignore_signals() -> None:
+    """Leave stopping to the defender, which gets the same signals and then stops its attackers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread: the embedding program decides
             signal.signal(number, signal.SIG_IGN)
 
 
 def main(path: str, number: int) -> int:
-    """Run as ``python -m casehard.parallel.worker STORE NUMBER``, started by the defender on the same machine."""
-    unmoved_by_signals()
+    """Run as ``python -m casehard.defend.patcher.workers.worker STORE NUMBER``, as a defender here does."""
+    ignore_signals()
     store, parent = dist.FileStore(path, -1), os.getppid()
 
     def watch() -> bool:
