@@ -190,6 +190,7 @@ def test_method_files_are_pure(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "maths").glob("*.py")), ids=lambda p: p.name)
 def test_maths_is_pure(path):
+    assert "torch.distributed" not in path.read_text(encoding="utf-8"), f"{path}: belongs to distributed/"
     for module in imports(path):
         top = module.partition(".")[0]
         assert top in {"torch", "casehard"} or top in sys.stdlib_module_names, f"{path}: {module}"

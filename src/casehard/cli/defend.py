@@ -220,9 +220,11 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
     from casehard.defend import find
     from casehard.defend.patcher.schedule import NEEDS_ATTACKERS
 
-    if count and "schedule" not in settings:
+    preset = values.get("preset") or ""
+    configured = find("patcher").configure("patcher", preset, settings)
+    if count and "schedule" not in settings and configured.schedule == "sequential":
         settings = values["settings"] = {**settings, "schedule": "async"}
-    configured = find("patcher").configure("patcher", values.get("preset") or "", settings)
+        configured = find("patcher").configure("patcher", preset, settings)
     listed = configured.attackers
     if count and configured.schedule == "sequential":
         raise ConfigError(

@@ -13,6 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from casehard.config import build
 from casehard.data.batches import Encoded, EncodedSet
 from casehard.defend.patcher import PRESETS, Patcher, PatcherConfig
+from casehard.defend.patcher.backend import InProcessBackend
+from casehard.defend.patcher.in_turn import InTurn, SimulatedAttacks
+from casehard.defend.patcher.scheduled import Scheduled
 from casehard.defend.protocol import Setup, Step
 from casehard.errors import ConfigError, DataError
 from casehard.maths.bilevel import Attacker, with_view
@@ -358,6 +361,31 @@ def test_resume_anywhere_gives_the_uninterrupted_run(tmp_path: Path, stop: int, 
     assert early + late == log
 
 
+@pytest.mark.parametrize("stop", [None, 3, 4, 6, 8])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_sequential_loop_is_the_general_one_at_delay_zero(tmp_path: Path, stop: int | None, several: bool) -> None:
+    """InTurn against Scheduled with attackers in this process: weights, telemetry, cost, and a resumed run."""
+    seen = []
+    other = Attacker(steps=2, lr=2e-2, batch_size=3)
+    config = PatcherConfig(round_steps=3, attackers=(ATTACKER, other) if several else (ATTACKER,))
+    for general in (False, True):
+        scratch = tmp_path / f"{general}"
+        scratch.mkdir()
+        model, log, start, state = llama(), [], 0, None
+        for end in [9] if stop is None else [stop, 9]:
+            method = Patcher(config, unsafe=UNSAFE)
+            if general:
+                attacks = SimulatedAttacks(method.unsafe, config.attackers, 0, torch.bfloat16)
+                method.backend = InProcessBackend(attacks, model)
+            until = end if end < 9 else None
+            log += drive(method, model, 9, start=start, stop=until, scratch=scratch, state=state)
+            assert isinstance(method.vectors, Scheduled if general else InTurn)
+            start, state = end, method.state()
+        seen.append((weights(model), log, method.passes, sorted(p.name for p in scratch.iterdir())))
+    assert same(seen[0][0], seen[1][0])
+    assert seen[0][1:] == seen[1][1:]
+
+
 def test_no_attack_vector_in_the_state_and_files_are_the_defenders_own(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -392,6 +420,18 @@ def test_defaults_are_the_papers() -> None:
     attacker = config.attackers[0]
     assert (attacker.steps, attacker.lr, attacker.batch_size, attacker.weight_decay) == (300, 1e-5, 4, 0.01)
     assert PRESETS["paper_sequential"].reset_optimizer
+
+
+def test_the_published_parallel_timing_is_a_preset() -> None:
+    config = PRESETS["reference_parallel"]
+    assert (config.schedule, config.alpha, config.round_steps, config.reference) == (
+        "reference_parallel",
+        0.5,
+        1000,
+        "current",
+    )
+    assert config.attackers[0].steps == 500 and config.over(15_000).first == 1999
+    assert not config.reset_optimizer  # one program for the whole run
 
 
 def test_settings_from_plain_values() -> None:
