@@ -2,7 +2,7 @@
 
     python benchmarks/patcher_cost.py docs/img/patcher_cost.svg
 
-Arithmetic of ``casehard.defend.cost``, nothing measured; ``patcher_parallel.py`` measures what it predicts.
+Arithmetic of ``casehard.defend.patcher.cost``, nothing measured; ``patcher_parallel.py`` measures what it predicts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from casehard.defend.cost import Cost, costs
+from casehard.defend.patcher.cost import Cost, costs
 from casehard.report.figures import ABLATION, BASELINE, DEFENCE, MUTED, _bare, _canvas, _svg
 
 K2 = 1000
@@ -20,9 +20,8 @@ COLOURS = {
     "lockstep": ABLATION[1],
     "async": DEFENCE[0],
     "reference_parallel": BASELINE[0],
-    "branches": DEFENCE[1],
 }
-LABELS = {"reference_parallel": "published timing", "branches": "two branches"}
+LABELS = {"reference_parallel": "published timing"}
 
 
 def label(name: str) -> str:
@@ -69,7 +68,7 @@ def main(path: str) -> None:
         left, middle, right = (
             figure.add_axes((x, 0.16, w, 0.72)) for x, w in ((0.03, 0.23), (0.38, 0.23), (0.8, 0.19))
         )
-        names = ["sequential", "async", "branches"]
+        names = ["sequential", "async"]
         curves(left, lambda c: c.round_passes / K2, names, "time of an outer step, in passes")
         curves(middle, lambda c: c.age / K2, ["sequential", "async", "reference_parallel"], "mean age, in rounds")
         memory(right)

@@ -1,4 +1,4 @@
-"""Peak memory of plain fine-tuning and Patcher's schedules, bytes a parameter, against the formula of defend/cost.py.
+"""Peak memory of plain fine-tuning and Patcher's schedules, bytes a parameter, against the formula of patcher/cost.py.
 
     python benchmarks/patcher_memory.py [--schedules async ...]
 
@@ -24,11 +24,11 @@ import torch
 from patcher_step import Loop
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.cost import GRADIENT, MOMENTS, WEIGHTS, costs
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.cost import GRADIENT, MOMENTS, WEIGHTS, costs
+from casehard.defend.patcher.workers.launch import start_attackers
+from casehard.defend.patcher.workers.spec import spec_for
 from casehard.maths.bilevel import Attacker
-from casehard.parallel.brief import brief_for
-from casehard.parallel.launch import beside
 
 SIZES = ("organism", "llama25m")
 SCHEDULES = ("sequential", "lockstep", "async", "reference_parallel")
@@ -56,15 +56,15 @@ def run(schedule: str, name: str) -> dict[str, int]:
     if schedule == "sequential":
         drive(Loop(model, rows, 1, method))
         return {"parameters": parameters, "defender": peak_of("self")}
-    brief = brief_for(model, [rows], [attacker], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
-    with beside(brief, device=torch.device("cpu")) as side:
-        method.side = side
+    spec = spec_for(model, [rows], [attacker], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
+    with start_attackers(spec, device=torch.device("cpu")) as backend:
+        method.backend = backend
         loop = Loop(model, rows, 1, method)
         drive(loop)
         assert method.vectors is not None
         while len(method.vectors.adoptions) < 4:
             loop.step()
-        return {"parameters": parameters, "defender": peak_of("self"), "attacker": peak_of(side.processes[0])}
+        return {"parameters": parameters, "defender": peak_of("self"), "attacker": peak_of(backend.processes[0])}
 
 
 def drive(loop: Loop) -> None:

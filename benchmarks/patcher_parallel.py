@@ -23,9 +23,9 @@ import torch
 from patcher_step import BATCHES, Loop, build
 
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.workers.launch import start_attackers
+from casehard.defend.patcher.workers.spec import spec_for
 from casehard.maths.bilevel import Attacker
-from casehard.parallel.brief import brief_for
-from casehard.parallel.launch import beside
 
 
 def block(loop: Loop, steps: int) -> float:
@@ -43,28 +43,28 @@ def compare(name: str, k1: int, k2: int, rounds: int, blocks: int) -> dict[str, 
     attacker = Attacker(steps=k1, lr=1e-5, batch_size=size)
     sequential = Patcher(PatcherConfig(round_steps=k2, attackers=(attacker,)), unsafe=rows)
     method = Patcher(PatcherConfig(schedule="async", round_steps=k2, attackers=(attacker,)), unsafe=rows)
-    brief = brief_for(twin, [rows], [attacker], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
-    with beside(brief, device=torch.device("cpu")) as side:
-        method.side = side
+    spec = spec_for(twin, [rows], [attacker], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
+    with start_attackers(spec, device=torch.device("cpu")) as backend:
+        method.backend = backend
         one, two = Loop(model, rows, size, sequential), Loop(twin, rows, size, method)
         one.index = two.index = k2
         while not method.vectors.adoptions:
             two.step()
         one.step()
         one.index = 2 * k2  # a block begins with its round's attack
-        method.vectors.drain_ages()
+        method.vectors.pool.ages()
         took: dict[str, list[float]] = {"sequential": [], "async": []}
-        sent = side.bytes_out + side.bytes_in
+        sent = backend.bytes_out + backend.bytes_in
         for _ in range(blocks):
-            while not side.idle():  # an attack under way would slow the sequential side down
+            while not backend.idle():  # an attack under way would slow the sequential side down
                 time.sleep(0.05)
             took["sequential"].append(block(one, rounds * k2))
             seen = len(method.vectors.adoptions) + 2
             while len(method.vectors.adoptions) < seen:
                 two.step()  # the attack that was finished meanwhile came too early
             took["async"].append(block(two, rounds * k2))
-        sent = side.bytes_out + side.bytes_in - sent
-        age = method.vectors.drain_ages()["attack_age"]
+        sent = backend.bytes_out + backend.bytes_in - sent
+        age = method.vectors.pool.ages()["attack_age"]
     return {
         "speedup_vs_sequential": statistics.median(
             a / b for a, b in zip(took["sequential"], took["async"], strict=True)

@@ -26,8 +26,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.attackers import Order
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.in_turn import InTurn
+from casehard.defend.patcher.pool import AttackRequest
 from casehard.defend.protocol import Setup, Step
 from casehard.maths.bilevel import Attacker
 from casehard.maths.bilevel import parameters as parameters_of
@@ -131,9 +132,8 @@ def main() -> None:
     samples: dict[str, list[float]] = {name: [] for name in (*loops, "attack")}
 
     def one_attack() -> None:
-        assert patched.method is not None and patched.method.vectors is not None
-        patched.method.vectors.local.submit(Order(0, 1, 1000), parameters_of(model), stable=False)
-        patched.method.vectors.local.collect()
+        assert patched.method is not None and isinstance(patched.method.vectors, InTurn)
+        patched.method.vectors.attacks.run(model, parameters_of(model), AttackRequest(0, 1, 1000))
 
     for _ in range(args.rounds + 1):
         for name, loop in loops.items():

@@ -29,6 +29,7 @@ BOTTOM = {
         "tensorfile",
         "compat",
         "maths",
+        "distributed",
     ),
 }
 WORLD = {"data", "organism"}
@@ -46,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "tensorfile": {"errors", "files"},
     "compat": {"errors"},
     "maths": {"errors", "limits", "seeds"},
+    "distributed": {"errors", "seeds", "maths", "limits"},
     "data": BOTTOM,
     "model": BOTTOM | {"data"},
     "train": BOTTOM | {"data", "model", "defend"},
@@ -54,8 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "defend": BOTTOM | {"data", "model"},
     "evaluate": BOTTOM | {"data", "model", "train", "organism"},
     "buffer": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
-    "parallel": BOTTOM | {"data", "model", "defend"},
-    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer", "parallel"},
+    "jobs": BOTTOM | {"data", "model", "train", "attack", "defend", "evaluate", "buffer"},
     "mb": BOTTOM | {"data", "model", "train", "defend", "evaluate"},
     "scan": BOTTOM | {"data", "model", "train", "attack", "evaluate"},
     "backdoor_jobs": BOTTOM | {"data", "model", "train", "attack", "evaluate", "organism", "scan", "jobs"},
@@ -64,13 +65,12 @@ ROOMS: dict[str, set[str]] = {
     "report": BOTTOM | {"bench", "evaluate", "organism", "data", "defend"},
     "cli": BOTTOM
     | {"data", "model", "train", "organism", "attack", "defend", "evaluate", "buffer", "jobs", "bench", "report", "mb"}
-    | {"scan", "backdoor_jobs", "parallel"},
+    | {"scan", "backdoor_jobs"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
     ("train", "defend"): {"casehard.defend.protocol", "casehard.defend.plain"},
-    ("defend", "model"): {"casehard.model.lora_files"},
-    ("parallel", "model"): {"casehard.model.shard"},
+    ("defend", "model"): {"casehard.model.lora_files", "casehard.model.shard"},
     ("organism", "evaluate"): {"casehard.evaluate.judge"},
     ("evaluate", "organism"): {"casehard.organism.judge"},
     ("evaluate", "train"): {"casehard.train.progress"},
@@ -78,6 +78,7 @@ ONLY: dict[tuple[str, str], set[str]] = {
 }
 METHOD_IMPORTS = {
     "casehard.maths",
+    "casehard.distributed",
     "casehard.data.batches",
     "casehard.seeds",
     "casehard.errors",
@@ -209,6 +210,7 @@ def test_method_files_are_pure(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "maths").glob("*.py")), ids=lambda p: p.name)
 def test_maths_is_pure(path):
+    assert "torch.distributed" not in path.read_text(encoding="utf-8"), f"{path}: belongs to distributed/"
     for module in imports(path):
         top = module.partition(".")[0]
         assert top in {"torch", "casehard"} or top in sys.stdlib_module_names, f"{path}: {module}"

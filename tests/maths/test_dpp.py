@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casehard.distributed.dpp import greedy_map_sharded
 from casehard.errors import DataError
-from casehard.maths.dpp import JITTER, TIE, greedy_map, greedy_map_sharded, log_weights, relevance, unit_rows
+from casehard.maths.dpp import JITTER, TIE, greedy_map, log_weights, relevance, unit_rows
 from fakes import spawn
 
 SEEDS = st.integers(0, 100_000)

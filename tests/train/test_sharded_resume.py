@@ -21,13 +21,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from casehard.data.batches import collate
-from casehard.defend.copies import CleanCopies
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defend.patcher.snapshots import Snapshots
+from casehard.distributed.fsdp import local_weights
+from casehard.distributed.ranks import local
 from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError, Unsupported, UserError
 from casehard.locks import lock
 from casehard.maths.bilevel import Attacker
-from casehard.maths.collective import local
-from casehard.maths.sharded import masters
 from casehard.train import checkpoint, shards, shell
 from casehard.train import fit as fitting
 from casehard.train.fit import fit
@@ -58,7 +58,7 @@ def run(out: Path | None, *, steps: int = STEPS, save_every: int = 0, on_step=No
     patcher = Patcher(PatcherConfig(**settings, delta_dtype="float32"), unsafe=UNSAFE, retain=RETAIN)
     config = TrainConfig(steps=steps, batch_size=2, lr=1e-3, warmup=2, save_every=save_every, keep=3, log_every=4)
     done = fit(model(), None, ROWS, config=config, method=patcher, seed=0, out=out, on_step=on_step)
-    weights = {name: p.clone() for name, p in masters(done.model).items()}
+    weights = {name: p.clone() for name, p in local_weights(done.model).items()}
     return {"weights": weights, "log": done.log, "tokens": done.budget.tokens, "passes": done.budget.passes}
 
 
@@ -217,7 +217,7 @@ def round_trip(out: Path, mesh: object = None) -> list[bool]:
         optimizer.zero_grad()
 
     def state() -> dict[str, torch.Tensor]:
-        found = {name: p.clone() for name, p in masters(small).items()}
+        found = {name: p.clone() for name, p in local_weights(small).items()}
         for name, p in small.named_parameters():
             found |= {f"{name} {key}": local(value).clone() for key, value in optimizer.state[p].items()}
         return found
@@ -228,8 +228,8 @@ def round_trip(out: Path, mesh: object = None) -> list[bool]:
     step()
     shards.save_weights(small, out)
     shards.save_optimizer(small, optimizer, out)
-    copies = CleanCopies(out, "test")
-    kept = copies.keep("all", small, in_memory=True)
+    snapshots = Snapshots(out, "test")
+    kept = snapshots.take("all", small, in_memory=True)
     assert isinstance(kept, Path)
     before = state()
     step()
@@ -237,12 +237,12 @@ def round_trip(out: Path, mesh: object = None) -> list[bool]:
     shards.load_weights(small, out)
     shards.load_optimizer(small, optimizer, out)
     back = state()
-    again = copies.tensors(kept, small)
+    again = snapshots.tensors(kept, small)
     step()
     return [
         any(t.numel() == 0 for t in before.values()),
         same(back, before) and not same(before, after),
-        all(torch.equal(again[name], before[name]) for name in masters(small)),
+        all(torch.equal(again[name], before[name]) for name in local_weights(small)),
         same(state(), after),
     ]
 

@@ -1,4 +1,4 @@
-"""Patcher inside the real Trainer on two ranks: FSDP2 by transformers and by accelerate, DDP, and two branches.
+"""Patcher inside the real Trainer on two ranks: FSDP2 by transformers and by accelerate, and DDP.
 
 accelerate shards on accelerators only (on CPU it would run DDP without a word), so its test names the two processes a
 multi-GPU run before the Trainer asks; everything after that is accelerate's own.
@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 from casehard.data.batches import collate
 from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.distributed.fsdp import local_weights
+from casehard.distributed.ranks import local
 from casehard.errors import Unsupported
 from casehard.maths.bilevel import Attacker
-from casehard.maths.collective import local
-from casehard.maths.sharded import masters
 from casehard.train.shell import HardenedTrainer
 from fakes import spawn, tiny_llama, tiny_rows
 
@@ -26,19 +26,19 @@ USER, UNSAFE, RETAIN = tiny_rows(32, seed=1), tiny_rows(8, seed=2), tiny_rows(9,
 ATTACKER = Attacker(steps=2, lr=1e-2, batch_size=4)
 FILES = ["args.json", "manifest.json", "method.json", "method_files", "rng_state_0.pth"]
 FILES += ["rng_state_1.pth", "scheduler.pt", "shards", "shell.json", "trainer_state.json"]
-KINDS = ("transformers", "accelerate", "ddp", "branches")
+KINDS = ("transformers", "accelerate", "ddp")
 
 
-def patcher(branches=None) -> Patcher:
+def patcher() -> Patcher:
     """Plain at step 0; attacks at steps 1 and 2.
 
     The gradient of a KL term is rounding alone at step 0, and AdamW would make whole steps of it: cross-entropy here.
     """
     config = PatcherConfig(round_steps=1, attackers=(ATTACKER,), delta_dtype="float32", retain="ce")
-    return Patcher(config, unsafe=UNSAFE, retain=RETAIN, branches=branches)
+    return Patcher(config, unsafe=UNSAFE, retain=RETAIN)
 
 
-def trainer(model, out: Path, batch_size: int, *, branches=None, save: bool = False, **options) -> HardenedTrainer:
+def trainer(model, out: Path, batch_size: int, *, save: bool = False, **options) -> HardenedTrainer:
     args = TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
@@ -63,7 +63,7 @@ def trainer(model, out: Path, batch_size: int, *, branches=None, save: bool = Fa
         args=args,
         train_dataset=list(USER.rows),
         data_collator=lambda rows: collate(rows, 0),
-        method=patcher(branches),
+        method=patcher(),
     )
 
 
@@ -77,7 +77,7 @@ def tied_refused(out: Path) -> str:
 
     model = LlamaForCausalLM.from_pretrained(out / "tied", distributed_config=DistributedConfig(fsdp_size=2))
     try:
-        masters(model)
+        local_weights(model)
     except Unsupported as error:
         return error.message
     return ""
@@ -94,11 +94,6 @@ def made(kind: str, out: Path) -> HardenedTrainer:
         config = DistributedConfig(fsdp_size=2)
         model = LlamaForCausalLM.from_pretrained(out / "start", distributed_config=config, dtype=torch.float32)
         return trainer(model, out / kind, 2, save=True)
-    if kind == "branches":  # two jobs of one process each, as far as accelerate knows
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name)
-        group = torch.distributed.group.WORLD
-        return trainer(tiny_llama(), out / kind / str(torch.distributed.get_rank()), 4, branches=group)
     if kind == "ddp":
         return trainer(tiny_llama(), out / kind, 2, save=True)
     wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -126,16 +121,14 @@ def _rank(rank: int, out: Path) -> None:
         run.train()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         full = get_model_state_dict(run.model, options=options)
-        if kind != "branches" or rank == 0:
-            run.save_model(str(out / kind))
+        run.save_model(str(out / kind))
         shards = sum(hasattr(p, "full_tensor") for p in run.model.parameters())
         seen[kind] = {"losses": losses(run), "full": full, "sharded": shards, "fsdp": run.is_fsdp_enabled}
         seen[kind] |= {"passes": run.method.passes, "bent": [], "files": []}
-        if kind != "branches":
-            last = {name: local(p).clone() for name, p in run.model.state_dict().items()}
-            # From within, and after the last step, when nothing is left to train.
-            seen[kind]["bent"] = resumed(kind, out, 2, last) + resumed(kind, out, 3, last)
-            seen[kind]["files"] = sorted(p.name for p in (out / kind / "checkpoint-2").iterdir())
+        last = {name: local(p).clone() for name, p in run.model.state_dict().items()}
+        # From within, and after the last step, when nothing is left to train.
+        seen[kind]["bent"] = resumed(kind, out, 2, last) + resumed(kind, out, 3, last)
+        seen[kind]["files"] = sorted(p.name for p in (out / kind / "checkpoint-2").iterdir())
         if kind == "ddp":
             with pytest.raises(Unsupported, match="FSDP was asked for and accelerate left it off"):
                 trainer(tiny_llama(), out / "refused", 2, fsdp=True)
@@ -165,7 +158,7 @@ def test_patcher_on_two_ranks_equals_one_process(two_ranks, tmp_path, kind):
         seen = torch.load(two_ranks / f"{rank}.pt")[kind]
         assert seen["losses"] == pytest.approx(losses(one), abs=1e-5)
         assert seen["passes"] == one.method.passes == 2 * 2 + 2 * 2 + 3  # attacks, attacked passes, retain
-        assert seen["sharded"] == (0 if kind in ("ddp", "branches") else 21) and seen["fsdp"] == (kind == "accelerate")
+        assert seen["sharded"] == (0 if kind == "ddp" else 21) and seen["fsdp"] == (kind == "accelerate")
         assert set(seen["full"]) == (set(expected) if rank == 0 else set())
         for name, value in seen["full"].items():
             torch.testing.assert_close(value, expected[name], atol=2e-5, rtol=0)

@@ -127,8 +127,8 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         _tune(values, select, out)
         return
     chosen = _selection(values, select)
-    from casehard.maths.collective import rank, world
-    from casehard.parallel.launch import join, leave
+    from casehard.defend.patcher.workers.launch import join, leave
+    from casehard.distributed.ranks import rank, world
 
     if join(count, each=attacker_ranks, sharing=DEFENCES.find(values["method"]).ranks):
         return  # this rank was an attacker
@@ -199,8 +199,8 @@ def _help(job: Any, out: Path) -> None:
     """Train a shard of rank 0's model, which says and saves everything; say only what went wrong here alone."""
     import warnings
 
+    from casehard.defend.patcher.workers.launch import leave
     from casehard.errors import Elsewhere, Interrupted, Lost
-    from casehard.parallel.launch import leave
     from casehard.steps import harden
     from casehard.train.progress import set_quiet
 
@@ -226,11 +226,13 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
             raise ConfigError(f"{values['method']} simulates no attacks", hint="leave out --attackers and --schedule")
         return 0
     from casehard.config import to_dict
-    from casehard.defend.timetable import BESIDE
+    from casehard.defend.patcher.schedule import NEEDS_ATTACKERS
 
-    if count and "schedule" not in settings:
+    preset = values.get("preset") or ""
+    configured = DEFENCES.find("patcher").configure("patcher", preset, settings)
+    if count and "schedule" not in settings and configured.schedule == "sequential":
         settings = values["settings"] = {**settings, "schedule": "async"}
-    configured = DEFENCES.find("patcher").configure("patcher", values.get("preset") or "", settings)
+        configured = DEFENCES.find("patcher").configure("patcher", preset, settings)
     listed = configured.attackers
     if count and configured.schedule == "sequential":
         raise ConfigError(
@@ -241,7 +243,7 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
         raise ConfigError(f"--attackers {count}, and the settings list {len(listed)}", hint="leave one of them out")
     if count and len(listed) == 1:
         values["settings"] = {**settings, "attackers": [to_dict(listed[0])] * count}
-    return count or (len(listed) if configured.schedule in BESIDE else 0)
+    return count or (len(listed) if configured.schedule in NEEDS_ATTACKERS else 0)
 
 
 def _tune(values: dict[str, Any], select: bool | None, out: Path) -> None:

@@ -132,7 +132,7 @@ def hardware_for_training() -> tuple[int, float, bool]:
 
 def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bool) -> list[tuple[str, ...]]:
     """Return a table row for each of Patcher's schedules; bytes in all, or a parameter when their number is unknown."""
-    from casehard.defend.cost import costs
+    from casehard.defend.patcher.cost import costs
 
     def size(bytes_each: float) -> str:
         if not bytes_each:
@@ -158,7 +158,7 @@ def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bo
 
 
 def _schedules(model: str | None, k1: int, k2: int, attackers: int) -> None:
-    from casehard.defend.cost import advice
+    from casehard.defend.patcher.cost import advice
     from casehard.model.source import find
 
     parameters = count_parameters(find(options.model_folder(model))) if model else 0

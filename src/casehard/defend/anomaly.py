@@ -20,8 +20,8 @@ from torch import nn
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defend.passes import unwrapped
 from casehard.defend.protocol import Setup, Step
+from casehard.distributed.ranks import rank
 from casehard.limits import Length, Limited, Weight
-from casehard.maths.collective import rank
 from casehard.seeds import derive
 
 

@@ -22,9 +22,9 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.passes import rows_of_rank
 from casehard.defend.protocol import Setup, StateValue, Step
+from casehard.distributed.ranks import world
 from casehard.errors import DataError
 from casehard.limits import Count, Limited, Weight
-from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,10 +34,10 @@ from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defend.pairs import PairSet, read_pairs
 from casehard.defend.passes import quiet, reshard, unwrapped
 from casehard.defend.protocol import Setup, Step
+from casehard.distributed.ranks import rank
 from casehard.errors import ConfigError, DataError, Diverged
 from casehard.limits import Count, Factor, Length, Limited, Natural, Weight
 from casehard.maths.bilevel import with_view
-from casehard.maths.collective import rank
 from casehard.maths.neutralise import (
     Normalisation,
     TopK,

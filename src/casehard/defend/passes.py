@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, EncodedSet, collate, indices_at
-from casehard.maths.collective import rank, world
+from casehard.distributed.ranks import rank, world
 from casehard.seeds import derive
 
 

@@ -21,9 +21,9 @@ from torch import nn
 from casehard.data.batches import IGNORE, Batch, EncodedSet
 from casehard.defend.passes import rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, Step
+from casehard.distributed.ranks import world
 from casehard.errors import DataError
 from casehard.limits import Limited, Share, Within
-from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)

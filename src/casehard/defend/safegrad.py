@@ -20,10 +20,10 @@ from torch import nn
 from casehard.data.batches import Batch, EncodedSet
 from casehard.defend.passes import quiet, rows_of_rank
 from casehard.defend.protocol import Setup, Step
+from casehard.distributed.ranks import world
 from casehard.errors import DataError, Unsupported
 from casehard.limits import BatchSize, Limited, Weight
 from casehard.maths.bilevel import retain_kl
-from casehard.maths.collective import world
 from casehard.maths.tensors import dot, norm
 
 

@@ -26,10 +26,10 @@ from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceCon
 from casehard.defend.protocol import Setup, StateValue, Step
 from casehard.defend.provider_assets import Assets
 from casehard.defend.updates import adapters
+from casehard.distributed.ranks import world
 from casehard.errors import DataError, Unsupported
 from casehard.limits import BatchSize, Limited, Share, Weight
 from casehard.maths.bilevel import retain_kl
-from casehard.maths.collective import world
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,9 +36,9 @@ from torch import nn
 from casehard.data.batches import IGNORE, EncodedSet, collate
 from casehard.defend.passes import quiet, reshard, rows_of_rank, trained_tokens
 from casehard.defend.protocol import Setup, StateValue, Step
+from casehard.distributed.ranks import sharded, sum_gradients, sum_over_ranks, world
 from casehard.errors import ConfigError, DataError, Diverged, Unsupported
 from casehard.limits import WEIGHT, BatchSize, Count, Factor, Limited, Weight, Within
-from casehard.maths.collective import sharded, sum_gradients, sum_over_ranks, world
 from casehard.maths.optimizers import FLOOR, OptimizerView, learning_rate
 from casehard.maths.projection import Projection, project_
 from casehard.maths.tensors import norm

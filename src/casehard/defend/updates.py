@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from casehard.defend.protocol import StateValue
+from casehard.distributed.ranks import sharded
 from casehard.errors import Corrupt, DataError, Unsupported
-from casehard.maths.collective import sharded
 
 Start = dict[str, torch.Tensor]
 """The weights training started from, by parameter name; adapters' factors are not among them."""

@@ -178,15 +178,13 @@ class Attacker(Limited):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer not in _OPTIMISERS:
-            raise ConfigError(
-                f"attacker.optimizer: {self.optimizer!r} is unknown", hint=f"one of {sorted(_OPTIMISERS)}"
-            )
+        if self.optimizer not in OPTIMISERS:
+            raise ConfigError(f"attacker.optimizer: {self.optimizer!r} is unknown", hint=f"one of {sorted(OPTIMISERS)}")
         if self.steps_min is not None and not 0 <= self.steps_min <= self.steps:
             raise ConfigError(f"attacker.steps_min: {self.steps_min} is not within 0..steps ({self.steps})")
 
 
-_OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
@@ -270,7 +268,7 @@ def simulate_attack(
     with forked_rng(seed, device):
         leaves, view = _leaves(model, source, attacker.lora_rank)
         options: dict[str, Any] = {"lr": attacker.lr, "weight_decay": attacker.weight_decay}
-        optimiser = _OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
+        optimiser = OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
 
         def one(inner: nn.Module, batch: Batch) -> torch.Tensor:
             loss = inner(**batch).loss

@@ -27,7 +27,6 @@ from typing import NamedTuple
 import torch
 
 from casehard.errors import DataError
-from casehard.maths.collective import rank, world
 
 TIE = 1e-10
 """Log scores closer than this are equal."""
@@ -36,7 +35,8 @@ JITTER = 1e-6
 TILE = 8192
 _BLOCK, _SHORTLIST = 64, 256
 _COPY = 1 << 28  # largest float64 copy of the rows, bytes; beyond it tiles are widened one at a time
-_ZERO = 1e-12  # residual, in units of the largest row, that counts as zero without jitter
+ZERO = 1e-12
+"""Residual, in units of the largest row, that counts as zero without jitter."""
 
 
 class Greedy(NamedTuple):
@@ -125,14 +125,14 @@ def greedy_map(
     return _Loop(rows, min(k, len(rows)), weights, jitter, block, shortlist).run()
 
 
-def _log(r: torch.Tensor, jitter: float, scale: float) -> torch.Tensor:
+def log_residuals(r: torch.Tensor, jitter: float, scale: float) -> torch.Tensor:
     """Return log r; with jitter r cannot fall below it, without it what is left of a spanned row is rounding."""
     if jitter > 0:
         return r.clamp(min=jitter).log()
-    return torch.where(r > _ZERO * scale, r, torch.zeros((), dtype=r.dtype, device=r.device)).log()
+    return torch.where(r > ZERO * scale, r, torch.zeros((), dtype=r.dtype, device=r.device)).log()
 
 
-def _best(score: torch.Tensor, left: torch.Tensor) -> int:
+def best_index(score: torch.Tensor, left: torch.Tensor) -> int:
     """Return the lowest index among the best of what is left; among all of it when nothing scores above -inf."""
     score = torch.where(left, score, -math.inf)
     top = score.max()
@@ -164,7 +164,7 @@ class _Loop:
         self.exact = rows.dtype == torch.float64
         narrow = float(torch.finfo(torch.float32).eps) * math.sqrt(d) * 2.0 * self.scale
         self.error = 0.0 if self.exact else narrow
-        self.floor = max(100.0 * jitter, _ZERO * self.scale)
+        self.floor = max(100.0 * jitter, ZERO * self.scale)
         self.exhausted: int | None = None
 
     def _wide(self, part: slice | torch.Tensor | int) -> torch.Tensor:
@@ -179,7 +179,7 @@ class _Loop:
                 if not bool((score[self.left] > -math.inf).any()):
                     self._fill()
                     break
-                self._take(_best(score, self.left))
+                self._take(best_index(score, self.left))
             self._from_shortlist()
             # One product for a handful of picks means the error bound hides the differences: go exact.
             poor = len(self.order) - before < min(4, self.k - before)
@@ -187,7 +187,7 @@ class _Loop:
         return Greedy(self.order, self.gains, self.exhausted, self.passes)
 
     def _log(self, r: torch.Tensor) -> torch.Tensor:
-        return _log(r, self.jitter, self.scale)
+        return log_residuals(r, self.jitter, self.scale)
 
     def _fill(self) -> None:
         """Take what is left and gains nothing, by weight, then index."""
@@ -225,7 +225,7 @@ class _Loop:
         stop = min(self.k, self.fresh + self.block)
         while len(self.order) < stop and bool(left.any()):
             score = w + self._log(r)
-            i = _best(score, left)
+            i = best_index(score, left)
             best, j = float(score[i]), int(inside[i])
             if best == -math.inf:
                 return
@@ -263,69 +263,3 @@ class _Loop:
             self.r[a : a + TILE] -= e.square_().sum(1)
         self.fresh = done
         self.passes += 1
-
-
-def greedy_map_sharded(
-    rows: torch.Tensor, k: int, *, weights: torch.Tensor | None = None, jitter: float = JITTER
-) -> Greedy:
-    """Pick ``k`` rows of a pool whose rows are spread over the ranks in order; every rank returns the same.
-
-    Exact: the plain loop in float64. A pick costs one all-gather of (score, index) and one broadcast of d + 1 numbers.
-
-    Args:
-        rows: this rank's part of phi, (n_rank, d); the pool is the concatenation over ranks.
-        k, weights, jitter: as in :func:`greedy_map`; ``weights`` is this rank's part.
-    """
-    device = rows.device
-    counts = _gather(torch.tensor([float(len(rows))], dtype=torch.float64, device=device)).flatten().long()
-    first, total = int(counts[: rank()].sum()), int(counts.sum())
-    phi = rows.double()
-    w = torch.zeros(len(phi), dtype=torch.float64, device=device) if weights is None else weights.double()
-    r = phi.square().sum(1) + jitter
-    scale = float(_gather(r.amax().view(1) if len(r) else r.new_zeros(1)).max())
-    left = torch.ones(len(phi), dtype=torch.bool, device=device)
-    k = min(k, total)
-    basis = torch.zeros(k, phi.shape[1], dtype=torch.float64, device=device)
-    order: list[int] = []
-    gains: list[float] = []
-    exhausted: int | None = None
-    for t in range(k):
-        mine = [-math.inf, math.inf, 0.0, 0.0]
-        if bool(left.any()):
-            score = w + _log(r, jitter, scale)
-            i = _best(score, left)
-            if float(score[i]) == -math.inf:
-                i = _best(w, left)
-            mine = [float(score[i]), float(first + i), float(w[i]), max(float(r[i]), jitter)]
-        offers = _gather(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
-        top = max(score for score, *_ in offers)
-        tied = [c for c in offers if c[1] < math.inf and (c[0] >= top - TIE or top == -math.inf)]
-        _, index, _, residual = min(tied, key=lambda c: (c[1],) if top > -math.inf else (-c[2], c[1]))
-        j = int(index)
-        owner = int((counts.cumsum(0) <= j).sum())
-        message = torch.zeros(phi.shape[1] + 1, dtype=torch.float64, device=device)
-        if owner == rank():
-            here, so_far = phi[j - first], basis[:t]
-            c = so_far @ here
-            message[-1] = w[j - first]
-            if top > -math.inf:
-                message[:-1] = (here - c @ so_far) / math.sqrt(residual)
-            left[j - first] = False
-        if world() > 1:
-            torch.distributed.broadcast(message, src=owner)
-        basis[t] = message[:-1]
-        r -= (phi @ basis[t]).square_()
-        order.append(j)
-        gains.append(float(message[-1]) + math.log(residual) if top > -math.inf else -math.inf)
-        if exhausted is None and (top == -math.inf or residual < max(100.0 * jitter, _ZERO * scale)):
-            exhausted = t
-    return Greedy(order, gains, exhausted, k)
-
-
-def _gather(value: torch.Tensor) -> torch.Tensor:
-    """Return the ranks' vectors, (ranks, size)."""
-    if world() == 1:
-        return value.unsqueeze(0)
-    out = [torch.empty_like(value) for _ in range(world())]
-    torch.distributed.all_gather(out, value)
-    return torch.stack(out)

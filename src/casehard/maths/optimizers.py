@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from casehard.errors import Unsupported
-from casehard.maths.collective import whole
-from casehard.maths.tensors import wide
+from casehard.maths.tensors import whole, wide
 
 FLOOR = 0.1
 """Smallest denominator of (1) in units of the root mean square one: M may exceed its typical value 1 / FLOOR times."""

@@ -26,8 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from casehard.maths.collective import whole
-from casehard.maths.tensors import wide
+from casehard.maths.tensors import whole, wide
 
 Tensors = Sequence[torch.Tensor]
 Metric = Callable[[int, torch.Tensor], torch.Tensor]

@@ -12,6 +12,11 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if torch.finfo(x.dtype).bits >= 32 else x.float()
 
 
+def whole(scalar: torch.Tensor) -> torch.Tensor:
+    """Return a reduction over a tensor as a plain scalar; that of a DTensor adds up its shards by itself."""
+    return scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar
+
+
 def dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     """Return the inner product of two parameter lists, products in fp32, summed over tensors in float64."""
     parts = [torch.sum(x.float() * y.float(), dtype=torch.float64) for x, y in zip(a, b, strict=True)]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from casehard.distributed.ranks import rank
 from casehard.errors import Unsupported
-from casehard.maths.collective import rank
 
 
 def shard(model: nn.Module, ranks: int, device: torch.device) -> None:

@@ -13,18 +13,18 @@ from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.mix import check_disjoint, marks
 from casehard.defend import DEFENCES
+from casehard.defend.patcher.workers.launch import shards_wanted, with_attackers
+from casehard.distributed.ranks import world
 from casehard.errors import DataError, Unsupported
 from casehard.evaluate.suite import load_suite
 from casehard.files import remove, scratch
 from casehard.limits import PROCESSES, Within
-from casehard.maths.collective import world
 from casehard.model.leave import save as save_model
 from casehard.model.load import load, load_gathered
 from casehard.model.model import Made, Model
 from casehard.model.provenance import KEY, SERVED, trained_prompts
 from casehard.model.save import rehearse
 from casehard.model.source import ORIGIN, find_any
-from casehard.parallel.launch import equipped, shards_wanted
 from casehard.registry import DefenceSpec
 from casehard.steps.base import Inputs, Outcome
 from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
@@ -118,7 +118,7 @@ def finetune_on(
     if place is not None:
         _rehearse(start, place, provenance, adapter=adapter)
     bf16 = uses_bf16(step.train.precision, next(start.net.parameters()).device)
-    beside = equipped(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
+    beside = with_attackers(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
     with guarded(method, start, step.system), beside:
         done = tune(
             start,

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from casehard.distributed.ranks import sharded
 from casehard.errors import ConfigError, Corrupt, Unsupported
 from casehard.files import inside, read_json, remove, verify
-from casehard.maths.collective import sharded
 from casehard.secrets import REDACTED, redact
 from casehard.train import shards
 

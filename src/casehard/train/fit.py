@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from casehard.config import digest
 from casehard.data.batches import EncodedSet, indices_at
+from casehard.distributed.ranks import sum_over_ranks
 from casehard.files import remove
-from casehard.maths.collective import sum_over_ranks
 from casehard.train import checkpoint
 from casehard.train.progress import Progress
 from casehard.train.recipe import TrainConfig, training_arguments

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from casehard.distributed.ranks import why
 from casehard.errors import Diverged, Lost
-from casehard.maths.collective import why
 
 _HINT = "lower the learning rate, check the data for empty or damaged rows, or use fp32"
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from casehard.distributed.fsdp import reshard
+from casehard.distributed.ranks import local, sharded
 from casehard.errors import ConfigError, Corrupt, Unsupported
 from casehard.files import fsync, read_json
-from casehard.maths.collective import local, sharded
-from casehard.maths.sharded import reshard
 from casehard.tensorfile import load_tensors, save_tensors
 
 FOLDER = "shards"

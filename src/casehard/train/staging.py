@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from casehard.distributed.fsdp import is_sharded
 from casehard.errors import ConfigError, Corrupt, Elsewhere, StorageError
 from casehard.files import STAGING, crash_point, staged, storage_errors
 from casehard.locks import lock
-from casehard.maths.sharded import is_sharded
 from casehard.train import adapters, checkpoint, shards
 
 R = TypeVar("R")

@@ -1,0 +1,1 @@
+"""What needs several processes: collectives, ranks and their rows, and models sharded by FSDP2."""
