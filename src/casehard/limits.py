@@ -108,7 +108,8 @@ class Limited:
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first number outside."""
-        for name, hint in _hints(type(self)).items():
+        kind: Any = type(self)
+        for name, hint in _hints(kind).items():
             try:
                 _walk(hint, getattr(self, name))
             except ValueError as error:

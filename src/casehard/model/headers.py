@@ -175,9 +175,8 @@ def _laid_out(folder: Path, config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=False, attn_implementation="eager"
-            )
+            make: Any = AutoModelForCausalLM.from_config
+            return make(copy.deepcopy(config), trust_remote_code=False, attn_implementation="eager")
     except Exception as error:  # constructors of some hundred classes
         raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {one_line(error)}") from None
 

@@ -82,7 +82,7 @@ def attach(model: nn.Module, folder: str | Path, name: str = "default", *, train
                 inner.load_adapter(str(folder), name, peft_config=config, **options)
                 wrapped: Any = inner
             else:
-                wrapped = PeftModel.from_pretrained(inner, str(folder), name, config=config, **options)  # type: ignore[arg-type]
+                wrapped = PeftModel.from_pretrained(inner, str(folder), name, config=config, **options)
         plain = plain_names(state, folder)
         wanted = set(get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False))
         found = {key.replace(f".{name}.weight", ".weight"): value for key, value in plain.items()}
