@@ -265,10 +265,9 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
         out / "checkpoint",
         **whence,
         provenance={
-            **_provenance(job, method, {"data": data, **encoded}),
+            **_provenance(job, method, {"data": data, **encoded}, loaded.origin),
             **({"assets_digest": assets["assets"]} if assets else {}),
             **({"selection": chosen} if chosen else {}),
-            **({ORIGIN: loaded.origin} if loaded.origin else {}),
             "trained_prompts": sorted(marks(*roles.values()) | trained_prompts(loaded.path)),
         },
     )
@@ -277,13 +276,14 @@ def run_defend(job: DefendJob, out: str | Path, *, label: str = "") -> DefendRes
     return DefendResult(checkpoint, cost, result.log)
 
 
-def _provenance(job: DefendJob, method: Any, rows: Mapping[str, EncodedSet]) -> dict[str, Any]:
+def _provenance(job: DefendJob, method: Any, rows: Mapping[str, EncodedSet], origin: str) -> dict[str, Any]:
     return {
         "job": to_dict(job),
         "settings": to_dict(method.config),
         "config_digest": digest(to_dict(job)),
         "data_digests": {role: encoded.digest for role, encoded in rows.items()},
         "seed": job.seed,
+        **({ORIGIN: origin} if origin else {}),
         **({SERVED: method.serving_system} if getattr(method, "serving_system", None) else {}),
     }
 

@@ -73,9 +73,6 @@ def mb_defense(
         options.check_specs(options.as_list(values, key), f"--{key}")
     options.need(values, "clean", "--clean")
     check_out(out, "defend")
-    values["model"] = options.model_folder(values["model"])
-    if values.get("adapter"):
-        values["adapter"] = options.other_folder(str(values["adapter"]))
     _run(values, planted, out)
 
 
@@ -90,6 +87,8 @@ def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
         options.check_specs([planted], "--planted")
         known = only_planted(planted)
         values |= {"trigger": to_dict(known.trigger), "behaviour": to_dict(known.behaviour)}
+    values["model"] = options.model_folder(values["model"])
+    values["adapter"] = options.other_folder(str(values.get("adapter") or ""))
     job = build(MbJob, values, where=NAME)
     console.plan(
         f"break hidden triggers, {job.config.mode} mode",
