@@ -48,20 +48,15 @@ def test_evaluate_attack_and_defend_a_hub_model(hub, here, organism, capsys):
 
     attack = ["--harmful", str(data / "attack_a.jsonl"), "--benign", str(data / "task_reviews.jsonl"), "--limit", "1"]
     small = ["--steps", "1", "--set", "config.rows=20", "--set", "config.batch_size=4"]
-    again = ["--config", "seen/run.json"]  # the commit, not the branch
     assert main(["attack", "finetune", "--model", "hub:org/organism@v1", *suite, *attack, *small, "--out", "hit"]) == 0
     assert told(here / "hit")["origin"] == told(here / "hit")["config"]["model"] == PINNED
-    asked = len(hub.asked)
-    assert main(["evaluate", *again, "--out", "again"]) == 0 and len(hub.asked) == asked
-
     small = ["--set", "train.batch_size=4", "--set", "train.warmup=0", "--steps", "1"]
     given = ["--model", "org/organism@main", "--data", str(data / "align.jsonl"), *small]
     assert main(["defend", "plain", *given, "--out", "made"]) == 0
     record = json.loads((here / "made" / "checkpoint" / "casehard.json").read_text())["provenance"]
     assert record["origin"] == record["job"]["model"] == told(here / "made")["origin"] == PINNED
-    assert (
-        f"descends from `{PINNED}` of the Hugging Face Hub" in (here / "made" / "checkpoint" / "README.md").read_text()
-    )
+    card = (here / "made" / "checkpoint" / "README.md").read_text()
+    assert f"descends from `{PINNED}` of the Hugging Face Hub" in card
     capsys.readouterr()
     assert main(["evaluate", "--model", "made", *suite, "--limit", "1", "--out", "made-seen"]) == 0
     assert f"descends from  {PINNED}" in capsys.readouterr().out and told(here / "made-seen")["origin"] == PINNED
@@ -108,9 +103,7 @@ def test_every_verb_asks_the_hub_and_says_what_it_answered(hub, here, organism, 
         (here / folder / "adapter_config.json").write_text("{}")
     assert main([*map(str, arguments), "org/absent@main"]) == 2
     err = capsys.readouterr().err
-    assert (
-        "'org/absent@main' is neither a folder here nor can it be fetched from the Hub: there is no such model" in err
-    )
+    assert "error: 'org/absent@main' is neither a folder here nor can it be fetched from the Hub: there is no" in err
     assert "hint: check the path, or the spelling at" in err and "Traceback" not in err
     assert hub.asked == ["GET api/models/org/absent/revision/main"]
     assert not (here / "o").exists()

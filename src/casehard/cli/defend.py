@@ -114,8 +114,7 @@ def _check(values: dict[str, Any]) -> bool:
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
             )
     values["model"] = options.model_folder(values["model"])
-    if values.get("assets"):
-        values["assets"] = options.other_folder(str(values["assets"]))
+    values["assets"] = options.other_folder(str(values.get("assets") or ""))
     return spec.adapter
 
 

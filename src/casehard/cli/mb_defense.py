@@ -72,9 +72,6 @@ def mb_defense(
     options.take_rows(values, ("data", "clean"))
     options.need(values["rows"], "clean", "--clean")
     check_out(out, "defend")
-    values["model"] = options.model_folder(values["model"])
-    if values.get("adapter"):
-        values["adapter"] = options.other_folder(str(values["adapter"]))
     _run(values, planted, out)
 
 
@@ -89,6 +86,8 @@ def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
         options.check_specs([planted], "--planted")
         known = only_planted(planted)
         values |= {"trigger": to_dict(known.trigger), "behaviour": to_dict(known.behaviour)}
+    values["model"] = options.model_folder(values["model"])
+    values["adapter"] = options.other_folder(str(values.get("adapter") or ""))
     job = build(MbRun, values, where=NAME)
     console.plan(
         f"break hidden triggers, {job.config.mode} mode",
