@@ -82,8 +82,12 @@ def model_folder(given: str) -> str:
 
     Raises:
         ConfigError: no such folder.
+        Unsupported: a file of weights in a format that is not read.
     """
+    from casehard.model.check import refuse_file
+
     path = Path(given)
+    refuse_file(path)
     hint = "give a local folder that holds config.json and *.safetensors"
     if not path.exists():
         raise ConfigError(f"no such model folder: {given}", hint=hint)
