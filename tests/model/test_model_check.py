@@ -221,6 +221,8 @@ def test_what_is_meant_for_one_call_is_not_kept(folder: Path) -> None:
     assert "pad_token_id is -1: there is no such token" in told
     assert got.model.config.return_dict and not got.model.config.output_attentions
     assert torch.equal(logits(got.model), logits(tiny_llama().eval()))
+    edit(folder / "generation_config.json", max_new_tokens=4096, suppress_tokens=[63])
+    assert loading.load(folder).model.generation_config.max_new_tokens == 4096  # many tokens, none of them by number
     edit(folder / "generation_config.json", eos_token_id=[2, 64])
     with pytest.raises(
         DataError, match=r"generation_config.json: eos_token_id is \[2, 64\], outside a vocabulary of 64"

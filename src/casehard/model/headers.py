@@ -30,6 +30,7 @@ _WRAPPERS = ("_orig_mod.", "module.")
 _STACK = re.compile(r"(.*?)\.(\d+)\.")
 _SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 _SIZES_TOO = ("num_key_value_heads", "max_position_embeddings")
+_IDS = ("suppress_tokens", "begin_suppress_tokens")
 _BUFFERS = 1 << 30  # bytes of tables computed from the configuration; those of real models are a few MiB
 
 
@@ -42,7 +43,8 @@ class Tensor(NamedTuple):
 
 def one_line(error: BaseException) -> str:
     """Return what a library said as one line, cut between words: errors of the command line are lines."""
-    return textwrap.shorten(str(error), 240, placeholder=" ...")
+    told = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return textwrap.shorten(told, 240, placeholder=" ...")
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
@@ -156,7 +158,7 @@ def _tokens(folder: Path, config: Any) -> Iterator[Problem]:
     """Look for special tokens beyond the vocabulary: an index error at the first use, or an end that never comes."""
     text = config.get_text_config(decoder=True)
     rows = getattr(text, "vocab_size", None)
-    if not isinstance(rows, int):
+    if not isinstance(rows, int) or rows < 1:
         return
     given = {"config.json": text.to_dict()}
     if (folder / "generation_config.json").is_file():
@@ -164,7 +166,9 @@ def _tokens(folder: Path, config: Any) -> Iterator[Problem]:
     for where, settings in given.items():
         for key, value in settings.items():
             ids = value if isinstance(value, list) else [value]
-            if key.endswith(("_token_id", "_tokens")) and any(isinstance(i, int) and i >= rows for i in ids):
+            if (key.endswith(("_token_id", "_token_ids")) or key in _IDS) and any(
+                isinstance(i, int) and i >= rows for i in ids
+            ):
                 hint = "the file belongs to another model, or the embeddings were cut"
                 yield Problem(DataError, where, f"{key} is {value}, outside a vocabulary of {rows}", hint)
 
