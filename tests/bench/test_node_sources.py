@@ -11,8 +11,8 @@ from casehard.bench import matrix
 
 PACKAGE = Path(matrix.__file__).resolve().parents[1]
 
-# What decides no number: names, messages, locks, and the check that settings hold no secret.
-NO_RESULT = {"__init__.py", "errors.py", "secrets.py", "locks.py"}
+# What decides no number: names, messages, locks, how files are read back, and that settings hold no secret.
+NO_RESULT = {"__init__.py", "errors.py", "secrets.py", "locks.py", "disk.py", "stored.py", "leash.py"}
 # These import for all kinds at once; what each kind runs of them is named in the matrix.
 FOR_ALL = {"jobs.py", "bench/execute.py"}
 # kind -> (file, what it imports) that the kind never runs.

@@ -11,10 +11,11 @@ from typing import Any
 
 from casehard.bench.matrix import Node
 from casehard.bench.records import told
-from casehard.bench.store import RunFolder, read_json
+from casehard.bench.shapes import NodeSummary
+from casehard.bench.store import RunFolder, read_finished, read_run, read_summary, unchanged
 from casehard.config import build, to_dict
-from casehard.errors import ConfigError, Corrupt, Interrupted, UserError
-from casehard.files import MANIFEST, file_digest, remove, verify
+from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError, UserError
+from casehard.files import MANIFEST, remove, verify
 from casehard.train import progress
 from casehard.train.meter import reset_peak
 
@@ -254,9 +255,10 @@ def _tuned(done: Any) -> Outcome:
 def _prepared(job: Any, out: Path) -> Outcome:
     from casehard.buffer.prepare import run_prepare
 
-    made = run_prepare(job, out / "assets").assets
+    done = run_prepare(job, out / "assets")
+    made = done.assets
     facts = {"gates": made.record["gates"], "missed": made.record["missed"]}
-    return Outcome(cost=dict(made.record["cost"]), path=str(made.path), digest=made.digest, facts=facts)
+    return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, facts=facts)
 
 
 def _base(task: Task) -> Outcome:
@@ -337,13 +339,11 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
     Raises:
         Corrupt: it was finished but its checkpoint or rows changed or vanished since.
     """
-    if not (out / "run.json").is_file() or not (out / "summary.json").is_file():
+    if not (out / "run.json").is_file() or read_run(out).get("status") != "ok":
         return None
-    run = read_json(out / "run.json")
-    if run.get("status") != "ok" or run.get("config", {}).get("node") != node.digest:
+    if (run := read_finished(out))["config"].get("node") != node.digest:
         return None
-    summary: dict[str, Any] = read_json(out / "summary.json")
-    rows, expected = out / "rows.jsonl", summary.get("rows_sha256")
+    summary = read_summary(out, run, NodeSummary)
     if node.kind in ("base", "defend", "prepare"):
         path = out / str(summary.get("path", ""))
         if not path.is_dir():
@@ -351,10 +351,8 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
         # Somebody else's checkpoint has no manifest; its content is in the node's digest.
         if node.kind != "base" or (path / MANIFEST).exists():
             verify(path)
-    elif not rows.is_file():
-        raise Corrupt(f"{rows} is missing: expected sha256 {expected}")
-    elif (actual := file_digest(rows)) != expected:
-        raise Corrupt(f"{rows} was changed: expected sha256 {expected}, actual {actual}")
+    else:
+        unchanged(out, {"files": {"rows.jsonl": summary.get("rows_sha256") or "none"}}, "rows.jsonl")
     return summary
 
 
@@ -365,21 +363,24 @@ def attempt(task: Task, executor: Executor) -> dict[str, Any]:
 
     Raises:
         Interrupted: the run was asked to stop, which is no failure of this node and no reason to begin the next.
+        StorageError: the disk is full or closed; so it will be for the next.
     """
     try:
         return work(task, executor)
-    except Interrupted:
+    except (Interrupted, StorageError):
         raise
     except Exception as error:
         return describe(error)
 
 
 def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
-    """Do what :func:`attempt` does in a worker process; an interrupt comes back as ``{"interrupted": exit code}``."""
+    """Do what :func:`attempt` does in a worker; what it raises comes back as ``interrupted`` or ``storage``."""
     try:
         return attempt(task, executor)
     except Interrupted as error:
         return {"interrupted": error.exit_code}
+    except StorageError as error:
+        return {"storage": error.message, "hint": error.hint}
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from casehard.model.adapters import add_lora
 from casehard.model.load import load
 from casehard.model.lora_files import LayerShape, write_adapter, write_marker
 from casehard.seeds import derive
+from casehard.stored import apart, read
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 
@@ -91,14 +92,16 @@ def method_of(job: CustomerJob) -> Any:
 def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> CustomerResult:
     """Tune beside the buffer, merge, and write ``out``/adapter; an interrupted job continues from ``out``/training.
 
+    An adapter that this very job wrote before it was killed is written again.
+
     Raises:
-        ConfigError: assets of another base, tokenizer, template or system message; or the adapter exists.
+        ConfigError: assets of another base, tokenizer, template or system message; or an adapter of something else is
+            there.
         UserError: unusable rows; or a buffer in what was written, which is then removed.
     """
     secrets.refuse(to_dict(job), where=job.method)
     out = Path(out)
-    if (out / "adapter").exists():
-        raise ConfigError(f"{out / 'adapter'} already exists", hint="give another folder with --out")
+    _require_own(out / "adapter", job)
     method = method_of(job)
     rows = load_many(job.data, require_response=True)
     if job.suite:
@@ -134,13 +137,29 @@ def run_job(job: CustomerJob, out: Path | str, *, label: str = "tune") -> Custom
         "data_digest": encoded.digest,
         KEY: sorted(marks(rows) | trained_prompts(loaded.path, method.assets.path)),
         "merged": getattr(method.config, "reinforce", False),
-        "cost": asdict(result.budget),
+        "cost": apart(asdict(result.budget))[0],
         "casehard": __version__,
     }
     _export(out / "adapter", live_pairs(model), method.assets, record)
     if not job.train.save_every:
         remove(training)
     return CustomerResult(out / "adapter", {**asdict(result.budget), "seed": job.seed}, result.log)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of the record in an adapter folder."""
+
+    config_digest: str
+
+
+def _require_own(adapter: Path, job: CustomerJob) -> None:
+    """Refuse to replace what another job, or somebody, put where the adapter goes."""
+    record = adapter / RECORD
+    if adapter.is_symlink() or (adapter.exists() and not record.is_file()):
+        raise ConfigError(f"{adapter} already exists", hint="give another folder with --out")
+    if adapter.exists() and read(record, _Record)["config_digest"] != digest(to_dict(job)):
+        raise ConfigError(f"{adapter} is of another job", hint="give another folder with --out")
 
 
 def _export(out: Path, pairs: Mapping[str, LoraPair], assets: Assets, record: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from casehard.maths.lowrank import LoraPair
 from casehard.model.adapters import add_lora
 from casehard.model.load import Loaded, load
 from casehard.seeds import derive
+from casehard.stored import apart
 from casehard.train.fit import FitResult, fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
@@ -138,6 +139,8 @@ class PrepareResult(NamedTuple):
 
     assets: Assets
     gates: list[Gate]
+    cost: dict[str, Any]
+    """What training each adapter spent."""
 
 
 class _Rows(NamedTuple):
@@ -339,10 +342,10 @@ def run_prepare(job: PrepareJob, out: Path | str, *, loaded: Loaded | None = Non
         "gates": [gate.record() for gate in gates],
         "missed": [gate.name for gate in missed],
         "reference": reference,
-        "cost": cost,
+        "cost": apart(cost)[0],
         "versions": {"casehard": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}},
     }
-    return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates)
+    return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates, cost)
 
 
 def _capped(held: Held, prompts: int) -> Held:
