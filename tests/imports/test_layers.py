@@ -93,6 +93,7 @@ LIGHT = [
     "bench/backdoor.py",
     "bench/matrix.py",
     "bench/store.py",
+    "bench/worker.py",
 ]
 EXTRAS = {
     "trl": set(),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +14,6 @@ from casehard.bench.store import RunFolder, read_finished, read_run, read_summar
 from casehard.config import build, to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError, UserError
 from casehard.files import MANIFEST, remove, verify
-from casehard.train import progress
 from casehard.train.meter import reset_peak
 
 
@@ -389,12 +386,3 @@ def describe(error: BaseException) -> dict[str, Any]:
     message = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     hint = error.hint if isinstance(error, UserError) else ""
     return {"error": type(error).__name__, "message": message[:500], "hint": hint, "expected": known}
-
-
-def start_worker(threads: int) -> None:
-    """Prepare a worker process: thread counts before torch is imported, no progress lines of its own."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    # The parent decides when to stop and tells the workers; a Ctrl-C reaches the whole group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    progress.set_quiet()

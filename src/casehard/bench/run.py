@@ -25,12 +25,12 @@ from casehard.bench.execute import (
     execute,
     finished,
     job_of,
-    start_worker,
 )
 from casehard.bench.matrix import Matrix, Node, expand
 from casehard.bench.plan import Plan
 from casehard.bench.store import RunFolder
 from casehard.bench.summary import summarise, table_rows
+from casehard.bench.worker import start_worker
 from casehard.config import to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError
 from casehard.files import remove

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -145,20 +144,23 @@ def _header(done: Arrival) -> dict[str, Any]:
     return {**top, "losses": done.losses, "tokens": done.tokens, "seconds": done.seconds}
 
 
-def unmoved_by_signals() -> None:
+def unmoved_by(*signals: int) -> None:
     """Leave stopping to the defender, which is sent the same signals and then tells its attackers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         with contextlib.suppress(ValueError):  # not in the main thread: the embedding program decides
             signal.signal(number, signal.SIG_IGN)
 
 
 def main(path: str, number: int) -> int:
-    """Run as ``python -m casehard.parallel.worker STORE NUMBER``, started by the defender on the same machine."""
-    unmoved_by_signals()
-    store, parent = dist.FileStore(path, -1), os.getppid()
+    """Run as ``casehard.parallel.worker STORE NUMBER`` on a leash, started by the defender on the same machine.
+
+    SIGTERM ends it as it ends any process: it holds nothing worth saving, and the defender notices.
+    """
+    unmoved_by(signal.SIGINT)
+    store = dist.FileStore(path, -1)
 
     def watch() -> bool:
-        return os.getppid() != parent or not Path(path).exists() or bool(store.check([DONE]))
+        return not Path(path).exists() or bool(store.check([DONE]))
 
     device = torch.device(os.environ.get("CASEHARD_ATTACKER_DEVICE", "cpu"))
     try:
@@ -166,9 +168,6 @@ def main(path: str, number: int) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    finally:
-        if os.getppid() != parent:
-            shutil.rmtree(Path(path).parent, ignore_errors=True)  # a killed defender cannot
     return 0
 
 
