@@ -6,47 +6,54 @@ and fsynced, and only then is the folder renamed. Whoever finds a manifest that 
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from casehard.disk import fsync as fsync
+from casehard.disk import is_full as is_full
+from casehard.disk import make_folder, refused, storage_errors, swap
 from casehard.errors import Corrupt, StorageError, UserError
+from casehard.locks import LOCK, NO_LOCKS, take
 
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
 DOOMED = ".doomed-"
+TOGETHER = "run"
+"""Ends the staging name where several processes fill one folder; elsewhere the process id does."""
 CRASH_EXIT = 9
 
 _FORMAT = 1
 _LARGE = 1 << 24
 _MAX_PART = 255
 _MAX_PATH = 1024
-_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
-# safetensors and torch report a full disk as text, not as an OSError.
-_FULL_TEXT = (*(f"os error {code}" for code in _FULL), "PytorchStreamWriter failed", "inline_container")
+_OURS = re.compile(rf"(?:{re.escape(STAGING)}|{re.escape(DOOMED)})(.+)-(?:\d+|{TOGETHER})", re.DOTALL)
 _reached: Counter[str] = Counter()
 
 
 def crash_point(name: str) -> None:
     """Exit at once, without clean-up, when ``CASEHARD_CRASH_AT`` is ``name`` (or ``name@n``: the n-th time, from 1).
 
-    The one place where tests inject a kill; a no-op otherwise.
+    The name ``*`` is any point. The one place where tests inject a kill; a no-op otherwise.
     """
     wanted = os.environ.get("CASEHARD_CRASH_AT")
     if wanted is None:
         return
-    _reached[name] += 1
-    if wanted in (name, f"{name}@{_reached[name]}"):
-        os._exit(CRASH_EXIT)
+    for key in (name, "*"):
+        _reached[key] += 1
+        if wanted in (key, f"{key}@{_reached[key]}"):
+            os._exit(CRASH_EXIT)
 
 
 def file_digest(path: Path) -> str:
@@ -156,9 +163,11 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         text = path.read_bytes().decode("utf-8")
         files: dict[str, dict[str, Any]] = json.loads(text)["files"]
         expected = _serialise(files)
+        if not all(type(e["bytes"]) is int and isinstance(e["sha256"], str) for e in files.values()):
+            raise TypeError("files need a size and a digest")
     except (FileNotFoundError, NotADirectoryError):
         raise Corrupt(f"{folder}: no {MANIFEST}", hint="it was never completed, or not written by casehard") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise Corrupt(f"{path}: not a readable manifest: {error}", hint="restore it from a copy") from None
     # Comparing the whole text, not only the digest inside, also catches a flipped bit in white space or key names.
     if text != expected:
@@ -197,19 +206,6 @@ def verify(folder: Path) -> None:
             raise Corrupt(f"{folder}: {name} is not in the manifest", hint=hint)
 
 
-def fsync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some file systems have no notion of flushing a folder; renames there are ordered by the journal.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 def _discard(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
@@ -221,18 +217,84 @@ def remove(folder: Path) -> None:
     """Delete a folder so that a kill half-way leaves no partial folder under its old name."""
     doomed = folder.with_name(f"{DOOMED}{folder.name}-{os.getpid()}")
     folder.rename(doomed)
+    crash_point("remove:renamed")
     _discard(doomed)
 
 
-def sweep(parent: Path) -> None:
-    """Delete what interrupted writes and deletions left behind in ``parent``."""
-    for pattern in (f"{STAGING}*", f"{DOOMED}*"):
-        for left in parent.glob(pattern):
-            _discard(left)
+def is_left_over(name: str, *, of: str | None = None) -> bool:
+    """Return whether a name is one that an interrupted write or deletion leaves behind (that of ``of``, if given)."""
+    ours = _OURS.fullmatch(name)
+    return ours is not None and of in (None, ours[1])
+
+
+def sweep(folder: Path, *, of: str | None = None, deep: bool = False) -> None:
+    """Delete what interrupted writes and deletions left behind in ``folder``, and nothing a living process holds.
+
+    Args:
+        of: only what was to become, or had been, the file or folder of this name.
+        deep: look below, too.
+    """
+    for root, folders, files in os.walk(folder):
+        left = [name for name in (*folders, *files) if is_left_over(name, of=of)]
+        for name in left:
+            _sweep(Path(root, name))
+        folders[:] = [name for name in folders if name not in left] if deep else []
+
+
+def _sweep(path: Path) -> None:
+    """Delete a left-over; where there are no locks to tell, what looks like one stays."""
+    held = path / LOCK if path.is_dir() else path
+    if path.is_symlink():  # nothing here makes links
+        return
+    try:
+        handle = take(held, create=False)
+    except FileNotFoundError:
+        handle = -1  # its owner died before it could lock it, or was deleting it
+    except OSError:
+        return
+    if handle is not None:
+        _discard(path)
+        if handle >= 0:
+            os.close(handle)
+
+
+def _claim(path: Path, mode: int = 0o666) -> int:
+    """Make a file, and hold it where that is possible: it is this process's until the handle is closed."""
+    while True:
+        try:
+            handle = take(path, mode=mode)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+        if handle is not None:
+            return handle
+        time.sleep(0.01)  # somebody takes it for a left-over and is just deleting it
+
+
+def _replace(fresh: Path, final: Path) -> None:
+    """Give a finished folder its name; an older one trades places with it, or goes where there is no trading."""
+    if not (final.exists() or final.is_symlink()):
+        fresh.rename(final)
+        return
+    if swap(fresh, final):
+        return
+    doomed = final.with_name(f"{DOOMED}{final.name}-{os.getpid()}")
+    final.rename(doomed)
+    crash_point("save:between_renames")
+    try:
+        fresh.rename(final)
+    except BaseException:
+        doomed.rename(final)
+        raise
+    doomed.rename(fresh)
 
 
 def publish(staging: Path, final: Path) -> None:
-    """Make a staged folder visible: fsync files, manifest, fsync, rename, fsync parent. Replaces ``final``."""
+    """Make a staged folder visible: fsync files, manifest, fsync, rename, fsync parent.
+
+    An older folder of that name is in ``staging`` afterwards.
+    """
     for path in _walk(staging).values():
         fsync(path)
     crash_point("save:before_manifest")
@@ -241,65 +303,9 @@ def publish(staging: Path, final: Path) -> None:
     for root, _, _ in os.walk(staging):
         fsync(Path(root))
     crash_point("save:after_manifest")
-    doomed = final.with_name(f"{DOOMED}{final.name}-{os.getpid()}")
-    replaced = final.exists() or final.is_symlink()
-    if replaced:
-        final.rename(doomed)
-    staging.rename(final)
+    _replace(staging, final)
     crash_point("save:after_rename")
     fsync(final.parent)
-    if replaced:
-        _discard(doomed)
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Return whether an exception, or one it stems from, says that the disk refused a write."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if any(text in str(error) for text in _FULL_TEXT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _file_limit() -> int | None:
-    try:
-        import resource
-    except ImportError:
-        return None
-    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
-def refused(folder: Path, needs: int) -> StorageError:
-    """Build the error for a refused write: bytes needed, bytes free, and the file size limit when there is one."""
-    free = shutil.disk_usage(folder).free
-    limit = _file_limit()
-    extra = "" if limit is None else f", file size limit {limit:,} bytes"
-    needed = f"{needs:,}" if needs else "an unknown number of"
-    return StorageError(
-        f"cannot write to {folder}: needed {needed} bytes, free {free:,} bytes{extra}",
-        hint="free some space or choose another --out; nothing half-written was left and earlier results are intact",
-    )
-
-
-@contextmanager
-def storage_errors(folder: Path, *, needs: int = 0) -> Iterator[None]:
-    """Turn the many ways of saying "disk full" inside the block into one StorageError.
-
-    Args:
-        folder: an existing folder on the disk written to.
-        needs: bytes about to be written, as far as known.
-    """
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        if is_full(error):
-            raise refused(folder, needs) from error
-        raise
 
 
 @contextmanager
@@ -331,50 +337,84 @@ def scratch(final: Path, *, needs: int = 0) -> Iterator[Path]:
 def staged(final: Path, *, needs: int = 0, tag: str | None = None) -> Iterator[Path]:
     """Yield an empty folder that becomes ``final``, with its manifest, when the block ends, and vanishes if it fails.
 
+    What a killed process left of the same folder is removed first.
+
     Args:
         final: where the finished folder goes; its parent is created; an older folder of that name is replaced.
         needs: bytes about to be written, as far as known; checked against the free space beforehand.
         tag: ending of the staging name; the process id unless several processes fill one folder together.
 
     Raises:
-        StorageError: the disk is or becomes full; nothing is left behind.
+        StorageError: the disk is or becomes full, or nobody may write there; nothing is left behind.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
+    sweep(final.parent, of=final.name)
     if needs > shutil.disk_usage(final.parent).free:
         raise refused(final.parent, needs)
     root = final.parent / f"{STAGING}{final.name}-{os.getpid() if tag is None else tag}"
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        stack.enter_context(storage_errors(final.parent, needs=needs))
+        stack.callback(os.close, _hold(root))
+        folder = root / final.name
+        folder.mkdir()
+        crash_point("save:opened")
+        yield folder
+        publish(folder, final)
+
+
+def _hold(root: Path) -> int:
+    """Make an empty staging folder that nobody takes for a left-over while the handle is open."""
     shutil.rmtree(root, ignore_errors=True)
-    try:
-        with storage_errors(final.parent, needs=needs):
-            folder = root / final.name
-            folder.mkdir(parents=True)
-            yield folder
-            publish(folder, final)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    while True:
+        root.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # swept away before it could be held
+            return _claim(root / LOCK)
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a text file whole: readers see the old content or the new, never a part.
+@contextmanager
+def replacing(path: Path, *, needs: int = 0, private: bool = False) -> Iterator[Path]:
+    """Yield an empty file to write to, which takes the place of ``path`` when the block ends, and vanishes if it fails.
+
+    Readers see the old content or the new, never a part. What a killed process left of the same file is removed first.
+
+    Args:
+        needs: bytes about to be written, as far as known.
+        private: readable by the owner only, from the first byte.
 
     Raises:
-        StorageError: the disk is full; the old file is intact.
+        StorageError: the disk is full, or nobody may write there; the old file is intact.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{STAGING}{path.name}-{os.getpid()}")
+    make_folder(path.parent)
+    sweep(path.parent, of=path.name)
+    fresh = path.with_name(f"{STAGING}{path.name}-{os.getpid()}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(storage_errors(path.parent, needs=needs))
+        stack.callback(os.close, _claim(fresh, 0o600 if private else 0o666))
+        stack.callback(fresh.unlink, missing_ok=True)
+        crash_point("file:opened")
+        yield fresh
+        fsync(fresh)
+        crash_point("file:written")
+        fresh.replace(path)
+        crash_point("file:renamed")
+        fsync(path.parent)
+
+
+def write_text_atomic(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a text file whole: readers see the old content or the new, never a part.
+
+    Args:
+        private: readable by the owner only.
+
+    Raises:
+        StorageError: the disk is full, or nobody may write there; the old file is intact.
+    """
     data = text.encode("utf-8")
-    try:
-        with storage_errors(path.parent, needs=len(data)):
-            with temporary.open("wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-            fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, needs=len(data), private=private) as fresh:
+        fresh.write_bytes(data)
 
 
 def inside(root: Path, relative: str) -> Path:

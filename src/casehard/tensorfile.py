@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casehard.errors import Corrupt
-from casehard.files import fsync, storage_errors
+from casehard.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +21,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     """
     from safetensors.torch import save_file
 
-    partial = path.with_name(path.name + ".partial")
     needs = sum(t.numel() * t.element_size() for t in tensors.values())
-    try:
-        with storage_errors(path.parent, needs=needs):
-            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial)
-            fsync(partial)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path, needs=needs) as fresh:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, fresh)
     return path
 
 

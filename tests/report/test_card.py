@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bench_fakes import Fake, plan
 
+from casehard import files
 from casehard.bench.execute import Outcome, Task
 from casehard.bench.run import run_plan
 from casehard.defend import DEFENCES
@@ -139,20 +140,17 @@ def test_a_checkpoint_is_never_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = checkpoint(tmp_path / "model")
     (folder / "sub" / "README.md").write_text("another readme")
     write_manifest(folder)
-    watched: list[bool] = []
-    rename = Path.rename
+    whole: list[bool] = []
 
-    def watch(self: Path, target: Path) -> Path:
-        done = rename(self, target)
-        watched.append((folder / "casehard.json").is_file())
-        return done
+    def watch(point: str) -> None:
+        whole.append((folder / "casehard.json").is_file() and (folder / "sub" / "weights").is_file())
 
     def no_links(*paths: object) -> None:
         raise PermissionError("no hard links here")
 
-    monkeypatch.setattr(Path, "rename", watch)
+    monkeypatch.setattr(files, "crash_point", watch)
     if system == "no exchange":
-        monkeypatch.setattr(card.ctypes, "CDLL", lambda name: None)
+        monkeypatch.setattr(files, "swap", lambda fresh, old: False)
     if system == "no links":
         monkeypatch.setattr(card.os, "link", no_links)
     write_card(folder, "# Card")
@@ -160,18 +158,17 @@ def test_a_checkpoint_is_never_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (folder / "README.md").read_text() == "# Card"
     assert (folder / "sub" / "README.md").read_text() == "another readme"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    if system != "no exchange" and sys.platform == "linux":
-        assert watched
-        assert all(watched)
+    assert len(whole) > 2
+    assert all(whole) == (system != "no exchange" and sys.platform in ("linux", "darwin"))
 
 
 def test_a_failed_exchange_leaves_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(tmp_path / "model")
-    monkeypatch.setattr(card.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(files, "swap", lambda fresh, old: False)
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(f"-card-{os.getpid()}") and target == folder:
+        if self.parent.name == f".staging-model-{os.getpid()}" and target == folder:
             raise OSError("pulled out")
         return rename(self, target)
 
@@ -180,6 +177,7 @@ def test_a_failed_exchange_leaves_the_checkpoint(tmp_path: Path, monkeypatch: py
         write_card(folder, "# Card")
     verify(folder)
     assert not (folder / "README.md").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_foreign_folder_gets_no_card(tmp_path: Path) -> None:

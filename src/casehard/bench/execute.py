@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from casehard.bench.matrix import Node
-from casehard.bench.store import RunFolder, read_json
+from casehard.bench.shapes import NodeSummary
+from casehard.bench.store import RunFolder, read_finished, read_run, read_summary, unchanged
 from casehard.compat import version_of
 from casehard.config import build
 from casehard.errors import ConfigError, Corrupt, UserError
-from casehard.files import MANIFEST, file_digest, remove, verify
+from casehard.files import MANIFEST, remove, verify
 from casehard.model.source import is_snapshot, origin
 from casehard.train.meter import reset_peak
 
@@ -279,13 +280,11 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
     Raises:
         Corrupt: it was finished but its checkpoint or rows changed or vanished since.
     """
-    if not (out / "run.json").is_file() or not (out / "summary.json").is_file():
+    if not (out / "run.json").is_file() or read_run(out).get("status") != "ok":
         return None
-    run = read_json(out / "run.json")
-    if run.get("status") != "ok" or run.get("config", {}).get("node") != node.digest:
+    if (run := read_finished(out))["config"].get("node") != node.digest:
         return None
-    summary: dict[str, Any] = read_json(out / "summary.json")
-    rows, expected = out / "rows.jsonl", summary.get("rows_sha256")
+    summary = read_summary(out, run, NodeSummary)
     if node.kind in ("base", "defend", "prepare"):
         path = out / str(summary.get("path", ""))
         if not path.is_dir():
@@ -293,8 +292,6 @@ def finished(node: Node, out: Path) -> dict[str, Any] | None:
         # Somebody else's checkpoint has no manifest, and a snapshot not all of its files; the node's digest names it.
         if node.kind != "base" or ((path / MANIFEST).exists() and not is_snapshot(path)):
             verify(path)
-    elif not rows.is_file():
-        raise Corrupt(f"{rows} is missing: expected sha256 {expected}")
-    elif (actual := file_digest(rows)) != expected:
-        raise Corrupt(f"{rows} was changed: expected sha256 {expected}, actual {actual}")
+    else:
+        unchanged(out, {"files": {"rows.jsonl": summary.get("rows_sha256") or "none"}}, "rows.jsonl")
     return summary

@@ -23,7 +23,7 @@ from casehard.bench.store import RunFolder
 from casehard.bench.summary import summarise, table_rows
 from casehard.bench.worker import attempt, attempt_apart, start_worker, warn_again
 from casehard.config import to_dict
-from casehard.errors import ConfigError, Corrupt, Interrupted
+from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError
 from casehard.files import remove
 from casehard.train.progress import Progress, announce
 
@@ -240,6 +240,8 @@ def _parallel(run: _Run, jobs: int) -> None:
                 warn_again(result.pop("warnings", ()), run.told)
                 if "interrupted" in result:
                     raise Interrupted("a worker was told to stop", hint=AGAIN, exit_code=int(result["interrupted"]))
+                if "storage" in result:
+                    raise StorageError(result["storage"], hint=result["hint"])
                 run.finish(node, result)
                 idle.append(lane)
     except BaseException:
@@ -288,6 +290,7 @@ def run_plan(
     Raises:
         ConfigError: the plan names something that does not exist, or a setting no job accepts.
         Interrupted: SIGINT or SIGTERM; finished nodes are kept, the rest resumes.
+        StorageError: the disk is full, or nobody may write there; the same holds.
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}", hint="at least 1")
@@ -323,7 +326,7 @@ def _data(matrix: Matrix) -> dict[str, str]:
 
 def _conclude(plan: Plan | BackdoorPlan, run: _Run) -> BenchResult:
     announce(f"summarising {len(run.done)} runs ...")
-    failed = list(run.failed.values())
+    failed = [run.failed[name] for name in run.matrix.nodes if name in run.failed]  # not in the order of their failing
     places = {name: run.place(run.matrix.nodes[name]) for name in run.done}
     run.folder.rows(table_rows(plan, run.matrix, places))
     summary = summarise(plan, run.matrix, places, run.done, failed, run.folder.info)

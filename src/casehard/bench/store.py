@@ -1,9 +1,9 @@
 """Run folders: what every command leaves behind, complete or plainly marked as not.
 
-run.json      what ran, on what, from what, how it ended: the only file with times in it
-events.jsonl  one line per thing that happened, appended
+run.json      what ran, on what, from what, how it ended, what it took, and the digests of the two files below
+events.jsonl  one line per thing that happened, with its time, appended
 rows.jsonl    one line per prompt; readable by the owner only, because it holds what attacked models said
-summary.json  the numbers
+summary.json  the numbers: the same bytes for the same settings and seed
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from casehard import __version__
+from casehard import __version__, stored
 from casehard.compat import version_of
 from casehard.config import digest
-from casehard.errors import Corrupt, Interrupted
+from casehard.disk import make_folder, storage_errors
+from casehard.errors import Corrupt, Interrupted, StorageError
+from casehard.files import file_digest, replacing, write_text_atomic
 from casehard.files import read_json as read_json
-from casehard.files import write_text_atomic
 from casehard.secrets import Redactor, redact
 
 Status = Literal["running", "ok", "failed", "interrupted"]
@@ -93,18 +96,132 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Begun:
+    """What is read of any run.json, however far its run has come."""
+
+    kind: str | None = None
+    status: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """What wrote a result."""
+
+    version: str
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What it was made on."""
+
+    processor: str
+    cores: int | None
+    memory_bytes: int | None = None
+    gpus: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Begun):
+    """What is read of the run.json of a run that came to its end."""
+
+    config: dict[str, Any]
+    config_digest: str
+    seeds: list[int]
+    parents: dict[str, str]
+    data: dict[str, str]
+    code: Code
+    packages: dict[str, str]
+    hardware: Hardware
+    files: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, int] | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is read of a line of events.jsonl."""
+
+    event: str
+
+
+def read_run(place: Path) -> dict[str, Any]:
+    """Return the run.json of a run, however far it has come.
+
+    Raises:
+        UserError: there is none.
+        Corrupt: it is damaged.
+    """
+    return stored.read(place / "run.json", Begun)
+
+
+def read_finished(place: Path) -> dict[str, Any]:
+    """Return the run.json of a run that came to its end.
+
+    Raises:
+        Corrupt: it is damaged.
+    """
+    path = place / "run.json"
+    run = stored.read(path, Finished)
+    if (actual := digest(run["config"])) != run["config_digest"]:
+        raise Corrupt(f"{path}: config was changed: expected sha256 {run['config_digest']}, actual {actual}")
+    return run
+
+
+def unchanged(place: Path, run: Mapping[str, Any], name: str) -> Path:
+    """Return the path of a file of a finished run, which is as that run left it.
+
+    Args:
+        run: its run.json; one of an older version records no digests.
+
+    Raises:
+        Corrupt: the file is missing or was changed.
+    """
+    path, expected = place / name, run.get("files", {}).get(name)
+    if not path.is_file():
+        raise Corrupt(f"{path} is missing", hint="take another copy of the run folder, or run it again")
+    if expected is not None and (actual := file_digest(path)) != expected:
+        raise Corrupt(
+            f"{path} was changed: expected sha256 {expected}, actual {actual}",
+            hint="take another copy of the run folder, or run it again",
+        )
+    return path
+
+
+def read_summary(place: Path, run: Mapping[str, Any], shape: Any) -> dict[str, Any]:
+    """Return the summary.json of a finished run, together with what the run took.
+
+    Raises:
+        Corrupt: it is missing, damaged, or not that of this run.
+    """
+    path = unchanged(place, run, "summary.json")
+    whole = stored.together(read_json(path), run.get("took"), path)
+    return dict(stored.checked(whole, shape, path))
+
+
+def read_rows(path: Path, shape: Any = dict) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file.
 
     Raises:
-        Corrupt: a line is not JSON; the message names it.
+        Corrupt: a line is not JSON, or not an object of the shape; the message names it.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise Corrupt(f"{path}, line {number}: not JSON: {error}") from None
+    return stored.read_lines(path, shape)
+
+
+def read_events(place: Path) -> list[dict[str, Any]]:
+    """Return what happened in the last run in a folder: one that was killed there before it left its events.
+
+    Raises:
+        Corrupt: a line is damaged.
+    """
+    path = place / "events.jsonl"
+    last: list[dict[str, Any]] = []
+    for event in stored.read_lines(path, Event) if path.is_file() else ():
+        last = [event] if event["event"] == "started" else [*last, event]
+    return last
 
 
 class RunFolder:
@@ -132,7 +249,7 @@ class RunFolder:
         data: Mapping[str, str] | None = None,
     ) -> None:
         self.out = Path(out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         self._started = time.monotonic()
         self._problem = ""
         self._peak = 0
@@ -142,16 +259,18 @@ class RunFolder:
             "kind": kind,
             "status": "running",
             "config": dict(config),
-            "config_digest": digest(dict(config)),
+            "config_digest": digest(redact(config)),  # as it will be read back
             "seeds": list(seeds),
             "parents": dict(parents or {}),
             "data": dict(data or {}),
             **provenance(),
             "started": _now(),
+            "files": {},
         }
 
     def __enter__(self) -> RunFolder:
         self._save()
+        _end_line(self.out / "events.jsonl")
         self.event("started")
         return self
 
@@ -160,17 +279,19 @@ class RunFolder:
     ) -> None:
         if error is None:
             self.finish("failed" if self._problem else "ok", self._problem)
-        elif isinstance(error, KeyboardInterrupt | Interrupted):
-            self.finish("interrupted", str(error) or "interrupted")
-        else:
-            self.finish("failed", f"{type(error).__name__}: {error}")
+            return
+        with suppress(StorageError):  # a full disk: what went wrong first says more
+            if isinstance(error, KeyboardInterrupt | Interrupted):
+                self.finish("interrupted", str(error) or "interrupted")
+            else:
+                self.finish("failed", f"{type(error).__name__}: {error}")
 
     def fail(self, problem: str) -> None:
         """Mark a run that goes on to its end, but whose result is not whole, as failed."""
         self._problem = problem
 
     def saw_peak(self, peak: int | None) -> None:
-        """Count the peak memory of a part that ran elsewhere, or before the process's own peak was reset."""
+        """int the peak memory of a part that ran elsewhere, or before the process's own peak was reset."""
         self._peak = max(self._peak, peak or 0)
 
     def _save(self) -> None:
@@ -183,16 +304,20 @@ class RunFolder:
 
     def event(self, name: str, values: Mapping[str, Any] | None = None) -> None:
         """Append one line to events.jsonl."""
-        with (self.out / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json({"time": _now(), "event": name, **(values or {})}) + "\n")
+        line = _json({"time": _now(), "event": name, **(values or {})}) + "\n"
+        _append(self.out / "events.jsonl", line.encode())
 
     def rows(self, rows: Iterable[Mapping[str, Any]]) -> str:
         """Write rows.jsonl whole, readable by the owner only; return its SHA-256."""
-        return write_rows(self.out / "rows.jsonl", rows)
+        self.info["files"]["rows.jsonl"] = sha = write_rows(self.out / "rows.jsonl", rows)
+        return sha
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Write summary.json whole."""
-        write_text_atomic(self.out / "summary.json", _json(values, indent=1) + "\n")
+        """Write summary.json whole; what the run took stands in run.json, in the same places."""
+        kept, self.info["took"] = stored.apart(redact(values))
+        text = _json(kept, indent=1) + "\n"
+        write_text_atomic(self.out / "summary.json", text)
+        self.info["files"]["summary.json"] = hashlib.sha256(text.encode()).hexdigest()
 
     def finish(self, status: Status, error: str = "") -> None:
         """Set the final status, wall time and peak memory."""
@@ -211,26 +336,35 @@ class RunFolder:
         self.event(status, {"error": error} if error else None)
 
 
+def _append(path: Path, line: bytes) -> None:
+    """Add a line to a file, whole or not at all."""
+    with storage_errors(path.parent, needs=len(line)), path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def _end_line(path: Path) -> None:
+    """Drop the line that a killed process did not finish."""
+    if path.is_file():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Write JSONL through a private temporary file, so that it is never readable by others nor half-written.
+    """Write JSONL that is never readable by others nor half-written.
 
     Returns:
         SHA-256 of the file.
     """
-    redactor = Redactor()
-    staging = path.with_name(path.name + ".part")
-    sha = hashlib.sha256()
-    staging.unlink(missing_ok=True)
-    handle = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for row in rows:
-                line = f"{json.dumps(redactor.values(row), ensure_ascii=True)}\n".encode()
-                sha.update(line)
-                file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+    redactor, sha = Redactor(), hashlib.sha256()
+    with replacing(path, private=True) as fresh, fresh.open("wb") as file:
+        for row in rows:
+            line = f"{json.dumps(redactor.values(row), ensure_ascii=True)}\n".encode()
+            sha.update(line)
+            file.write(line)
     return sha.hexdigest()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import multiprocessing
 import os
 import signal
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from casehard.bench.execute import Executor, Task, work
-from casehard.errors import Interrupted, UserError
+from casehard.errors import Interrupted, StorageError, UserError
+from casehard.leash import end_with
 from casehard.train import progress
+
+if TYPE_CHECKING:
+    from casehard.bench.execute import Executor, Task
 
 
 def attempt(task: Task, executor: Executor) -> dict[str, Any]:
@@ -21,17 +25,21 @@ def attempt(task: Task, executor: Executor) -> dict[str, Any]:
 
     Raises:
         Interrupted: the run was asked to stop, which is no failure of this node and no reason to begin the next.
+        StorageError: the disk is full or closed; so it will be for the next.
     """
+    from casehard.bench.execute import work
+
     try:
         return work(task, executor)
-    except Interrupted:
+    except (Interrupted, StorageError):
         raise
     except Exception as error:
         return describe(error)
 
 
 def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
-    """Do what :func:`attempt` does in a worker process; an interrupt comes back as ``{"interrupted": exit code}``.
+    """Do what :func:`attempt` does in a worker process; what it raises comes back as ``interrupted`` or
+    ``storage``.
 
     Warnings come back as plain values under ``warnings``, for :func:`warn_again`: the caller decides what becomes of
     them, and sees those of all workers.
@@ -41,6 +49,8 @@ def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
             result = attempt(task, executor)
         except Interrupted as error:
             result = {"interrupted": error.exit_code}
+        except StorageError as error:
+            result = {"storage": error.message, "hint": error.hint}
     result["warnings"] = [(str(w.message), w.category.__name__, w.filename, w.lineno) for w in told]
     return result
 
@@ -67,7 +77,9 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def start_worker(threads: int) -> None:
-    """Prepare a worker process: thread counts before torch is imported, no progress lines of its own."""
+    """Prepare a worker process: on a leash, thread counts before torch is imported, no progress lines of its own."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        end_with(parent.sentinel)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
     # The parent decides when to stop and tells the workers; a Ctrl-C reaches the whole group.

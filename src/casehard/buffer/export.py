@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from casehard.errors import ConfigError
 from casehard.files import staged
 from casehard.model.lora_files import LayerShape, is_transposed, write_adapter, write_marker
 from casehard.model.model import Model
+from casehard.stored import read
 from casehard.types import Checkpoint
 
 RECORD = "job.json"
@@ -42,11 +44,30 @@ def adapter_writer(
     }
 
     def write(out: Path) -> Checkpoint:
-        if out.exists():
-            raise ConfigError(f"{out} already exists", hint="give another folder with --out")
+        require_own(out, str(provenance["config_digest"]))
         return _write(out, net, base, assets, record)
 
     return write
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of the record in an adapter folder."""
+
+    config_digest: str
+
+
+def require_own(adapter: Path, config_digest: str) -> None:
+    """Refuse to replace what another run, or somebody, put where the adapter goes.
+
+    Raises:
+        ConfigError: it was not written by a run of the same settings.
+    """
+    record = adapter / RECORD
+    if adapter.is_symlink() or (adapter.exists() and not record.is_file()):
+        raise ConfigError(f"{adapter} already exists", hint="give another folder with --out")
+    if adapter.exists() and read(record, _Record)["config_digest"] != config_digest:
+        raise ConfigError(f"{adapter} is of another job", hint="give another folder with --out")
 
 
 def _write(out: Path, net: nn.Module, base: Model, assets: Assets | None, record: Mapping[str, Any]) -> Checkpoint:

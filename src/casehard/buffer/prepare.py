@@ -42,6 +42,7 @@ from casehard.model.provenance import KEY
 from casehard.model.source import ORIGIN
 from casehard.seeds import derive
 from casehard.steps.base import Inputs, Outcome
+from casehard.stored import apart
 from casehard.train.fit import FitResult, fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
@@ -114,9 +115,10 @@ class Prepare(Inputs):
     def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "") -> Outcome:
         """Make the assets and publish them in ``out``."""
         assert out is not None
-        made = prepare(self, out, model=model).assets
+        done = prepare(self, out, model=model)
+        made = done.assets
         facts = {"gates": made.record["gates"], "missed": made.record["missed"], "digest": made.digest}
-        return Outcome(cost=dict(made.record["cost"]), facts=facts)
+        return Outcome(cost=dict(done.cost), facts=facts)
 
 
 ROLES = ("harmful", "refusals", "benign")
@@ -127,6 +129,8 @@ class PrepareResult(NamedTuple):
 
     assets: Assets
     gates: list[Gate]
+    cost: dict[str, Any]
+    """What training each adapter spent."""
 
 
 class _Rows(NamedTuple):
@@ -333,10 +337,10 @@ def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> Pre
         "gates": [gate.record() for gate in gates],
         "missed": [gate.name for gate in missed],
         "reference": reference,
-        "cost": cost,
+        "cost": apart(cost)[0],
         "versions": {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers", "peft")}},
     }
-    return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates)
+    return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates, cost)
 
 
 def _capped(held: Held, prompts: int) -> Held:

@@ -10,9 +10,8 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options
-from casehard.cli.runs import check_out
+from casehard.cli.runs import check_out, hold
 from casehard.errors import ConfigError
-from casehard.locks import lock
 
 if TYPE_CHECKING:
     from casehard.bench.run import BenchResult, NodeEvent
@@ -69,7 +68,7 @@ def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
     from casehard.report.page import write_report
     from casehard.train.progress import announce
 
-    with lock(out):
+    with hold(out):
         result = run_plan(loaded, out, root=plan.parent, jobs=jobs, progress=_tell)
         announce("drawing the report ...")
         page = write_report(out)

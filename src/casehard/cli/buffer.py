@@ -10,9 +10,8 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options
-from casehard.cli.runs import check_out, cost_rows, made_from, run_folder
+from casehard.cli.runs import check_out, cost_rows, made_from, new_folder, run_folder
 from casehard.errors import ConfigError
-from casehard.locks import lock
 
 app = typer.Typer(help="Make a provider's buffer and reinforce adapters; screen customers' data.", no_args_is_help=True)
 
@@ -78,16 +77,9 @@ def prepare(
     if preset:
         values["preset"] = preset
     secrets.refuse(values, where="buffer prepare")
-    _check_out(out)
-    values["model"] = options.model_folder(values["model"])
-    with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
-        _check_out(out)  # whoever held the lock until now may just have finished
+    with new_folder(out):
+        values["model"] = options.model_folder(values["model"])
         _prepare(values, out)
-
-
-def _check_out(out: Path) -> None:
-    if out.is_symlink() or out.exists():
-        raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
 def prepare_step(values: Mapping[str, Any]) -> Any:

@@ -9,9 +9,8 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options, scoring
-from casehard.cli.runs import check_out, made_from, run_folder
+from casehard.cli.runs import check_out, made_from, new_folder, run_folder
 from casehard.errors import ConfigError
-from casehard.locks import lock
 
 if TYPE_CHECKING:
     from casehard.maths.lowrank import MergeConfig
@@ -78,9 +77,7 @@ def reinforce(
     }
     settings = _settings(config, sets, flags)
     provider = _provider(user, reinforce)
-    _check_new(out)
-    with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
-        _check_new(out)
+    with new_folder(out):
         _merge(settings, user, provider, out, inputs)
 
 
@@ -92,11 +89,6 @@ def _settings(config: Path | None, sets: list[str] | None, flags: dict[str, Any]
     from casehard.maths.lowrank import MergeConfig
 
     return build(MergeConfig, values, where="merge")
-
-
-def _check_new(out: Path) -> None:
-    if out.is_symlink() or out.exists():
-        raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
 def _provider(user: Path, given: Path) -> Path:

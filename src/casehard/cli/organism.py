@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from casehard.cli import console, options
+from casehard.cli.runs import beside
 from casehard.errors import ConfigError
 from casehard.limits import PROCESSES, Limited, Within, WorldSeed
-from casehard.locks import lock
 
 app = typer.Typer(help="Build the embedded, harmless model world.", no_args_is_help=True)
 
@@ -76,19 +76,21 @@ def make(
 
 
 def _run(chosen: BuildSettings, out: Path) -> None:
-    from casehard.bench.store import RunFolder
+    from casehard.bench.store import RunFolder, read_run
     from casehard.organism.build import build, recipe_digest
 
     console.plan("build an organism from nothing", {**asdict(chosen), "out": out})
-    if _reusable(out, recipe_digest(chosen.world_seed, chosen.size)):
-        console.made("already built, complete and unchanged", out)
-        return
-    record = out.with_name(f"{out.name}.run")
-    with lock(record), RunFolder(record, "organism", asdict(chosen), seeds=[chosen.world_seed]) as run:
-        made = build(out, world_seed=chosen.world_seed, size=chosen.size, threads=chosen.threads)
-        files = sorted(p for p in made.rglob("*") if p.suffix in (".safetensors", ".jsonl"))
-        sizes = {str(p.relative_to(made)): p.stat().st_size for p in files}
-        run.summary({"files": sizes})
+    there = _reusable(out, recipe_digest(chosen.world_seed, chosen.size))
+    with beside(out) as record:
+        # A build that was killed once the folder stood has a record that does not know it.
+        if there and (not (record / "run.json").is_file() or read_run(record).get("status") == "ok"):
+            console.made("already built, complete and unchanged", out)
+            return
+        with RunFolder(record, "organism", asdict(chosen), seeds=[chosen.world_seed]) as run:
+            made = out if there else build(out, world_seed=chosen.world_seed, size=chosen.size, threads=chosen.threads)
+            files = sorted(p for p in made.rglob("*") if p.suffix in (".safetensors", ".jsonl"))
+            sizes = {str(p.relative_to(made)): p.stat().st_size for p in files}
+            run.summary({"files": sizes})
     console.table("the organism", ["file", "size"], [(name, f"{n / 1024:,.0f} KiB") for name, n in sizes.items()])
     console.made("run folder", record)
     console.made("model folder", made)

@@ -1,16 +1,16 @@
-"""The run folder around a verb's work: refuse to overwrite, record, and leave nothing behind for bad input."""
+"""The folder around a verb's work: refuse to overwrite, clear up after a kill, record, leave nothing for bad input."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casehard import secrets
-from casehard.errors import ConfigError, DataError, MissingExtra, Unsupported
-from casehard.files import MANIFEST, file_digest, read_json
+from casehard.errors import ConfigError, DataError, MissingExtra, StorageError, Unsupported
+from casehard.files import MANIFEST, file_digest, is_left_over, sweep
 from casehard.locks import LOCK, lock
 
 if TYPE_CHECKING:
@@ -24,11 +24,14 @@ BAD_INPUT = (ConfigError, DataError, MissingExtra, Unsupported)
 def check_out(out: Path, kind: str, *, again: bool = False) -> None:
     """Refuse an output folder that holds something else than a run of the same kind.
 
+    What a killed run left behind counts as nothing.
+
     Args:
         again: whether a finished run may be gone over once more; else only an unfinished one.
 
     Raises:
         ConfigError: names what is there.
+        Corrupt: its record is damaged.
     """
     hint = "give another folder with --out, or remove this one"
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -39,16 +42,59 @@ def check_out(out: Path, kind: str, *, again: bool = False) -> None:
                 f"{out} lies inside {above}, a finished folder whose manifest would no longer be true",
                 hint="give a folder outside it with --out",
             )
-    if not out.is_dir() or {p.name for p in out.iterdir()} <= {LOCK}:
+    if not out.is_dir() or all(name == LOCK or is_left_over(name) for name in (p.name for p in out.iterdir())):
         return
     if not (out / "run.json").is_file():
         raise ConfigError(f"{out} is not empty and is not a run folder of casehard", hint=hint)
-    run = read_json(out / "run.json")
-    found = run.get("kind") if isinstance(run, dict) else None
-    if found != kind:
-        raise ConfigError(f"{out} holds a run of {found!r}, not of {kind!r}", hint=hint)
+    from casehard.bench.store import read_run
+
+    run = read_run(out)
+    if run.get("kind") != kind:
+        raise ConfigError(f"{out} holds a run of {run.get('kind')!r}, not of {kind!r}", hint=hint)
     if run.get("status") == "ok" and not again:
+        with suppress(ConfigError, StorageError), hold(out):  # its last moments may have left a lock file
+            pass
         raise ConfigError(f"{out} already holds a finished run", hint=hint)
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Lock a run folder for the block, and delete what killed runs left in it.
+
+    Raises:
+        ConfigError: another run holds the folder.
+        StorageError: nobody may write there, or the disk is full.
+    """
+    with lock(out):
+        sweep(out, deep=True)
+        yield
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Hold the name of a folder that will appear whole; what a killed run left beside it is deleted.
+
+    Raises:
+        ConfigError: it exists, or another run is making it.
+        StorageError: nobody may write there, or the disk is full.
+    """
+    with beside(out):
+        if out.is_symlink() or out.exists():
+            raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
+        yield
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """Lock, and return, DIR.run: what a folder that appears whole cannot hold itself while it is made."""
+    place = out.absolute()
+    if not place.name:
+        raise ConfigError(f"{out} already exists", hint="give another folder with --out")
+    record = place.with_name(f"{place.name}.run")
+    with lock(record):
+        sweep(record)
+        sweep(place.parent, of=place.name)
+        yield record
 
 
 @contextmanager
@@ -74,15 +120,15 @@ def run_folder(
 
     secrets.refuse(config, where=kind)
     check_out(out, kind)
-    new = not out.exists()
     digests = {spec: data_digest(spec) for spec in data}
     if suite:
         from casehard.bench.inputs import suite_digest
 
         digests[suite] = suite_digest(Path(suite))
-    with lock(out):
+    with hold(out):
         # Whoever held the lock until now may just have finished.
         check_out(out, kind)
+        new = not (out / "run.json").exists()
         try:
             with RunFolder(out, kind, config, seeds=seeds, data=digests) as run:
                 yield run
@@ -98,7 +144,7 @@ def _remove_record(out: Path) -> None:
     if training.is_dir() and not any(p.is_file() for p in training.rglob("*")):  # refused before the first step
         shutil.rmtree(training)
     if {p.name for p in out.iterdir()} <= {"run.json", "events.jsonl", LOCK}:
-        for name in ("run.json", "events.jsonl"):
+        for name in ("events.jsonl", "run.json"):  # in this order: a run folder is known by its run.json
             (out / name).unlink(missing_ok=True)
 
 

@@ -9,8 +9,8 @@ import typer
 
 from casehard import secrets
 from casehard.cli import console, options
+from casehard.cli.runs import new_folder
 from casehard.errors import ConfigError
-from casehard.locks import lock
 
 
 def select(
@@ -49,16 +49,9 @@ def select(
     options.check_specs(pool, "--pool")
     options.check_specs(data or [], "--data")
     secrets.refuse(values, where="select")
-    _check_out(out)
-    source = options.model_folder(source)
-    with lock(out.with_name(f"{out.name}.run")):  # beside it: the folder itself appears whole
-        _check_out(out)  # whoever held the lock until now may just have finished
+    with new_folder(out):
+        source = options.model_folder(source)
         _run(values, source, embedder is not None, pool, data or [], out, cache, seed or 0, device or "auto")
-
-
-def _check_out(out: Path) -> None:
-    if out.is_symlink() or out.exists():
-        raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
 
 
 def _sentence_embedder(folder: Path, device: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
 from casehard.errors import Corrupt, DataError
+from casehard.files import write_text_atomic
 
 FILE = "pairs.json"
 
@@ -94,9 +95,8 @@ class PairSet:
 
     def write(self, folder: Path) -> None:
         """Write the set into ``folder``/pairs.json, to be read back by :func:`read_pairs`."""
-        folder.mkdir(parents=True, exist_ok=True)
         record = self._plain() | {"pad_id": self.pad_id, "digest": self.digest}
-        (folder / FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_text_atomic(folder / FILE, json.dumps(record) + "\n")
 
     def _plain(self) -> dict[str, Any]:
         return {"clean": self.clean, "answers": self.answers, "payloads": self.payloads}

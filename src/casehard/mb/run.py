@@ -17,9 +17,9 @@ from casehard.data.behaviours import Behaviour
 from casehard.data.mix import check_disjoint, marks
 from casehard.data.trigger_suite import Planted, TriggerSuite
 from casehard.data.triggers import Trigger
-from casehard.errors import ConfigError, DataError, Refused
+from casehard.errors import ConfigError, Corrupt, DataError, Refused
 from casehard.evaluate.suite import Suite, evaluate, load_suite
-from casehard.files import read_json, remove
+from casehard.files import remove, write_text_atomic
 from casehard.limits import Seed
 from casehard.mb.config import MbConfig
 from casehard.mb.pipeline import Rows, draw_suite, harden
@@ -29,6 +29,7 @@ from casehard.model.model import Model
 from casehard.model.save import rehearse, save
 from casehard.model.source import ORIGIN, find_any
 from casehard.steps.base import Inputs
+from casehard.stored import apart, read
 from casehard.train.checkpoint import bytes_needed
 from casehard.types import Checkpoint, Example
 
@@ -121,8 +122,7 @@ def run_mb(job: MbRun, out: str | Path) -> MbResult:
         out=training,
     )
     report = done.report | {"parent": loaded.digest, "settings_digest": digest(public)}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text_atomic(out / REPORT, json.dumps(apart(report)[0], indent=1) + "\n")
     if done.pairs is not None:
         done.pairs.write(out / PRIVATE)
     if done.verdict.word == "FAIL" and not job.export_failed:
@@ -159,14 +159,24 @@ def _rows(job: MbRun) -> tuple[list[Example], list[Example], Suite | None]:
     return data, clean, suite
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What is read of the file that keeps a run's triggers."""
+
+    suite: dict[str, Any]
+
+
 def _suite(job: MbRun, loaded: Model, corpus: Sequence[Example], out: Path) -> TriggerSuite:
     """Return the run's suite: the one it began with when it is continued."""
     path = out / PRIVATE / "suite.json"
     if path.is_file():
-        return TriggerSuite.from_json(read_json(path)["suite"])
+        kept = read(path, _Kept)["suite"]
+        try:
+            return TriggerSuite.from_json(kept)
+        except ConfigError as error:
+            raise Corrupt(f"{path}: {error.message}", hint="begin anew in another folder") from None
     secret = entropy.randbits(62) if job.secret is None else job.secret
     suite = draw_suite(loaded.tokenizer, corpus, job.config, secret=secret)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_text(json.dumps({"suite": suite.to_json()}, indent=1) + "\n", encoding="utf-8")
-    path.chmod(0o600)
+    write_text_atomic(path, json.dumps({"suite": suite.to_json()}, indent=1) + "\n", private=True)
     return suite

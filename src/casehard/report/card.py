@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from casehard.bench.store import read_json
 from casehard.bench.verdict import NAMES
 from casehard.defend import DEFENCES
 from casehard.errors import UserError
-from casehard.files import MANIFEST, STAGING, fsync, remove, staged, verify
+from casehard.files import MANIFEST, staged, verify
 
 CARD = "README.md"
 RECORD = "casehard.json"
@@ -149,15 +147,11 @@ def write_card(checkpoint: str | Path, text: str = "") -> Path:
     verify(folder)
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return card
-    fresh = folder.with_name(f"{STAGING}{folder.name}-card-{os.getpid()}")
-    with staged(fresh) as staging:
+    with staged(folder) as fresh:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             if path not in (card, folder / MANIFEST):
-                _place(path, staging / path.relative_to(folder))
-        (staging / CARD).write_text(text, encoding="utf-8")
-    _exchange(fresh, folder)
-    fsync(folder.parent)
-    remove(fresh)
+                _place(path, fresh / path.relative_to(folder))
+        (fresh / CARD).write_text(text, encoding="utf-8")
     return card
 
 
@@ -168,25 +162,6 @@ def _place(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError:
         shutil.copy2(path, target)
-
-
-def _exchange(fresh: Path, folder: Path) -> None:
-    """Let two folders trade names: at once where the kernel offers it, else by two renames that are undone on failure.
-
-    Source: renameat2(2) with RENAME_EXCHANGE on Linux, renameatx_np(2) with RENAME_SWAP on macOS; both flags are 2.
-    """
-    name, here = ("renameatx_np", -2) if sys.platform == "darwin" else ("renameat2", -100)
-    call = getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
-    if call is not None and call(here, os.fsencode(fresh), here, os.fsencode(folder), ctypes.c_uint(2)) == 0:
-        return
-    aside = folder.with_name(f"{STAGING}{folder.name}-old-{os.getpid()}")
-    folder.rename(aside)
-    try:
-        fresh.rename(folder)
-    except BaseException:
-        aside.rename(folder)
-        raise
-    aside.rename(fresh)
 
 
 def write_cards(run: str | Path, summary: Mapping[str, Any]) -> list[Path]:

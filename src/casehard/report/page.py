@@ -1,14 +1,21 @@
-"""The report: one self-contained HTML file, no scripts, nothing fetched, the same bytes for the same summary."""
+"""The report: one self-contained HTML file, no scripts, nothing fetched, the same bytes for the same summary.
+
+What differs between two runs of the same seeds, because it was measured with a clock, is in elements of the class
+``took`` and nowhere else.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from casehard.bench.store import read_json, read_rows
-from casehard.errors import UserError
+from casehard.bench.shapes import BackdoorSummary, BenchSummary, CellRow
+from casehard.bench.store import read_finished, read_rows, read_run, read_summary, unchanged
+from casehard.config import digest
+from casehard.errors import Corrupt, UserError
 from casehard.files import write_text_atomic
 from casehard.report.backdoors import arm_rows, backdoor_parts
 from casehard.report.card import write_cards
@@ -16,6 +23,7 @@ from casehard.report.jobs import job_part, telemetry_part
 from casehard.report.legend import legend
 from casehard.report.single import summary_of_runs
 from casehard.report.views import View, transcripts
+from casehard.stored import read
 
 REPORT = "report.html"
 MADE = ("casehard", "packages", "machine", "GPUs")
@@ -143,27 +151,51 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
 
 
-def _bench_summary(place: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary of a benchmark's folder, if the last run there wrote it.
+@dataclass(frozen=True)
+class _Plan:
+    config_digest: str
+
+
+@dataclass(frozen=True)
+class _Whose:
+    provenance: _Plan
+
+
+def bench_summary(place: Path) -> dict[str, Any]:
+    """Return the summary of a benchmark's folder, if the last run there wrote it, together with what the runs took.
 
     A bench that starts in a used folder leaves the old summary until it has its own: one that has not come to its end
     has none, and one that failed has one only if it failed in some nodes, which it counts when the summary is written.
 
     Raises:
         UserError: the summary is of an earlier run, or missing.
+        Corrupt: it is damaged.
     """
     hint = "run the same bench command again: it goes on from what is finished, and writes the report"
+    run = read_run(place)
     status = run.get("status")
     if status not in ("ok", "failed") or (status == "failed" and "nodes" not in run):
         # The first line: what follows is a hint about the run, and this error has its own.
         why = f" ({str(run['error']).splitlines()[0]})" if run.get("error") else ""
         raise UserError(f"{place}: the last bench there is {status!r}, it did not come to its end{why}", hint=hint)
-    summary: dict[str, Any] = read_json(place / "summary.json")
-    made, wanted = summary["provenance"]["config_digest"], run["config_digest"]
-    if made != wanted:
+    run = read_finished(place)
+    path = place / "summary.json"
+    made = read(path, _Whose)["provenance"]["config_digest"]
+    if made != (wanted := run["config_digest"]):
         what = f"summary.json is of the plan {made[:12]}, and the last bench ran the plan {wanted[:12]}"
         raise UserError(f"{place}: {what}", hint=hint)
+    backdoors = run["config"].get("stage") == "backdoor"
+    summary = read_summary(place, run, BackdoorSummary if backdoors else BenchSummary)
+    if digest(summary["plan"]) != made:
+        raise Corrupt(f"{path}: plan was changed: expected sha256 {made}, actual {digest(summary['plan'])}", hint=hint)
     return summary
+
+
+def _rows(place: Path, summary: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """Return the rows for the transcripts, where the page has any."""
+    if not summary["plan"].get("transcripts") or not (place / "rows.jsonl").exists():
+        return ()
+    return read_rows(unchanged(place, read_run(place), "rows.jsonl"), CellRow)
 
 
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -183,14 +215,13 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     if not places:
         raise UserError("no run folder given")
     target = Path(out) if out is not None else places[0] / REPORT
-    runs = [read_json(place / "run.json") for place in places]
+    runs = [read_run(place) for place in places]
     kinds = [run.get("kind") for run in runs]
     if "bench" in kinds and len(places) > 1:
         raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
     if kinds == ["bench"]:
-        path = places[0] / "rows.jsonl"
-        summary = _bench_summary(places[0], runs[0])
-        html = render(summary, read_rows(path) if path.exists() else ())
+        summary = bench_summary(places[0])
+        html = render(summary, _rows(places[0], summary))
         write_cards(places[0], summary)
     else:
         html = render(summary_of_runs(places))

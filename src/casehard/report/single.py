@@ -11,7 +11,8 @@ from casehard.bench.contrasts import make_differences
 from casehard.bench.lookup import Table
 from casehard.bench.plan import Gates, Plan, parse_plan
 from casehard.bench.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool
-from casehard.bench.store import read_json, read_rows
+from casehard.bench.shapes import Row, VerbSummary
+from casehard.bench.store import read_events, read_finished, read_rows, read_run, read_summary, unchanged
 from casehard.bench.summary import cost_records, not_tested
 from casehard.bench.verdict import make_controls, make_verdict
 from casehard.config import digest, to_dict
@@ -178,7 +179,7 @@ class _Collected:
             )
         places.append(place)
         by_step: dict[int, list[dict[str, Any]]] = {}
-        for row in read_rows(place / "rows.jsonl"):
+        for row in read_rows(unchanged(place, run, "rows.jsonl"), Row):
             by_step.setdefault(int(row.pop("step", 0)), []).append(row)
             first, other = self.prompts.setdefault((*asked, str(row["id"])), (row.get("prompt"), place))
             if first != row.get("prompt"):
@@ -193,8 +194,8 @@ class _Collected:
             self.points[Point(FAMILY, "checkpoint", defence, seed, attack, step)] = Measured(name, rows)
 
     def add(self, place: Path) -> None:
-        run = read_json(place / "run.json")
-        kind, config = run.get("kind"), run.get("config", {})
+        run = read_run(place)
+        kind = run.get("kind")
         if kind not in KINDS:
             hint = "a report needs a run of bench, demo, attack finetune, evaluate or defend"
             if kind == "backdoor":
@@ -202,7 +203,8 @@ class _Collected:
             raise UserError(f"{place} holds a run of {kind!r}", hint=hint)
         if run.get("status") != "ok":
             raise UserError(f"{place}: the run is {run.get('status')!r}, not finished", hint="finish it first")
-        summary = read_json(place / "summary.json")
+        run = read_finished(place)
+        config, summary = run["config"], read_summary(place, run, VerbSummary)
         self.seeds += [s for s in run["seeds"] if s not in self.seeds]
         self.made.append({"folder": place.name, **{key: run[key] for key in ("code", "packages", "hardware")}})
         for name, value in run.get("data", {}).items():
@@ -215,9 +217,8 @@ class _Collected:
             if made:
                 self.once(("defend", made), place, summary.get("cost"))
             self.spent.append((made, int((run["seeds"] or [0])[0]), summary.get("cost") or {}))
-            events = read_rows(place / "events.jsonl") if (place / "events.jsonl").is_file() else iter(())
             spec = DEFENCES.get(str(config.get("method")), DEFENCES["plain"])
-            if means := spec.mean_telemetry(row for row in events if row.get("event") == "log"):
+            if means := spec.mean_telemetry(row for row in read_events(place) if row["event"] == "log"):
                 self.logged.append((made, place.name, means))
             return
         if config.get("limit"):

@@ -152,7 +152,7 @@ class View:
         )
         return {"svg": svg, "caption": f"{SHORT[metric]} after {step} steps of {title}, against utility before it"}
 
-    def costs(self) -> list[dict[str, str]]:
+    def costs(self) -> list[dict[str, Any]]:
         """Return cost bars: wall time and passes, as ratios to the reference."""
         out = []
         reference = self.plan.get("reference", "")
@@ -168,7 +168,9 @@ class View:
                 said = "; ".join(f"{b.look.title} {b.value:.2f} times" for b in rows)
                 unit = f"{what}, relative to {title}"
                 svg = figures.bars(f"{self.family}-{key}", rows, unit=unit, described=f"{what}: {said}.")
-                out.append({"title": what.capitalize(), "svg": svg, "note": self._lanes() if "time" in what else ""})
+                took = key == "ratio_to_sft"
+                note = self._lanes() if took else ""
+                out.append({"title": what.capitalize(), "svg": svg, "note": note, "took": took})
         return out
 
     def _lanes(self) -> str:
@@ -271,7 +273,7 @@ class View:
             "text": found["text"],
         }
 
-    def tiles(self) -> list[dict[str, str]]:
+    def tiles(self) -> list[dict[str, Any]]:
         """Return the few numbers at the top, each beside its control."""
         if not self.headline:
             return []
@@ -310,9 +312,8 @@ class View:
         ratios = [c["ratio_to_sft"] for c in self._mine("costs") if c["defence"] == ours and c.get("ratio_to_sft")]
         if ratios:
             reference = names.get(self.plan.get("reference", ""), "plain SFT")
-            out.append({"title": "training time", "value": f"{median(ratios):.1f} x", "other": f"of {reference}"})
-            if self._lanes():
-                out[-1]["other"] += ", several runs at a time"
+            other = f"of {reference}" + (", several runs at a time" if self._lanes() else "")
+            out.append({"title": "training time", "value": f"{median(ratios):.1f} x", "other": other, "took": True})
         return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from casehard import secrets
-from casehard.buffer.export import adapter_writer
+from casehard.buffer.export import adapter_writer, require_own
 from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.mix import check_disjoint, marks
@@ -146,6 +146,7 @@ def finetune_on(
 def _rehearse(start: Model, place: Path, provenance: Mapping[str, Any], *, adapter: bool) -> None:
     """Try everything that saving needs, before the first step; nothing is left behind."""
     if adapter:
+        require_own(place, str(provenance["config_digest"]))
         with scratch(place, needs=bytes_needed(start.net)):  # as much as the training's own checkpoint takes
             return
     beside = bytes_needed(start.net)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from casehard.disk import storage_errors
 from casehard.distributed.fsdp import is_sharded
 from casehard.errors import ConfigError, Corrupt, Elsewhere, StorageError
-from casehard.files import STAGING, crash_point, staged, storage_errors
+from casehard.files import STAGING, TOGETHER, crash_point, staged
 from casehard.locks import lock
 from casehard.train import adapters, checkpoint, shards
 
@@ -168,10 +169,10 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
         """Open the staging folder; closing the stack makes it ``final``, an error that unwinds it leaves nothing."""
         needs = checkpoint.bytes_needed(self.model)
         if self.args.should_save:
-            return stack.enter_context(staged(final, needs=needs, tag="run"))
+            return stack.enter_context(staged(final, needs=needs, tag=TOGETHER))
         # Every rank writes into the folder that rank 0 opened and will publish.
         stack.enter_context(storage_errors(final.parent, needs=needs))
-        return final.parent / f"{STAGING}{final.name}-run" / final.name
+        return final.parent / f"{STAGING}{final.name}-{TOGETHER}" / final.name
 
     def _fill(self, folder: Path, model: nn.Module, trial: Any) -> None:
         # Told of a best step, the base class waits for all ranks between weights and optimiser, without end for one

@@ -319,25 +319,26 @@ from test_patcher import ATTACKER, UNSAFE, llama
 from casehard.defend.patcher.workers.spec import spec_for
 from casehard.defend.patcher.workers.launch import start_attackers
 model = llama()
-spec = spec_for(model, [UNSAFE], [ATTACKER], seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
+spec = spec_for(model, [UNSAFE] * 2, [ATTACKER] * 2, seed=0, delta_dtype="bfloat16", bf16=False, threads=1)
 with start_attackers(spec, device=torch.device("cpu")) as backend:
-    print(backend.processes[0], flush=True)
+    print(*backend.processes, flush=True)
     time.sleep(600)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_attackers_end_when_their_defender_is_killed() -> None:
+def test_attackers_end_when_their_defender_is_killed_or_they_are_told_to() -> None:
     defender = subprocess.Popen(
         [sys.executable, "-c", DEFENDER, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
     )
     assert defender.stdout is not None
-    attacker = int(defender.stdout.readline())
-    assert running(attacker)
-    defender.kill()
+    told, orphaned = map(int, defender.stdout.readline().split())
+    for attacker, end in ((told, lambda: os.kill(told, signal.SIGTERM)), (orphaned, defender.kill)):
+        assert running(attacker)
+        end()
+        deadline = time.monotonic() + 20
+        while running(attacker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not running(attacker)
     defender.wait()
-    deadline = time.monotonic() + 20
-    while running(attacker) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not running(attacker)

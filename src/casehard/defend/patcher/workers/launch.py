@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,7 +117,7 @@ def join(attackers: int, *, each: int = 1, sharing: bool = False) -> bool:
 
 
 def _attack(store: Any, number: int, place: RankInfo, defenders: int, device: torch.device) -> None:
-    ignore_signals()
+    ignore_signals(signal.SIGINT, signal.SIGTERM)
     if place.world_size > 1:
         own = dist.PrefixStore(f"casehard/attackers-{number}", store)
         dist.init_process_group(_backend(device), store=own, rank=place.rank, world_size=place.world_size)
@@ -316,27 +317,42 @@ def _without_secrets() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not re.search("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", k.upper())}
 
 
+def _worker(store: Path, number: int) -> list[str]:
+    return ["casehard.defend.patcher.workers.worker", str(store), str(number)]
+
+
 @contextlib.contextmanager
 def _child(store: Path, number: int, device: str) -> Iterator[_Child]:
     log = store.with_name(f"attacker-{number}.log")
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "casehard.defend.patcher.workers.worker", str(store), str(number)],
-            env={**_without_secrets(), "CASEHARD_ATTACKER_DEVICE": device},
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,  # Ctrl-C is for the defender, which then stops its attackers
-        )
-    try:
+    # Closed when this process ends, and by nothing else: the attacker gets the watched end only.
+    watched, held = os.pipe()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, held)
+        try:
+            with log.open("wb") as sink:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "casehard.leash", str(watched), str(store.parent), *_worker(store, number)],
+                    env={**_without_secrets(), "CASEHARD_ATTACKER_DEVICE": device},
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=sink,
+                    pass_fds=[watched],
+                    start_new_session=True,  # Ctrl-C is for the defender, which then stops its attackers
+                )
+        finally:
+            os.close(watched)
+        stack.callback(_end, process)
         yield _Child(process, log)
-    finally:
-        deadline = time.monotonic() + 2.0
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if process.poll() is None:
-            process.kill()  # it has nothing worth saving
-        process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait a moment for an attacker that was told to stop, then stop it: it holds nothing worth saving."""
+    deadline = time.monotonic() + 2.0
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if process.poll() is None:
+        process.kill()
+    process.wait()
 
 
 @contextlib.contextmanager

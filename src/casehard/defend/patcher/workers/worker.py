@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -146,20 +145,23 @@ def _header(done: AttackResult) -> dict[str, Any]:
     return {**top, "losses": done.losses, "tokens": done.tokens, "seconds": done.seconds}
 
 
-def ignore_signals() -> None:
+def ignore_signals(*signals: int) -> None:
     """Leave stopping to the defender, which gets the same signals and then stops its attackers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals:
         with contextlib.suppress(ValueError):  # not in the main thread: the embedding program decides
             signal.signal(number, signal.SIG_IGN)
 
 
 def main(path: str, number: int) -> int:
-    """Run as ``python -m casehard.defend.patcher.workers.worker STORE NUMBER``, as a defender here does."""
-    ignore_signals()
-    store, parent = dist.FileStore(path, -1), os.getppid()
+    """Run as ``casehard.defend.patcher.workers.worker STORE NUMBER`` on a leash, as a defender here does.
+
+    SIGTERM ends it as it ends any process: it holds nothing worth saving, and the defender notices.
+    """
+    ignore_signals(signal.SIGINT)
+    store = dist.FileStore(path, -1)
 
     def watch() -> bool:
-        return os.getppid() != parent or not Path(path).exists() or bool(store.check([DONE]))
+        return not Path(path).exists() or bool(store.check([DONE]))
 
     device = torch.device(os.environ.get("CASEHARD_ATTACKER_DEVICE", "cpu"))
     try:
@@ -167,9 +169,6 @@ def main(path: str, number: int) -> int:
     except UserError as error:
         print(visible(str(error), lines=True), file=sys.stderr)
         return error.exit_code
-    finally:
-        if os.getppid() != parent:
-            shutil.rmtree(Path(path).parent, ignore_errors=True)  # a killed defender cannot
     return 0
 
 
