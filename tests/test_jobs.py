@@ -13,7 +13,7 @@ from buffer_fakes import make_assets
 from casehard import jobs
 from casehard.attack.finetune import FinetuneAttack
 from casehard.data import sources
-from casehard.data.mix import content_hash
+from casehard.data.mix import marks
 from casehard.data.select import SelectConfig
 from casehard.defend.provider_assets import tokenizer_digests
 from casehard.errors import ConfigError, DataError
@@ -165,8 +165,8 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
     made = jobs.run_defend(guarded, tmp_path)
     known = read_provenance(made.checkpoint.path)["provenance"]
     assert set(known["data_digests"]) == {"data", "safe"}
-    both = {content_hash(row)[:16] for row in (*sources.load(user), *sources.load(safe))}
-    assert both <= set(known["trained_prompts"])
+    both = marks(sources.load(user), sources.load(safe))
+    assert both and both <= set(known["trained_prompts"])
 
 
 def tune(base: Path, **changes: object) -> TuneJob:

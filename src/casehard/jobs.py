@@ -17,7 +17,7 @@ from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
 from casehard.data.embed import Embedder
-from casehard.data.mix import check_disjoint, mark, marks
+from casehard.data.mix import check_disjoint, is_marked, marks
 from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.data.sources import load_many
 from casehard.defend import MethodSpec, find
@@ -372,7 +372,7 @@ def _train_and_measure(
         label=label,
     )
     known = trained_prompts(loaded.path)
-    return replace(result, known_rows=sum(mark(row) in known for row in (*harmful, *benign)))
+    return replace(result, known_rows=sum(is_marked(row, known) for row in (*harmful, *benign)))
 
 
 def run_evaluate(job: EvaluateJob, *, loaded: Loaded | None = None) -> Rows:

@@ -117,10 +117,11 @@ def _log_front(x: float, a: float, b: float) -> float:
     total = a + b
     off = x * total - a
     left, right = x * total / a, (1.0 - x) * total / b
-    logs = math.log1p(off / a) if left > 0.5 else math.log(left), math.log1p(-off / b) if right > 0.5 else math.log(right)
+    log_left = math.log1p(off / a) if left > 0.5 else math.log(left)
+    log_right = math.log1p(-off / b) if right > 0.5 else math.log(right)
     spread = math.log(a) + math.log(b / total) - math.log(2.0 * math.pi)
     rests = _stirling_rest(total) - _stirling_rest(a) - _stirling_rest(b)
-    return a * logs[0] + b * logs[1] + spread / 2.0 + rests
+    return a * log_left + b * log_right + spread / 2.0 + rests
 
 
 def _stirling_rest(z: float) -> float:
