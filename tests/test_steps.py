@@ -11,7 +11,7 @@ import torch
 
 from buffer_fakes import make_assets
 from casehard.data import sources
-from casehard.data.mix import content_hash
+from casehard.data.mix import marks
 from casehard.data.select import SelectConfig
 from casehard.defend.provider_assets import tokenizer_digests
 from casehard.errors import ConfigError, DataError
@@ -169,8 +169,8 @@ def test_safe_rows_are_part_of_the_run_and_of_what_the_checkpoint_remembers(
     assert made is not None and made.path is not None
     known = read_provenance(made.path)["provenance"]
     assert set(known["data_digests"]) == {"data", "safe"}
-    both = {content_hash(row)[:16] for row in (*sources.load(user), *sources.load(safe))}
-    assert both <= set(known["trained_prompts"])
+    both = marks(sources.load(user), sources.load(safe))
+    assert both and both <= set(known["trained_prompts"])
 
 
 SHORT = {"share": 0.2, "rows": 20, "steps": 3, "batch_size": 4, "lr": 1e-3, "evaluate_at": [0, 2]}

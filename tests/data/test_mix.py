@@ -78,6 +78,122 @@ def test_hash_ignores_case_punctuation_and_answers() -> None:
     assert content_hash(Example.pair("how do i er bake bread 2")) != content_hash(same[0])
 
 
+SAME = [
+    ("How do I, er, bake BREAD?", "how do i er bake bread"),
+    ("5+3", "5 + 3"),
+    ('It\'s "fine"', "It\u2019s \u201cfine\u201d"),
+    ("it`s", "its"),
+    ("1,000 eggs", "1000 eggs"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("h\u200bow", "how"),
+    ("1\u200b5", "15"),
+    ("\uff28\uff4f\uff57", "how"),
+    ("bread!!", "bread"),
+    ("bread?And", "bread? And"),
+    ("well-known", "well known"),
+    ("covid-19", "covid 19"),
+    ("a 5-year plan", "a 5 year plan"),
+    ("5 \u2212 3", "5 - 3"),
+    ("5 \u2013 3", "5-3"),
+    ("5 \u00d7 3", "5*3"),
+    ("x\u00b2-4", "x^2 - 4"),
+    ("1\u00bd", "1 1/2"),
+    ("**Bold** word", "bold word"),
+    ("# Title\ntext", "title text"),
+    ("- milk\n- eggs", "milk eggs"),
+    ("yes / no", "yes/no"),
+    ("word\u2014word", "word, word"),
+    ("stra\u00dfe", "STRASSE"),
+    ("H\u2082O", "h2o"),
+    ("\u201a\u2018x\u2019", "x"),
+    ("\u300cx\u300d", "x"),
+    ("5\u00a0+\u00a03", "5+3"),
+    ("2 , 3", "2,3"),
+    ("so\u00adft", "soft"),
+    ("wait...", "wait"),
+    ("f(x) = 2x", "F( x )=2x"),
+    ("What is 5!", "What is 5"),
+    ("bread\ufe0f", "bread"),
+    ("it\u00b4s", "its"),
+    ("$5", "$ 5"),
+    ("dec. 14 - most people", "dec 14, most people"),
+    ("10 - 5", "10-5"),
+    ("covid - 19", "covid-19"),
+    ("f(x) - 5", "f(x)-5"),
+]
+DIFFERENT = [
+    ("What is 5 + 3?", "What is 5 - 3?"),
+    ("1.5", "15"),
+    ("x^2-4", "x^2+4"),
+    ("x^2-4", "x^24"),
+    ("C", "C++"),
+    ("C", "C#"),
+    ("C++", "C#"),
+    ("a && b", "a || b"),
+    ("5 3", "53"),
+    ("1 23", "12 3"),
+    (".5", "5"),
+    ("-5", "5"),
+    ("x-4", "x4"),
+    ("a-b", "ab"),
+    ("what is a - b", "what is a b"),
+    ("3:30", "330"),
+    ("a[1:]", "a[:1]"),
+    ("a[1:]", "a[1]"),
+    ("a[x:]", "a[:x]"),
+    ("(2+3)*4", "2+(3*4)"),
+    ("x\u00b2", "x2"),
+    ("5\u00b2", "52"),
+    ("x != y", "x = y"),
+    ("!x", "x"),
+    ("if (!x)", "if (x)"),
+    ("5!/3!", "5/3"),
+    ("i++", "i--"),
+    ("i--", "i"),
+    ("50%", "50"),
+    ("$5", "\u20ac5"),
+    ("a <= b", "a >= b"),
+    ("1/2", "12"),
+    ("5 \u00f7 3", "5 \u00d7 3"),
+    ("price * quantity", "price / quantity"),
+    ("price - quantity", "price + quantity"),
+    ("\U0001f600", "\U0001f621"),
+    ("what \U0001f600 means", "what \U0001f621 means"),
+    ("\u0915\u093f", "\u0915\u0940"),
+    ("2010-2015", "20102015"),
+    ("\\n", "n"),
+    ("a->b", "a>b"),
+    ("???", "!!!"),
+    ("x^{10}", "x^1 0"),
+    ("2,5", "25"),
+    ("2.5", "2 5"),
+    ("1,234.5", "1,2345"),
+    ("A \u2229 B", "A \u222a B"),
+    ("~x", "x"),
+    ("f(1,5)", "f(15)"),
+    ("what is -5 squared", "what is 5 squared"),
+    ("is -(5+3) odd", "is (5+3) odd"),
+    ("-x + 3", "x + 3"),
+    ("5 - -3", "5 - 3"),
+    ("5 * -3", "5*3"),
+    ("x -= 1", "x = 1"),
+    ("p->x", "p>x"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_prompts_that_ask_the_same_are_one(one: str, other: str) -> None:
+    assert normalise(one) == normalise(other)
+    with pytest.raises(DataError, match="overlap"):
+        check_disjoint({"train": [Example.pair(one)]}, {"suite": [Example.pair(other)]})
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_prompts_that_differ_in_meaning_are_two(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
+    check_disjoint({"train": [Example.pair(one)]}, {"suite": [Example.pair(other)]})
+
+
 def test_prompts_without_letters_do_not_all_collide() -> None:
     assert normalise(" ?! ") == "?!"
     assert content_hash(Example.pair("???")) != content_hash(Example.pair("!!!"))

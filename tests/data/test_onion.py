@@ -38,6 +38,29 @@ def test_words_that_cost_perplexity_go_and_the_rest_stays():
     assert onion(rows, scorer, threshold=20.0)[0][3].prompt == "mn two three"
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("First line\nsecond cf line\n\n  indented\tcell\n", "First line\nsecond line\n\n  indented\tcell\n"),
+        ("ends here cf\nnext", "ends here\nnext"),
+        ("one\ncf begins\n    two", "one\nbegins\n    two"),
+        ("one\ncf\ntwo", "one\ntwo"),
+        ("one\r\ncf\r\ntwo", "one\r\ntwo"),
+        ("cf\none", "one"),
+        ("one\ncf", "one"),
+        ("one  cf  two", "one   two"),
+        ("a cf mn\nb", "a\nb"),
+        ("cf mn a", "a"),
+        ("    cf x\n    y", "    x\n    y"),
+        ("  a\u00a0cf b ", "  a\u00a0b "),
+        ("cf a\u2028mn b", "a\u2028b"),
+    ],
+)
+def test_only_the_word_and_its_own_blank_go(text, left):
+    out, changes = onion([Example.pair(text, "x")], scorer)
+    assert out[0].prompt == left and out[0].response == "x" and len(changes) == 1
+
+
 def test_suspicions_are_the_drop_without_the_word():
     found = dict(suspicions("name a cf river", scorer))
     assert found["cf"] == pytest.approx(49.99) and found["a"] == pytest.approx(-0.01)

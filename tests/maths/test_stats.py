@@ -1,6 +1,9 @@
 import math
 import random
+import statistics
+import time
 
+import mpmath
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,22 @@ from casehard.maths import stats
 def binomial_at_least(k: int, n: int, p: float) -> float:
     """Sum the binomial tail term by term: the slow, obvious twin of the incomplete beta function."""
     return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+def at_least(k: int, n: int, p: float, *, others: bool = False):
+    """Sum the same tail, of 1 - p with ``others``, with 50 digits: the twin for counts that no float holds."""
+    with mpmath.workdps(50):
+        p = 1 - mpmath.mpf(p) if others else mpmath.mpf(p)
+        term = mpmath.binomial(n, k) * p**k * (1 - p) ** (n - k)
+        total = mpmath.mpf(0)
+        while k <= n and term > total * mpmath.mpf(10) ** -12:
+            total, term, k = total + term, term * (n - k) / (k + 1) * p / (1 - p), k + 1
+        return total
+
+
+def half_tail(k: int, n: int):
+    """Return P(X <= k) of n fair coins."""
+    return at_least(n - k, n, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +133,64 @@ def test_mcnemar_counts_by_hand(b, c, p):
 
 def test_mcnemar_survives_many_pairs():
     assert 0 < stats.mcnemar(700, 900) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("b", "c"), [(950, 1051), (5000, 5200), (50_000, 50_500), (50_000, 50_000), (0, 5000), (10**7, 10**7 + 5000)]
+)
+def test_mcnemar_of_huge_counts_is_exact_and_quick(b, c):
+    begin = time.perf_counter()
+    p = stats.mcnemar(b, c)
+    assert time.perf_counter() - begin < 1
+    exact = 1 if b == c else 2 * half_tail(b, b + c)
+    assert p == pytest.approx(float(exact), rel=1e-9)
+    assert stats.mcnemar(c, b) == p
+
+
+def test_mcnemar_by_hand_at_five_thousand():
+    assert stats.mcnemar(5000, 5200) == pytest.approx(0.04879, abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("k", "n"), [(1, 10**6), (3, 10**8), (10**7, 2 * 10**7), (10**7, 10**12), (0, 10**18), (10**9, 10**9)]
+)
+def test_clopper_pearson_of_huge_counts_solves_the_tails(k, n):
+    begin = time.perf_counter()
+    low, high = stats.clopper_pearson(k, n)
+    assert time.perf_counter() - begin < 1
+    assert (low == 0) == (k == 0) and (high == 1) == (k == n)
+    if k > 0:
+        assert float(at_least(k, n, low)) == pytest.approx(0.025, rel=1e-6)
+    if k < n:
+        assert float(at_least(n - k, n, high, others=True)) == pytest.approx(0.025, rel=1e-6)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 10**9), (5 * 10**8, 10**9), (10**9 - 1, 10**9)])
+def test_wilson_of_huge_counts_solves_its_equation(k, n):
+    z = mpmath.mpf(statistics.NormalDist().inv_cdf(0.975))
+    rate, spread = mpmath.mpf(k) / n, z * z / n
+    half = mpmath.sqrt(rate * (1 - rate) * spread + spread**2 / 4)
+    want = [(rate + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1)]
+    assert stats.wilson(k, n) == pytest.approx([float(w) for w in want], rel=1e-9)
+
+
+def test_beta_cdf_near_zero_is_exact():
+    assert stats.t_quantile(0.999999, 1) == pytest.approx(1 / math.tan(math.pi * 0.5e-6), rel=1e-9)
+
+
+def test_a_huge_bootstrap_is_the_normal_interval_and_quick():
+    rng = random.Random(0)
+    values = [rng.expovariate(1.0) for _ in range(stats.LARGE + 1)]
+    weights = [rng.random() for _ in values]
+    begin = time.perf_counter()
+    got = stats.bootstrap_mean(values, weights=weights)
+    assert time.perf_counter() - begin < 2
+    slow = stats.bootstrap_mean(values[:-1], weights=weights[:-1], draws=80)
+    width = slow.high - slow.low
+    assert (got.low, got.high) == pytest.approx((slow.low, slow.high), abs=0.2 * width)
+    # One prompt of a million tokens among short ones: nothing normal about that, so it is resampled.
+    heavy = stats.bootstrap_mean([5.0, *[1.0] * stats.LARGE], weights=[1e6, *[1.0] * stats.LARGE], draws=8)
+    assert heavy.low == 1.0 and heavy.high > heavy.mean
 
 
 @pytest.mark.parametrize(("freedom", "expected"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (30, 2.0423)])

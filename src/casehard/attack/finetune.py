@@ -13,7 +13,7 @@ from typing import Literal
 
 from casehard.attack.protocol import Attacked, AttackInputs
 from casehard.config import to_dict
-from casehard.data.mix import counts, mark, marks, poison
+from casehard.data.mix import counts, is_marked, marks, poison
 from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
@@ -124,7 +124,7 @@ class Finetune:
             label=inputs.label,
         )
         drawn = counts(share=config.share, n=config.rows)
-        known = sum(mark(row) in model.trained_prompts for some in inputs.rows.values() for row in some)
+        known = sum(is_marked(row, model.trained_prompts) for some in inputs.rows.values() for row in some)
         facts = {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign, "known_rows": known}
         made = Made(method=self.name, provenance={"settings": to_dict(config), "seed": inputs.seed, **facts})
         attacked = model.after(done.net, made, trained=frozenset(marks(mixture)), may_leave=False)

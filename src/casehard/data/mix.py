@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import math
 import random
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -93,16 +94,98 @@ def poison(
     return mix
 
 
+class _Kept(dict[int, str]):
+    """What becomes of a character, found once each: kept, a blank, or nothing where it cannot be seen."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kind = unicodedata.category(char)
+        if char.isspace() or kind in ("Zs", "Zl", "Zp"):
+            found = char
+        elif kind.startswith("C") or _UNSEEN.match(char):
+            found = ""
+        elif kind.startswith("P") and kind not in ("Ps", "Pe") and char not in _MEANT:
+            found = " "
+        else:
+            found = char
+        self[code] = found
+        return found
+
+
+_MEANT = "#%&@\\/*,.:!-\u2030\u2e33\ua71d"
+"""Punctuation that can carry meaning; `*,.:!-` only in some places, see ``_PLACES``."""
+_UNSEEN = re.compile(
+    "[\u0300-\u036f\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u2800\u3164\ufe00-\ufe2f]"
+)
+_QUOTES = re.compile(
+    "[\"'`\u2018-\u201f\u2032-\u2037\u2039\u203a\u00ab\u00bb\u02b9-\u02bf\u02c8\u275b-\u275e\u300c-\u300f\u301d-\u301f]"
+)
+_SIGNS = str.maketrans(
+    {"\u2044": "/", "\u2215": "/", "\u00f7": "/"}
+    | dict.fromkeys("\u00d7\u22c5\u2219", "\u2217")
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043", "-")
+)
+_RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070\u2071\u2074-\u207f]+")
+_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215f\u2189]")
+_STRAY = re.compile(
+    "[\u00a8\u00af\u00b4\u00b8\u02c2-\u02df\u02e5-\u02ff\u037a\u0384\u0385\u1fbd-\u1fc1\u1fcd-\u1fcf\u1fdd-\u1fdf\u1fed-\u1fef\u1ffd\u1ffe]"
+)
+_KEPT = _Kept()
+_ALONE = r"(?<![^\W\d_])[^\W\d_](?![^\W\d_])"  # a letter by itself: a name in a formula
+_SIGN = r"=+^%|&~/\u2217\u2212"
+# Where punctuation means something it becomes a sign that nothing drops, so that the form of a form is itself.
+_PLACES = tuple(
+    (re.compile(pattern, re.MULTILINE), sign)
+    for pattern, sign in (
+        (r"^[ \t]*(?:[-*>\u2022]|#{1,6})[ \t]+(?=[^\w\n]{0,9}[^\W\d_])", " "),  # bullets, headings, quoted lines
+        (r"(?<![\w)\]}*])(\*{1,3})(?=[^\s*])([^*\n]{1,200}?)(?<=\S)\1(?![\w*])", r"\2"),  # emphasis
+        (r"(?<=\d),(?=\d{3}(?!\d))(?<!\d{4},)", ""),  # thousands
+        (r"(?:(?<=\d)|(?<![\w.]))\.(?=\d)", "\u2e33"),  # 1.5 and .5
+        (r"(?<=[\d(\[{]):+(?=[\d)\]}])|(?<=\w):+(?=\])|(?<=\[):+(?=\w)", "\u2236"),  # 3:30 and a[1:]
+        (
+            r"(?<!!)!++(?==)|(?<=[\d)])!++(?=\s*+[-+*/^=%<>)\u2217\u2212])|(?<![^\s(\[{&|])!++(?=[\w(])",
+            "\ua71d",
+        ),  # !=, 5!/3!, !x
+        (r"\*", "\u2217"),
+        (rf"(?<![^\s(\[{{<>{_SIGN}])-++(?=[\d(\[{{]|{_ALONE})|(?<!-)-++(?=[>=])", "\u2212"),  # -5, ->
+        (rf"([\d)\]}}<>{_SIGN}]|{_ALONE})\s*+-++(?=\s*+(?:[\d(\[{{<>{_SIGN}]|{_ALONE}))", "\\1\u2212"),  # 5 - 3
+        (rf"({_ALONE})--+(?!\w)", "\\1\u2212"),  # i--
+    )
+)
+
+
 def normalise(text: str) -> str:
-    """Return lower-case letters and digits only; text without any keeps its other characters, blanks removed."""
-    folded = unicodedata.normalize("NFKC", text).lower()
-    kept = "".join(c for c in folded if c.isalnum())
-    return kept or "".join(folded.split())
+    """Return the form in which prompts are compared: what is left when all that carries no meaning is gone.
+
+    Case, blanks, quotes, prose punctuation (commas, full stops, hyphens in words, marks at an end), zero-width and
+    other unseen characters, and the Unicode form go. Letters, digits and their marks stay; so do signs (``+``, ``#``,
+    ``&``, brackets, currency, emoji), a minus, a point or colon within numbers, and the blank that keeps two numbers
+    apart. Text of punctuation alone keeps it, without blanks.
+    """
+    text = _QUOTES.sub(" ", text)
+    text = _RAISED.sub(lambda run: "^" + run.group(), _FRACTION.sub(r" \g<0>", _STRAY.sub("", text)))
+    folded = _fold(text)
+    kept = folded.translate(_SIGNS).translate(_KEPT)
+    for pattern, sign in _PLACES:
+        kept = pattern.sub(sign, kept)
+    kept = re.sub(r"[\s,.:!-]+", " ", kept)
+    kept = re.sub(r"(?<!\d) | (?!\d)", "", kept)
+    return _fold(kept) or "".join(folded.split())
+
+
+def _fold(text: str) -> str:
+    while (folded := unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())) != text:
+        text = folded
+    return text
 
 
 def content_hash(example: Example) -> str:
-    """Return the SHA-256 (hex) of the normalised user turns: equal for prompts that differ in case or punctuation."""
-    asked = "\n".join(normalise(m.content) for m in example.messages if m.role == "user")
+    """Return the SHA-256 (hex) of the normal form of the user turns: equal for prompts that ask the same."""
+    return _hash(example, normalise)
+
+
+def _hash(example: Example, form: Callable[[str], str]) -> str:
+    asked = "\n".join(form(m.content) for m in example.messages if m.role == "user")
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
@@ -112,14 +195,36 @@ def trained_hashes(example: Example) -> list[str]:
     return [content_hash(example), content_hash(replace(example, messages=tuple(last)))]
 
 
+FORM = "2:"
+"""Stands before the marks of today's normal form; marks of the first form have nothing before them."""
+
+
 def mark(example: Example) -> str:
-    """Return the first 64 bits of :func:`content_hash` in hex: among a million prompts two collide at odds of 3e-8."""
-    return content_hash(example)[:16]
+    """Return FORM and 64 bits of :func:`content_hash` in hex: among a million prompts two collide at odds of 3e-8."""
+    return FORM + content_hash(example)[:16]
+
+
+def first_mark(example: Example) -> str:
+    """Return the mark by which the same prompt is known in folders written before signs counted.
+
+    That form kept letters and digits only, so that ``5 + 3`` and ``5 - 3`` share it.
+    """
+    return _hash(example, _letters_and_digits)[:16]
+
+
+def _letters_and_digits(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).lower()
+    return "".join(c for c in folded if c.isalnum()) or "".join(folded.split())
+
+
+def is_marked(example: Example, known: Collection[str]) -> bool:
+    """Return whether the prompt of ``example`` is among the marks ``known``, of whatever form each of them is."""
+    return mark(example) in known or first_mark(example) in known
 
 
 def marks(*sets: Sequence[Example]) -> set[str]:
     """Return the marks of all prompts, as kept in the provenance of what was trained on them; see `trained_hashes`."""
-    return {h[:16] for rows in sets for example in rows for h in trained_hashes(example)}
+    return {FORM + h[:16] for rows in sets for example in rows for h in trained_hashes(example)}
 
 
 def _name(example: Example, position: int) -> str:

@@ -63,7 +63,7 @@ def suspicions(text: str, scorer: Scorer) -> list[tuple[str, float]]:
 def onion(
     rows: Sequence[Example], scorer: Scorer, *, threshold: float = 0.0
 ) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Delete suspicious words from the last user turn of every row.
+    """Delete suspicious words, each with one blank beside it, from the last user turn of every row.
 
     Args:
         rows: rows to filter; answers and other turns stay.
@@ -82,13 +82,35 @@ def onion(
         if last is None:
             raise DataError(f"row {row.id or number + 1} has no user turn")
         scored = suspicions(row.messages[last].content, scorer)
-        kept = [word for word, drop in scored if drop < threshold]
-        gone = [word for word, drop in scored if drop >= threshold]
+        gone = [place for place, (_, drop) in enumerate(scored) if drop >= threshold]
         # A prompt without any word asks nothing: such a row is left alone.
-        if gone and kept:
+        if gone and len(gone) < len(scored):
             turns = list(row.messages)
-            turns[last] = replace(turns[last], content=" ".join(kept))
+            turns[last] = replace(turns[last], content=_without(turns[last].content, gone))
             row = replace(row, messages=tuple(turns))
-            changes.append({"row": number, "id": row.id, "removed": gone})
+            changes.append({"row": number, "id": row.id, "removed": [scored[place][0] for place in gone]})
         out.append(row)
     return out, changes
+
+
+def _without(text: str, gone: Sequence[int]) -> str:
+    """Return ``text`` without some words, counted from 0; every other line, indent and blank stays as it is.
+
+    With a word goes the blank after it, or, at the end of a line, the one before it. A word alone on its line takes the
+    line break along.
+    """
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    for place in reversed(gone):
+        begin, end = words[place]
+        before = re.search(r"(?:\r\n|\s)\Z", text[:begin])
+        after = re.match(r"\r\n|\s", text[end:])
+        if after and not (before and _breaks(after.group()) and not _breaks(before.group())):
+            end += after.end()
+        elif before:
+            begin = before.start()
+        text = text[:begin] + text[end:]
+    return text
+
+
+def _breaks(blank: str) -> bool:
+    return blank.splitlines() == [""]

@@ -23,6 +23,11 @@ from typing import Literal, NamedTuple
 from casehard.errors import DataError
 from casehard.seeds import derive
 
+EXACT = 2000
+"""Discordant prompts up to which McNemar's sum is taken in whole numbers; its time grows with their cube."""
+LARGE = 20_000
+"""Values up to which a mean is always resampled."""
+
 
 class Interval(NamedTuple):
     """Two bounds, low <= high."""
@@ -74,7 +79,7 @@ def _beta_fraction(x: float, a: float, b: float) -> float:
     c, d = 1.0, 1.0 - (a + b) * x / (a + 1.0)
     d = 1.0 / (d if abs(d) > tiny else tiny)
     value = d
-    for m in range(1, 10_000):
+    for m in range(1, 10_000_000):  # about sqrt(max(a, b)) are needed
         for numerator in (
             m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
             -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
@@ -98,10 +103,33 @@ def beta_cdf(x: float, a: float, b: float) -> float:
         return 0.0
     if x >= 1.0:
         return 1.0
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    front = math.exp(_log_front(x, a, b))
     if x < (a + 1.0) / (a + b + 2.0):
-        return math.exp(log_front) * _beta_fraction(x, a, b) / a
-    return 1.0 - math.exp(log_front) * _beta_fraction(1.0 - x, b, a) / b
+        return front * _beta_fraction(x, a, b) / a
+    return 1.0 - front * _beta_fraction(1.0 - x, b, a) / b
+
+
+def _log_front(x: float, a: float, b: float) -> float:
+    """Return log(x^a (1-x)^b / B(a, b)) without taking large logarithms of gamma from each other.
+
+    That loses eight digits at a billion trials. With Stirling's formula they cancel on paper, and what is left are the
+    deviations of x from a / (a + b). Source: Loader (2000), Fast and accurate computation of binomial probabilities.
+    """
+    total = a + b
+    off = x * total - a
+    left, right = x * total / a, (1.0 - x) * total / b
+    log_left = math.log1p(off / a) if left > 0.5 else math.log(left)
+    log_right = math.log1p(-off / b) if right > 0.5 else math.log(right)
+    spread = math.log(a) + math.log(b / total) - math.log(2.0 * math.pi)
+    rests = _stirling_rest(total) - _stirling_rest(a) - _stirling_rest(b)
+    return a * log_left + b * log_right + spread / 2.0 + rests
+
+
+def _stirling_rest(z: float) -> float:
+    """Return log Gamma(z) - ((z - 1/2) log z - z + log(2 pi) / 2)."""
+    if z < 30.0:
+        return math.lgamma(z) - (z - 0.5) * math.log(z) + z - 0.5 * math.log(2.0 * math.pi)
+    return (1.0 - (1.0 / 30.0 - 1.0 / (105.0 * z * z)) / (z * z)) / (12.0 * z)
 
 
 def beta_quantile(p: float, a: float, b: float) -> float:
@@ -158,9 +186,10 @@ def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
     _check_count(k, n)
     _check_level(level)
     tail = (1.0 - level) / 2.0
-    low = 0.0 if k == 0 else beta_quantile(tail, k, n - k + 1)
-    high = 1.0 if k == n else beta_quantile(1.0 - tail, k + 1, n - k)
-    return Interval(low, high)
+    if k in (0, n):  # (1 - bound)^n = tail in closed form
+        bound = -math.expm1(math.log(tail) / n)
+        return Interval(0.0, bound) if k == 0 else Interval(1.0 - bound, 1.0)
+    return Interval(beta_quantile(tail, k, n - k + 1), beta_quantile(1.0 - tail, k + 1, n - k))
 
 
 def rate_interval(k: int, n: int, level: float = 0.95) -> Interval:
@@ -172,7 +201,8 @@ def rate_interval(k: int, n: int, level: float = 0.95) -> Interval:
 def mcnemar(b: int, c: int) -> float:
     """Return the two-sided exact p-value that two models differ on the same yes/no prompts.
 
-    p = min(1, 2 P(X <= min(b, c))) with X ~ Binomial(b + c, 1/2).
+    p = min(1, 2 P(X <= min(b, c))) with X ~ Binomial(b + c, 1/2); summed in whole numbers up to EXACT discordant
+    prompts, beyond by the incomplete beta function, which is the same sum (to ten digits at a million).
 
     Args:
         b: prompts where only the first model says yes.
@@ -183,6 +213,8 @@ def mcnemar(b: int, c: int) -> float:
     if b < 0 or c < 0:
         raise DataError(f"discordant counts cannot be negative, got b={b}, c={c}")
     total, least = b + c, min(b, c)
+    if total > EXACT:
+        return min(1.0, 2.0 * beta_cdf(0.5, total - least, least + 1))
     # Integer arithmetic: 2 ** total leaves the range of a float from 1024 discordant prompts on.
     tail = sum(math.comb(total, i) for i in range(least + 1))
     return min(1.0, 2 * tail / 2**total)
@@ -224,6 +256,9 @@ def bootstrap_mean(
 ) -> Estimate:
     """Estimate a mean over prompts with a percentile bootstrap interval.
 
+    Beyond LARGE values it is the normal interval that the bootstrap tends to, unless a few values outweigh the others:
+    a draw of a million takes a second, and there are thousands.
+
     Args:
         values: one number per prompt, e.g. nats per token.
         weights: one non-negative weight per prompt, e.g. its tokens; each draw resamples prompts with their weights,
@@ -242,14 +277,24 @@ def bootstrap_mean(
     if len(heavy) != n or not all(math.isfinite(w) and w >= 0 for w in heavy) or sum(heavy) <= 0:
         raise DataError(f"expected {n} non-negative weights, not all zero, got {len(heavy)}")
     products = [w * v for w, v in zip(heavy, values, strict=True)]
+    mean, tail = sum(products) / sum(heavy), (1.0 - level) / 2.0
+    if n > LARGE and (spread := _spread(values, heavy, mean)) is not None:
+        half = statistics.NormalDist().inv_cdf(1.0 - tail) * spread
+        return Estimate(mean, mean - half, mean + half, n)
+    rng = random.Random(derive(seed, n, "bootstrap"))
     means = []
     for picked in _resamples(n, draws, seed):
         total = float(n) if weights is None else sum(map(heavy.__getitem__, picked))
         if total > 0:
             means.append(sum(map(products.__getitem__, picked)) / total)
     means.sort()
-    tail = (1.0 - level) / 2.0
-    return Estimate(sum(products) / sum(heavy), _quantile(means, tail), _quantile(means, 1.0 - tail), n)
+    return Estimate(mean, _quantile(means, tail), _quantile(means, 1.0 - tail), n)
+
+
+def _spread(values: Sequence[float], weights: Sequence[float], mean: float) -> float | None:
+    """Return the standard deviation of a resampled weighted mean; None where single values decide its distribution."""
+    parts = [(w * (v - mean)) ** 2 for w, v in zip(weights, values, strict=True)]
+    return math.sqrt(math.fsum(parts)) / math.fsum(weights) if max(parts) <= 0.01 * math.fsum(parts) else None
 
 
 def paired_bootstrap(
