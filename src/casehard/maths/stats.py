@@ -281,7 +281,6 @@ def bootstrap_mean(
     if n > LARGE and (spread := _spread(values, heavy, mean)) is not None:
         half = statistics.NormalDist().inv_cdf(1.0 - tail) * spread
         return Estimate(mean, mean - half, mean + half, n)
-    rng = random.Random(derive(seed, n, "bootstrap"))
     means = []
     for picked in _resamples(n, draws, seed):
         total = float(n) if weights is None else sum(map(heavy.__getitem__, picked))
