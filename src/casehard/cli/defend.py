@@ -228,10 +228,10 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
     from casehard.defend.patcher.schedule import NEEDS_ATTACKERS
 
     preset = values.get("preset") or ""
-    configured = DEFENCES.find("patcher").configure("patcher", preset, settings)
-    if count and "schedule" not in settings and configured.schedule == "sequential":
+    spec = DEFENCES.find("patcher")
+    if count and "schedule" not in settings and spec.configure("patcher", preset, {}).schedule == "sequential":
         settings = values["settings"] = {**settings, "schedule": "async"}
-        configured = DEFENCES.find("patcher").configure("patcher", preset, settings)
+    configured = spec.configure("patcher", preset, settings)
     listed = configured.attackers
     if count and configured.schedule == "sequential":
         raise ConfigError(

@@ -68,6 +68,16 @@ def test_attackers_alone_means_async_and_the_table_tells_the_age(tmp_path, one_t
     assert adopted and max(row.get("attack_age_max", 0) for row in log) <= 4
 
 
+def test_attackers_do_not_change_the_schedule_that_a_preset_names():
+    from casehard.cli.defend import _multiply_attackers
+
+    values = {"method": "patcher", "attackers": 1, "preset": "reference_parallel", "settings": {"round_steps": 4}}
+    assert _multiply_attackers(values) == 1
+    assert "schedule" not in values["settings"] and values["settings"]["attackers"][0]["steps"] == 500
+    values = {"method": "patcher", "attackers": 1, "preset": "paper_sequential", "settings": {"max_age": 4}}
+    assert _multiply_attackers(values) == 1 and values["settings"]["schedule"] == "async"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
