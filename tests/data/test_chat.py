@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from casehard.data.chat import FALLBACK_TEMPLATE, ChatFormat, pad_id
 from casehard.errors import DataError, Unsupported
 from casehard.types import Example, Message
 from chat_fakes import SPECIAL, STYLES, byte_level, marked, metaspace, plain, wrap
+
 
 @pytest.fixture(scope="module", params=[False, True], ids=["offsets", "trimmed-offsets"])
 def backend(request: pytest.FixtureRequest) -> Tokenizer:

@@ -324,15 +324,20 @@ class ChatFormat:
         # A short answer can stand there by chance, in a word of the template's.
         if there and not (len(answer) < 16 and any(answer in frame for frame in self._template.frames)):
             return None
-        start, end = changing(text, self._template.with_other_answer(turns, text))
-        if start >= stop or end <= begin:
+        try:
+            other = self._template.with_other_answer(turns, text)
+        except DataError:
+            # It takes answers of some kind only; the last words must do.
+            other = text[:begin] + text[stop:] if answer.strip()[-32:] in span else text
+        start, end = changing(text, other)
+        written = text[max(start, begin) : min(end, stop)]
+        if text == other or start > stop or end < begin or (start < end and not written):
             raise DataError(
                 f"{name_of(example)}: the chat template hides the answer, or marks something else as generated",
                 hint="mark the assistant's content with {% generation %} ... {% endgeneration %}",
             )
         if there:
             return None
-        written = text[max(start, begin) : min(end, stop)]
         if not written.strip():
             raise DataError(f"{name_of(example)}: the template leaves nothing of the answer to train on")
         return Change("blanks") if only_blanks(answer, span) else change(hidden.show(answer), hidden.show(written))
@@ -342,7 +347,10 @@ class ChatFormat:
             "the chat template writes a finished turn differently from its generation prompt; the trained span "
             "begins at the answer's own text"
         )
-        start, end = changing(text, self._template.with_other_answer(turns, text))
+        try:
+            start, end = changing(text, self._template.with_other_answer(turns, text))
+        except DataError:
+            start = end = 0
         if start >= end:
             raise DataError(
                 f"{name_of(example)}: the answer cannot be located in the rendered chat",
