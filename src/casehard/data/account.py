@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 from jinja2 import TemplateError
 from jinja2.utils import Namespace
 
-_ACCOUNT, _PER_CHARACTER, _PER_TURN = 4_000_000, 128, 8_192
+_ACCOUNT, _PER_CHARACTER, _PER_TURN = 2_000_000, 128, 8_192
 _OUTPUT, _OUTPUT_PER_CHARACTER = 262_144, 8
-STEP, _ITEM = 16, 4  # for an operation, and for each thing that it looks at
+STEP, _ITEM = 16, 8  # for an operation, and for each thing that it looks at
 DEPTH = 64  # calls within calls, lists within lists
 _NUMBER = 2**60  # beyond it numbers are slow, and can be made to collide as keys
 VIEWS: tuple[type[Collection[object]], ...] = (type({}.keys()), type({}.values()), type({}.items()))

@@ -28,7 +28,7 @@ FALLBACK_TEMPLATE = (
 )
 SOURCE = 100_000
 """Longest template, in characters; those in use have some thousands."""
-_PATIENCE = 8
+_PATIENCE = 4
 """Renderings that are too costly, and none that is not, before a template is not tried again."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_INS = range(0x10FFFD, 0x10F000, -1)  # for an answer: private use, so no template gives them a meaning
