@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
+
 from typing import Any
 
 import pytest
@@ -22,10 +23,13 @@ ROW = Example.pair("what is <b>it</b>?", "It is 100% so, {{ 'yes' }}.")
 MANY = (Message("system", " Be brief.\n"), Message("user", "a"), Message("assistant", "b"), Message("user", "c\n\n"))
 
 
+SPECIAL = MappingProxyType({"bos_token": "<s>", "eos_token": "</s>"})
+
+
 class Fake:
     """Just enough of a tokenizer for a template."""
 
-    def __init__(self, template: str, special: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, template: str, special: Mapping[str, str] = SPECIAL) -> None:
         self.chat_template, self.special_tokens_map = template, {**special, "extra": ["<x>"]}
 
     def get_chat_template(self) -> str:
