@@ -9,7 +9,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -68,46 +67,29 @@ def chats(draw: st.DrawFn) -> tuple[Message, ...]:
 
 # -- templates ----------------------------------------------------------------------------------------------
 
-NUMBERS = st.sampled_from(["0", "1", "-1", "2", "7", "99999", "100000", "10000000000", "2e10", "0.5", "true"])
-STRINGS = st.sampled_from(
-    [
-        "'a'",
-        "''",
-        "'\\n'",
-        "'<|im_end|>'",
-        "'%s'",
-        "'%99999999d'",
-        "'{:>99999999}'",
-        "'{0}{0}'",
-        "'content'",
-        "'</think>'",
-    ]
+
+def words(text: str) -> st.SearchStrategy[str]:
+    """Return one of the words of a text."""
+    return st.sampled_from(text.split())
+
+
+NUMBERS = words("0 1 -1 2 7 99999 100000 10000000000 2e10 0.5 true")
+STRINGS = words("'a' '' '\\n' '<|im_end|>' '%s' '%99999999d' '{:>99999999}' '{0}{0}' 'content' '</think>'")
+NAMES = words(
+    "messages message content x y ns ns.a ns.b loop loop.index loop.length m caller bos_token eos_token nothing "
+    "messages[0] messages[-1].content messages[0]['role'] range dict namespace tools now datetime strftime_now self"
 )
-NAMES = st.sampled_from(
-    ["messages", "message", "content", "x", "y", "ns", "ns.a", "ns.b", "loop", "loop.index", "loop.length", "m", "caller", "bos_token", "eos_token", "nothing", "messages[0]", "messages[-1].content", "messages[0]['role']", "range", "dict", "namespace", "tools", "now", "datetime", "strftime_now", "self"]
-)  # fmt: skip
-FILTERS = st.sampled_from(
-    ["trim", "length", "tojson", "join", "replace", "upper", "string", "int", "float", "first", "last", "list", "items", "dictsort", "map", "select", "selectattr", "default", "indent", "safe", "reverse", "sort", "unique", "min", "max", "round", "abs", "escape", "sum", "groupby", "format", "truncate", "wordcount", "center", "batch", "slice", "random", "attr", "striptags", "urlize", "wordwrap", "pprint", "xmlattr", "title", "capitalize", "lower", "count", "reject", "filesizeformat"]
-)  # fmt: skip
-METHODS = st.sampled_from(
-    ["split", "strip", "lstrip", "rstrip", "replace", "join", "ljust", "rjust", "zfill", "center", "format", "format_map", "upper", "find", "rfind", "count", "index", "startswith", "endswith", "splitlines", "partition", "rpartition", "rsplit", "expandtabs", "title", "items", "keys", "values", "get", "append", "pop", "encode", "translate", "strftime", "isoformat", "__class__", "fromkeys"]
-)  # fmt: skip
-TESTS = st.sampled_from(
-    [
-        "defined",
-        "none",
-        "string",
-        "mapping",
-        "iterable",
-        "odd",
-        "divisibleby(0)",
-        "in(x)",
-        "eq(x)",
-        "sameas(x)",
-        "number",
-        "callable",
-    ]
+FILTERS = words(
+    "trim length tojson join replace upper string int float first last list items dictsort map select selectattr "
+    "default indent safe reverse sort unique min max round abs escape sum groupby format truncate wordcount center "
+    "batch slice random attr striptags urlize wordwrap pprint xmlattr title capitalize lower count reject"
 )
+METHODS = words(
+    "split strip lstrip rstrip replace join ljust rjust zfill center format format_map upper find rfind count index "
+    "startswith endswith splitlines partition rpartition rsplit expandtabs title items keys values get append pop "
+    "encode translate strftime isoformat __class__ fromkeys"
+)
+TESTS = words("defined none string mapping iterable odd divisibleby(0) in(x) eq(x) sameas(x) number callable")
 
 
 def grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -137,11 +119,11 @@ EXPRESSION = st.recursive(st.one_of(NUMBERS, STRINGS, NAMES), grown, max_leaves=
 def nested(body: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     """Return statements around others."""
     bodies = st.lists(body, max_size=3).map("".join)
-    name = st.sampled_from(["x", "y", "content", "message"])
+    name = words("x y content message")
     return st.one_of(
         st.builds("{{% for {} in {} %}}{}{{% endfor %}}".format, name, EXPRESSION, bodies),
-        st.builds("{{% for {} in {} if {} %}}{}{{% else %}}{}{{% endfor %}}".format, name, EXPRESSION, EXPRESSION, bodies, bodies),
-        st.builds("{{% for {} in {} recursive %}}{}{{{{ loop({}) }}}}{{% endfor %}}".format, name, EXPRESSION, bodies, EXPRESSION),
+        st.builds("{{% for {} in {} if {} %}}{}{{% endfor %}}".format, name, EXPRESSION, EXPRESSION, bodies),
+        st.builds("{{% for {} in {} recursive %}}{}{{{{ loop(x) }}}}{{% endfor %}}".format, name, EXPRESSION, bodies),
         st.builds("{{% if {} %}}{}{{% elif {} %}}{}{{% endif %}}".format, EXPRESSION, bodies, EXPRESSION, bodies),
         st.builds("{{% macro m(x, y={}) %}}{}{{% endmacro %}}".format, EXPRESSION, bodies),
         st.builds("{{% call m({}) %}}{}{{% endcall %}}".format, EXPRESSION, bodies),
@@ -149,15 +131,13 @@ def nested(body: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         st.builds("{{% filter {} %}}{}{{% endfilter %}}".format, FILTERS, bodies),
         st.builds("{{% generation %}}{}{{% endgeneration %}}".format, bodies),
         st.builds("{{% block {} %}}{}{{% endblock %}}".format, name, bodies),
-    )  # fmt: skip
+    )
 
 
 LEAF = st.one_of(
     st.builds("{{{{ {} }}}}".format, EXPRESSION),
-    st.builds("{{% set {} = {} %}}".format, st.sampled_from(["x", "y", "content", "ns.a", "ns.b"]), EXPRESSION),
-    st.sampled_from(
-        ["words ", "<|im_end|>", "\n", "{{ m(x) }}", "{{ self.x() }}", "{% break %}", "{% include 'a' %}", "{#"]
-    ),
+    st.builds("{{% set {} = {} %}}".format, words("x y content ns.a ns.b"), EXPRESSION),
+    st.sampled_from(["words ", "<|im_end|>", "{{ m(x) }}", "{{ self.x() }}", "{% break %}", "{% include 'a' %}", "{#"]),
 )
 STATEMENTS = st.lists(st.recursive(LEAF, nested, max_leaves=6), min_size=1, max_size=4).map("".join)
 START = "{% set ns = namespace(a='a', b=[1]) %}{% set x = 'a' %}{% set y = [1] %}"
@@ -217,30 +197,32 @@ CHATS: dict[str, ChatFormat] = {
     for kind in (plain, marked)
     for gpt2, backend in BACKENDS.items()
 }
-CONTROLS: frozenset[Any] = frozenset(range(len(SPECIAL)))
+CONTROLS = frozenset(range(len(SPECIAL)))
+
+
+def may_be_refused(style: str, turns: tuple[Message, ...]) -> bool:
+    """Return whether a common template or its tokenizer has a reason to refuse a chat."""
+    no_system = style.startswith("llama2") and turns[0].role == "system"
+    return (
+        no_system or not turns[-1].content.strip() or any("\ud800" <= c <= "\udfff" for t in turns for c in t.content)
+    )
 
 
 def test_any_text_in_the_common_templates() -> None:
-    @fuzz(40)
+    @fuzz(30)
     @given(chats())
     def run(turns: tuple[Message, ...]) -> None:
-        neutral = Example(tuple(Message(turn.role, "x") for turn in turns))
-        for name, chat in CHATS.items():
+        row, neutral = Example(turns), Example(tuple(Message(turn.role, "x") for turn in turns))
+        for style, chat in CHATS.items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                keeps_its_promises(chat, Example(turns))
-                try:
-                    detail = chat.details(Example(turns))
-                except DataError as error:
-                    assert name.startswith("llama2") or "half a character" in error.message or not all(
-                        turn.content.strip() for turn in turns
-                    ), error.message  # fmt: skip
+                keeps_its_promises(chat, row)
+                if may_be_refused(style, turns):
                     continue
-                ids = detail.encoded.input_ids
-                assert [i for i in ids if i in CONTROLS] == [
-                    i for i in chat.encode(neutral).input_ids if i in CONTROLS
-                ], name
+                ids = chat.encode(row).input_ids
+                written = [i for i in chat.encode(neutral).input_ids if i in CONTROLS]
+            assert [i for i in ids if i in CONTROLS] == written, style
             decoded = chat.tokenizer.decode(ids)
-            assert all(turn.content.strip() in decoded for turn in turns), name
+            assert all(turn.content.strip() in decoded for turn in turns), style
 
     run()
