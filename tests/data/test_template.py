@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-
 from typing import Any
 
 import pytest
