@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from casehard.data.chat import ChatFormat, Details
-from casehard.errors import DataError, visible
+from casehard.data.answers import described
+from casehard.data.chat import ChatFormat, Details, name_of
+from casehard.errors import DataError, UserError, visible
 from casehard.types import Example
 
 OPEN, CLOSE = ">>>", "<<<"
@@ -61,6 +62,17 @@ def _spread(what: str, values: Sequence[int]) -> str:
     return f"{what}: min {ordered[0]}, median {middle:g}, 95 % {high}, max {ordered[-1]}, sum {sum(ordered)}"
 
 
+def _stops(chat: ChatFormat) -> str:
+    try:
+        return _named(chat.stop_ids, chat)
+    except UserError as error:
+        return f"not known: {printable(error.message)}"
+
+
+def _named(ids: Iterable[int], chat: ChatFormat) -> str:
+    return ", ".join(f"{printable(chat.tokenizer.convert_ids_to_tokens(i))} ({i})" for i in sorted(ids)[:5])
+
+
 def audit(examples: Sequence[Example], chat: ChatFormat, n: int = 3) -> str:
     """Describe how ``examples`` are trained on, as plain text.
 
@@ -77,20 +89,22 @@ def audit(examples: Sequence[Example], chat: ChatFormat, n: int = 3) -> str:
     rows = [_look(example, chat) for example in examples]
     good = [row.detail for row in rows if row.detail is not None]
     bad = [(number, row) for number, row in enumerate(rows, start=1) if row.detail is None]
+    changed = [(name_of(row.example), row.detail.change) for row in rows if row.detail and row.detail.change]
     lines = [_show(number, row, chat) for number, row in enumerate(rows[:n], start=1)]
     lines.append(f"rows: {len(rows)}")
     if good:
         lines.append(_spread("tokens per row", [len(d.encoded.input_ids) for d in good]))
         lines.append(_spread("trained tokens per row", [d.end - d.start for d in good]))
-        ends = sorted({d.encoded.input_ids[d.end - 1] for d in good})
-        shown = ", ".join(f"{printable(chat.tokenizer.convert_ids_to_tokens(i))} ({i})" for i in ends[:5])
-        lines.append(f"last trained token: {shown}")
+        lines.append(f"last trained token: {_named({d.encoded.input_ids[d.end - 1] for d in good}, chat)}")
+        lines.append(f"generation stops at: {_stops(chat)}")
     how = "generation markers" if chat.has_markers else "prompt prefix"
     lines += [
         f"spans found by: {how}" + (" of the built-in fallback template" if chat.uses_fallback else ""),
         f"rows without trained tokens: {len(bad)}"
         + (f" (first: row {bad[0][0]}: {visible(bad[0][1].problem)})" if bad else ""),
         f"rows longer than max_length ({chat.max_length}): {sum(chat.too_long(d.encoded) for d in good)}; truncated: 0",
+        f"rows whose answer the template changes: {len(changed)}"
+        + (f" ({visible(described(changed))})" if changed else ""),
         f"rows with EOS appended by us: {sum(d.appended_eos for d in good)}",
         f"rows with prompt and answer tokenised apart: {sum(d.split for d in good)}; "
         f"with a token across both: {sum(d.straddles for d in good)}",

@@ -8,6 +8,9 @@ assistant turn up to and including its end-of-turn token:
   a prefix of the whole rendering, it begins where a stand-in answer appears;
 - the span ends with the template's last control token; without one, the tokenizer's EOS is appended.
 
+What the template writes is what is trained. Where that is not the row's answer (a part left out, blanks stripped) the
+row is counted and the loss told, whatever the length of the answer; where nothing of it is left, the row is refused.
+
 The first trained token is the one after the tokens of the text before the turn, so that training and generation see
 the same prompt. Where those are no prefix of the row's tokens (newlines that merge with what follows), prompt and turn
 are tokenised apart, if that spells the same text; else character offsets decide and the row is counted as straddling.
@@ -15,30 +18,20 @@ are tokenised apart, if that spells the same text; else character offsets decide
 
 from __future__ import annotations
 
-import re
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from casehard.data.answers import Change, change, changing, described, end_of_turn, only_blanks
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
-from casehard.data.tokens import Controls, Tokens
+from casehard.data.template import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
+from casehard.data.template import ChatTemplate, Rendering
+from casehard.data.tokens import Controls, Hidden, Tokens
 from casehard.errors import DataError, Unsupported, UserError
 from casehard.types import Example, Message
 
-FALLBACK_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
-    "{% else %}{{ 'Assistant:' }}"
-    "{% generation %}{{ ' ' + message['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
-_ANSWER = "\U0010fffd"  # stands in for an answer: private use, so no template gives it a meaning
-# Llama 3 templates print today's date unless given one; the same row must give the same tokens tomorrow.
-_FIXED = {"date_string": "26 Jul 2024"}
 
 
 class Details(NamedTuple):
@@ -55,11 +48,8 @@ class Details(NamedTuple):
     """The template ends the turn with no control token, so the tokenizer's EOS was added."""
     literal_controls: int
     """Control tokens spelled out in the row's text and kept as text."""
-
-
-class _Rendering(NamedTuple):
-    text: str
-    spans: list[tuple[int, int]]
+    change: Change | None = None
+    """What the template did to the answer, None where it wrote it as it is."""
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -85,8 +75,24 @@ def pad_id(tokenizer: Any) -> int:
     )
 
 
-def _name(example: Example) -> str:
+def name_of(example: Example) -> str:
+    """Return what messages call a row."""
     return f"row {example.id!r}" if example.id else f"row with prompt {example.prompt[:40]!r}"
+
+
+class _Layout(NamedTuple):
+    """A row rendered and tokenised; ``first`` and ``end`` count tokens of the trained span."""
+
+    turns: list[Message]
+    text: str
+    tokens: Tokens
+    first: int
+    end: int
+    needs_eos: bool
+    split: bool
+    straddles: bool
+    literal: int
+    change: Change | None
 
 
 class ChatFormat:
@@ -119,23 +125,23 @@ class ChatFormat:
         self.pad_id = pad_id(tokenizer)
         self.warnings: list[str] = []
         self.dropped = 0
-        self.uses_fallback = not tokenizer.chat_template
+        self._told = False
+        self._template = ChatTemplate(tokenizer)
+        self.template, self.has_markers = self._template.source, self._template.has_markers
+        self.uses_fallback = self._template.uses_fallback
         if self.uses_fallback:
-            self.template = FALLBACK_TEMPLATE
             self._warn(
                 "the tokenizer has no chat template: using a plain 'User: ... Assistant: ...' layout. A model tuned "
                 "on another layout will look worse than it is; save its template with the tokenizer"
             )
-        else:
-            self.template = str(tokenizer.get_chat_template())
-        self.has_markers = _MARKER.search(self.template) is not None
-        self._controls = Controls(tokenizer)
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids that end an assistant turn: what the template puts after an answer, and the tokenizer's EOS."""
-        detail = self.details(Example.pair("a", "b"))
-        ids = {detail.encoded.input_ids[detail.end - 1]}
+        """Token ids that end an assistant turn: the control tokens the template writes after an answer, and the EOS."""
+        layout = self._lay_out(Example.pair("a", "b"))
+        close = changing(layout.text, self._template.with_other_answer(layout.turns, layout.text))[1]
+        tokens = layout.tokens
+        ids = {tokens.ids[i] for i in tokens.control if i < layout.end and tokens.offsets[i][0] >= close}
         if self.tokenizer.eos_token_id is not None:
             ids.add(int(self.tokenizer.eos_token_id))
         return sorted(ids)
@@ -146,10 +152,12 @@ class ChatFormat:
         Raises:
             DataError: no final assistant turn, longer than ``max_length``, or the template refuses the chat.
         """
-        encoded = self.details(example).encoded
-        if self.too_long(encoded):
-            self._refuse_long(example, encoded)
-        return encoded
+        detail = self.details(example)
+        if self.too_long(detail.encoded):
+            self._refuse_long(example, detail.encoded)
+        if detail.change and not self._told:
+            self._tell([(name_of(example), detail.change)], 1)
+        return detail.encoded
 
     def encode_all(self, examples: Sequence[Example], *, overlong: Literal["error", "drop"] = "error") -> EncodedSet:
         """Tokenise examples in order.
@@ -165,6 +173,7 @@ class ChatFormat:
             raise UserError(f"overlong must be 'error' or 'drop', got {overlong!r}")
         rows: list[Encoded] = []
         long: list[tuple[Example, Encoded]] = []
+        changes: list[tuple[str, Change]] = []
         straddling = 0
         for example in examples:
             detail = self.details(example)
@@ -172,6 +181,8 @@ class ChatFormat:
                 long.append((example, detail.encoded))
                 continue
             straddling += detail.straddles
+            if detail.change:
+                changes.append((name_of(example), detail.change))
             rows.append(detail.encoded)
         if long and overlong == "error":
             self._refuse_long(*long[0], count=len(long))
@@ -183,6 +194,7 @@ class ChatFormat:
                 f"in {straddling} of {len(examples)} rows one token holds the end of the prompt and the start of the "
                 "answer; it is trained, although generation starts after that prompt"
             )
+        self._tell(changes, len(examples))
         if not rows:
             raise DataError(f"no rows left to encode (of {len(examples)})", hint="check max_length and the filter")
         return EncodedSet(tuple(rows), self.pad_id)
@@ -193,12 +205,12 @@ class ChatFormat:
         Raises:
             DataError: longer than ``max_length``, or the template refuses the chat.
         """
-        turns, base, _ = self._turns(example)
+        turns, hidden = self._turns(example)
         before = turns[:-1] if turns[-1].role == "assistant" else turns
         text = self._render(before, example, prompt=True).text
-        ids = self._tokenise(text, base, example).ids
+        ids = self._tokenise(text, hidden, example).ids
         if self.max_length is not None and len(ids) > self.max_length:
-            raise DataError(f"{_name(example)}: prompt of {len(ids)} tokens, more than max_length={self.max_length}")
+            raise DataError(f"{name_of(example)}: prompt of {len(ids)} tokens, more than max_length={self.max_length}")
         return ids
 
     def too_long(self, encoded: Encoded) -> bool:
@@ -207,72 +219,87 @@ class ChatFormat:
 
     def details(self, example: Example) -> Details:
         """Encode one example whatever its length, and say how its span was found."""
-        turns, base, literal = self._turns(example)
+        layout = self._lay_out(example)
+        first, end, ids = layout.first, layout.end, layout.tokens.ids
+        if layout.needs_eos:
+            ids = [*ids[:end], self._eos()]
+            end += 1
+        labels = [token if first <= i < end else IGNORE for i, token in enumerate(ids)]
+        encoded = Encoded(ids, labels)
+        return Details(
+            encoded, first, end, layout.split, layout.straddles, layout.needs_eos, layout.literal, layout.change
+        )
+
+    def _lay_out(self, example: Example) -> _Layout:
+        """Render and tokenise a row and find its trained tokens."""
+        turns, hidden = self._turns(example)
         if turns[-1].role != "assistant":
-            raise DataError(f"{_name(example)}: no final assistant turn to learn from")
+            raise DataError(f"{name_of(example)}: no final assistant turn to learn from")
         rendering = self._render(turns, example, prompt=False)
         begin, stop = self._span(turns, rendering, example)
-        tokens = whole = self._tokenise(rendering.text, base, example)
-        before = self._tokenise(rendering.text[:begin], base, example)
-        text = self._controls.show(rendering.text, base)
-        start = len(self._controls.show(rendering.text[:begin], base))
-        stop = len(self._controls.show(rendering.text[:stop], base))
+        changed = self._change(turns, rendering.text, begin, stop, hidden, example)
+        tokens = whole = self._tokenise(rendering.text, hidden, example)
+        before = self._tokenise(rendering.text[:begin], hidden, example)
+        text = hidden.show(rendering.text)
+        start = len(hidden.show(rendering.text[:begin]))
+        stop = len(hidden.show(rendering.text[:stop]))
         first, split, straddles = len(before.ids), False, False
         if whole.ids[:first] != before.ids:
-            apart = before.then(self._tokenise(rendering.text[begin:], base, example), start)
+            apart = before.then(self._tokenise(rendering.text[begin:], hidden, example), start)
             split = self.tokenizer.decode(apart.ids) == self.tokenizer.decode(whole.ids)
             straddles = not split
             if split:
                 tokens = apart
             else:
                 first = next((i for i, (_, b) in enumerate(whole.offsets) if b > start), len(whole.ids))
-        end, needs_eos = _end_of_turn(tokens, text, first, stop, exact=self.has_markers)
+        end, needs_eos = end_of_turn(tokens, text, first, stop, exact=self.has_markers)
         if end <= first:
-            raise DataError(f"{_name(example)}: the template leaves nothing of the answer to train on")
-        ids = tokens.ids
-        if needs_eos:
-            ids = [*ids[:end], self._eos()]
-            end += 1
-        labels = [token if first <= i < end else IGNORE for i, token in enumerate(ids)]
-        return Details(Encoded(ids, labels), first, end, split, straddles, needs_eos, literal)
+            raise DataError(f"{name_of(example)}: the template leaves nothing of the answer to train on")
+        return _Layout(turns, text, tokens, first, end, needs_eos, split, straddles, hidden.literal, changed)
 
-    def _turns(self, example: Example) -> tuple[list[Message], int, int]:
+    def _turns(self, example: Example) -> tuple[list[Message], Hidden]:
         """Return the turns with the default system message and with control tokens in their text hidden."""
         messages = list(example.messages)
         if self.system is not None and messages[0].role != "system":
             messages.insert(0, Message("system", self.system))
+        if not any(m.role == "user" for m in messages):
+            raise DataError(f"{name_of(example)}: no user turn")
+
+        def hold(hidden: Hidden) -> list[Message]:
+            return [Message(m.role, text) for m, text in zip(messages, hidden.texts, strict=True)]
+
         hidden = self._controls.hide([m.content for m in messages])
-        turns = [Message(m.role, text) for m, text in zip(messages, hidden.texts, strict=True)]
-        if not any(m.role == "user" for m in turns):
-            raise DataError(f"{_name(example)}: no user turn")
-        return turns, hidden.base, hidden.literal
+        edges = self._controls.hide_edges(hidden)
+        if edges is not None and self._written(hold(hidden), example) != self._written(hold(edges), example):
+            # Beside the template's own text, or that of another turn, a part of a control token became a whole one.
+            hidden = edges
+        return hold(hidden), hidden
 
-    def _render(self, turns: Sequence[Message], example: Example, *, prompt: bool) -> _Rendering:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        chat = [{"role": m.role, "content": m.content} for m in turns]
-        variables: dict[str, Any] = {**_FIXED, **self.tokenizer.special_tokens_map}
+    def _written(self, turns: Sequence[Message], example: Example) -> list[str]:
+        """Return the control tokens of a chat, asked for an answer where it ends without one."""
+        prompt = turns[-1].role != "assistant"
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[chat],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.has_markers,
-                add_generation_prompt=prompt,
-                **variables,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{_name(example)}: the chat template refuses this chat: {error}") from None
-        texts, spans = rendered
-        return _Rendering(texts[0], list(spans[0]) if self.has_markers else [])
+            return self._controls.written(self._render(turns, example, prompt=prompt).text)
+        except DataError:
+            return []  # the row's own rendering says why
 
-    def _tokenise(self, text: str, base: int, example: Example) -> Tokens:
+    @functools.cached_property
+    def _controls(self) -> Controls:
+        return Controls(self.tokenizer, self._template.frames)
+
+    def _render(self, turns: Sequence[Message], example: Example, *, prompt: bool) -> Rendering:
         try:
-            return self._controls.tokenise(text, base)
+            return self._template.render(turns, prompt=prompt)
         except DataError as error:
-            raise DataError(f"{_name(example)}: {error.message}", hint=error.hint) from None
+            raise DataError(f"{name_of(example)}: {error.message}", hint=error.hint) from error
 
-    def _span(self, turns: Sequence[Message], rendering: _Rendering, example: Example) -> tuple[int, int]:
+    def _tokenise(self, text: str, hidden: Hidden, example: Example) -> Tokens:
+        try:
+            return self._controls.tokenise(text, hidden)
+        except DataError as error:
+            raise DataError(f"{name_of(example)}: {error.message}", hint=error.hint) from None
+
+    def _span(self, turns: Sequence[Message], rendering: Rendering, example: Example) -> tuple[int, int]:
         """Return the characters of the final assistant turn, end-of-turn token included where that is known."""
         text = rendering.text
         if self.has_markers:
@@ -281,34 +308,55 @@ class ChatFormat:
                 earlier = len(self._render(turns[:-1], example, prompt=False).spans)
             final = rendering.spans[earlier:]
             if not final:
-                raise DataError(f"{_name(example)}: the template marks no generation in the final turn")
-            begin, stop = final[0][0], final[-1][1]
-        else:
-            before = self._render(turns[:-1], example, prompt=True).text
-            begin, stop = len(before), len(text)
-            if not text.startswith(before):
-                begin = self._answer_start(turns, text, example)
-        # Templates may rework an answer (strip it, cut reasoning off its front), never its last words.
-        if turns[-1].content.strip()[-32:] not in text[begin:stop]:
+                raise DataError(f"{name_of(example)}: the template marks no generation in the final turn")
+            return final[0][0], final[-1][1]
+        before = self._render(turns[:-1], example, prompt=True).text
+        if text.startswith(before):
+            return len(before), len(text)
+        return self._answer_start(turns, text, example), len(text)
+
+    def _change(
+        self, turns: Sequence[Message], text: str, begin: int, stop: int, hidden: Hidden, example: Example
+    ) -> Change | None:
+        """Return what the template made of the answer; None where it stands in the trained span as it is."""
+        answer, span = turns[-1].content, text[begin:stop]
+        there = answer in span
+        # A short answer can stand there by chance, in a word of the template's.
+        if there and not (len(answer) < 16 and any(answer in frame for frame in self._template.frames)):
+            return None
+        try:
+            other = self._template.with_other_answer(turns, text)
+        except DataError:
+            # It takes answers of some kind only; the last words must do.
+            other = text[:begin] + text[stop:] if answer.strip()[-32:] in span else text
+        start, end = changing(text, other)
+        written = text[max(start, begin) : min(end, stop)]
+        if text == other or start > stop or end < begin or (start < end and not written):
             raise DataError(
-                f"{_name(example)}: the chat template hides the answer, or marks something else as generated",
+                f"{name_of(example)}: the chat template hides the answer, or marks something else as generated",
                 hint="mark the assistant's content with {% generation %} ... {% endgeneration %}",
             )
-        return begin, stop
+        if there:
+            return None
+        if not written.strip():
+            raise DataError(f"{name_of(example)}: the template leaves nothing of the answer to train on")
+        return Change("blanks") if only_blanks(answer, span) else change(hidden.show(answer), hidden.show(written))
 
     def _answer_start(self, turns: Sequence[Message], text: str, example: Example) -> int:
         self._warn(
             "the chat template writes a finished turn differently from its generation prompt; the trained span "
             "begins at the answer's own text"
         )
-        other = self._render([*turns[:-1], Message("assistant", _ANSWER)], example, prompt=False).text
-        at = other.find(_ANSWER)
-        if at < 0 or text[:at] != other[:at] or not text.endswith(other[at + 1 :]):
+        try:
+            start, end = changing(text, self._template.with_other_answer(turns, text))
+        except DataError:
+            start = end = 0
+        if start >= end:
             raise DataError(
-                f"{_name(example)}: the answer cannot be located in the rendered chat",
+                f"{name_of(example)}: the answer cannot be located in the rendered chat",
                 hint="mark the assistant's content with {% generation %} ... {% endgeneration %} in the template",
             )
-        return at
+        return start
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
@@ -321,33 +369,20 @@ class ChatFormat:
     def _refuse_long(self, example: Example, encoded: Encoded, *, count: int = 1) -> NoReturn:
         others = f"; so are {count - 1} others" if count > 2 else "; so is another" if count > 1 else ""
         raise DataError(
-            f"{_name(example)}: {len(encoded.input_ids)} tokens, more than max_length={self.max_length}{others}",
+            f"{name_of(example)}: {len(encoded.input_ids)} tokens, more than max_length={self.max_length}{others}",
             hint="`casehard data audit --fitting FILE` writes the rows that fit; or raise max_length where the model's "
             "context is longer; rows are never cut",
         )
+
+    def _tell(self, changes: Sequence[tuple[str, Change]], total: int) -> None:
+        if changes:
+            self._told = True
+            self._warn(
+                f"the chat template changes the answer in {len(changes)} of {total} rows, and what it writes is "
+                f"trained: {described(changes)}"
+            )
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
             warnings.warn(text, stacklevel=3)
-
-
-def _end_of_turn(tokens: Tokens, text: str, first: int, stop: int, *, exact: bool) -> tuple[int, bool]:
-    """Return the position after the last trained token, and whether an EOS has to be appended there.
-
-    Args:
-        tokens: the row.
-        text: what was tokenised, stand-ins turned back.
-        first: first trained token.
-        stop: character position where the turn ends.
-        exact: the template marked the turn, so what it marked is kept as it is.
-    """
-    count = len(tokens.ids)
-    end = max((i + 1 for i in range(first, count) if tokens.offsets[i][0] < stop), default=first)
-    inside = [i for i in tokens.control if first <= i < end]
-    if inside and not text[tokens.offsets[inside[-1]][1] : stop].strip():
-        return (end if exact else inside[-1] + 1), False
-    after = next((i for i in tokens.control if i >= end), None)
-    if after is not None and not text[stop : tokens.offsets[after][0]].strip():
-        return after + 1, False
-    return end, True
