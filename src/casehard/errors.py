@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class Note(UserWarning):
+    """What a user should know although nothing is wrong: how a file was read."""
+
+
 class UserError(Exception):
     """Report a problem the user can mend.
 

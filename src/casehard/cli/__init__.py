@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from casehard.cli import console
-from casehard.errors import UserError
+from casehard.errors import Note, UserError
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -33,11 +33,11 @@ def _warner() -> Callable[..., None]:
     """Return a ``showwarning`` that says each thing once, as a line for users rather than for programmers."""
     told: set[str] = set()
 
-    def show(message: Warning | str, *rest: object) -> None:
+    def show(message: Warning | str, category: type[Warning], *rest: object) -> None:
         text = " ".join(str(message).split())
         if text not in told:
             told.add(text)
-            console.warn(text)
+            (console.note if issubclass(category, Note) else console.warn)(text)
 
     return show
 
