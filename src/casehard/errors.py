@@ -22,6 +22,10 @@ def visible(text: str, *, lines: bool = False) -> str:
     return _OBEYED.sub(spell, text)
 
 
+class Note(UserWarning):
+    """What a user should know although nothing is wrong: how a file was read."""
+
+
 class UserError(Exception):
     """Report a problem the user can mend.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 
@@ -17,6 +17,8 @@ class Message:
 
     role: Role
     content: str
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What a tool call and its result carry besides (``tool_calls``; ``tool_call_id``, ``name``); empty elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,8 @@ def test_required_response_counts_after_the_filter(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("absent.jsonl", "no such data file"),
-        ("rows.csv", "unknown kind of data file"),
+        ("rows.xlsx", "unknown kind of data file"),
+        ("rows.parquet.gz", "unknown kind of data file"),
         ("rows\0.jsonl", "NUL"),
         ("x" * 5000 + ".jsonl", "x.jsonl"),
         ("hub:oops", "not of the form hub:org/name:split"),

@@ -122,7 +122,7 @@ EXTRAS = {
     "fastapi": set(),
     "datasets": {"data/hub.py"},
     "matplotlib": {"report/figures.py"},
-    "pyarrow": {"data/sources.py"},
+    "pyarrow": {"data/tables.py"},
 }
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from casehard.cli import console
-from casehard.errors import UserError, visible
+from casehard.errors import Note, UserError, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -38,7 +38,8 @@ def _warner() -> Callable[..., None]:
         text = " ".join(str(message).split())
         if text not in told:
             told.add(text)
-            console.warn(f"{text} ({category.__name__}, {filename}:{lineno})" if console.debugging() else text)
+            line = f"{text} ({category.__name__}, {filename}:{lineno})" if console.debugging() else text
+            (console.note if issubclass(category, Note) else console.warn)(line)
 
     return show
 

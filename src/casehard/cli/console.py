@@ -55,6 +55,11 @@ def warn(text: str) -> None:
     write(f"warning: {_line(text)}\n", sys.stderr)
 
 
+def note(text: str) -> None:
+    """Print one line to stderr about something that is as it should be."""
+    write(f"note: {text}\n", sys.stderr)
+
+
 def fail(message: str, hint: str = "") -> None:
     """Print ``error:`` and ``hint:`` lines to stderr."""
     write(f"error: {_line(message)}\n" + (f"hint: {_line(hint)}\n" if hint else ""), sys.stderr)

@@ -1,8 +1,11 @@
 """One row of a data file <-> one :class:`Example`, checked strictly; JSON read with the limits of untrusted input.
 
 A row is ``{"prompt": str, "response": str?}`` or ``{"messages": [{"role", "content"}, ...]}``, with an optional
-``id``; a null response counts as absent; every other key becomes a tag. Nothing is guessed: a file with other column
-names is refused with the name of the column that was probably meant.
+``id``; a null response counts as absent; every other key becomes a tag. Nothing is guessed here: files laid out in
+another known way are turned into such rows by :mod:`casehard.data.layouts`.
+
+A message may be given as parts of text. An assistant turn may call tools (``tool_calls``) where results follow it, as
+turns of role ``tool``; both are context: the final assistant turn, which is what is learned, is text.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from casehard.types import ROLES, Example, Message
 MAX_LINE_BYTES = 1_000_000
 MAX_DEPTH = 32
 RESERVED = ("id", "prompt", "response", "messages")
+EXTRA = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+"""Role -> keys a message may have besides ``role`` and ``content``."""
 
 _MEANT = {
     "instruction": "prompt",
@@ -115,30 +120,96 @@ def _text(value: Any, what: str, where: str) -> str:
     return value
 
 
+def _content(value: Any, where: str) -> str:
+    """Return the text of a message given as text or as parts of it, joined by line breaks."""
+    if not isinstance(value, list):
+        return _text(value, "content", where)
+    texts = []
+    for part in value:
+        keys = {key: item for key, item in part.items() if item is not None} if isinstance(part, Mapping) else {}
+        if keys.get("type") != "text" or set(keys) != {"type", "text"}:
+            kind = keys.get("type") or (f"with the keys {sorted(keys)}" if keys else type(part).__name__)
+            raise DataError(
+                f"{where}: a part of the content is {kind!r}, not text",
+                hint="only text is trained: leave rows with images, audio or video out",
+            )
+        texts.append(_text(keys["text"], "a text part of the content", where))
+    return _text("\n".join(texts), "content", where)
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return tool calls in the one form that chat templates expect: arguments as an object, not as text."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: 'tool_calls' must be a non-empty list, got {str(value)[:40]!r}")
+    calls = []
+    for call in value:
+        kept = {key: item for key, item in call.items() if item is not None} if isinstance(call, Mapping) else {}
+        function = kept.get("function", kept)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{where}: a tool call without the name of a function: {str(call)[:60]!r}")
+        given = function.get("arguments")
+        if isinstance(given, str):
+            given = parse_line(given.encode(), f"{where}, arguments of {name!r}") if given.strip() else None
+            check_values(given, where)
+        if not isinstance(given, Mapping | None):
+            raise DataError(f"{where}: the arguments of {name!r} must be an object, got {type(given).__name__}")
+        outer = {key: item for key, item in kept.items() if key in ("id", "type")} if "function" in kept else {}
+        calls.append({"type": "function", **outer, "function": {"name": name, "arguments": dict(given or {})}})
+    return calls
+
+
+def _turn(item: Any, where: str) -> Message:
+    role = item.get("role") if isinstance(item, Mapping) else None
+    known = isinstance(role, str) and role in ROLES
+    extra = {k: v for k, v in item.items() if k not in ("role", "content") and v is not None} if known else {}
+    calls = "tool_calls" in extra
+    needed = {"role"} if calls else {"role", "content"}
+    if not isinstance(item, Mapping) or not needed <= set(item) or set(extra) - set(EXTRA.get(str(role), ())):
+        seen = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+        raise DataError(f"{where}: expected exactly the keys 'role' and 'content', got {seen}")
+    if not known:
+        raise DataError(f"{where}: unknown role {role!r}", hint=f"roles: {', '.join(ROLES)}")
+    content = item.get("content")
+    if calls:
+        extra["tool_calls"] = _calls(extra["tool_calls"], where)
+    for key in set(extra) - {"tool_calls"}:
+        _text(extra[key], repr(key), where)
+    text = "" if calls and content in (None, "", []) else _content(content, where)
+    return Message(role, text, extra)
+
+
+def _due(before: Message | None) -> tuple[str, ...]:
+    """Return the roles that may follow a turn."""
+    if before is None:
+        return ("user",)
+    if before.role == "assistant":
+        return ("tool",) if before.extra else ("user", "tool")
+    return ("assistant", "tool") if before.role == "tool" else ("assistant",)
+
+
 def _messages(value: Any, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: 'messages' must be a non-empty list, got {str(value)[:40]!r}")
-    turns: list[Message] = []
-    for number, item in enumerate(value, start=1):
-        here = f"{where}, message {number}"
-        if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
-            seen = sorted(item) if isinstance(item, Mapping) else type(item).__name__
-            raise DataError(f"{here}: expected exactly the keys 'role' and 'content', got {seen}")
-        role = item["role"]
-        if role not in ROLES:
-            raise DataError(f"{here}: unknown role {role!r}", hint=f"roles: {', '.join(ROLES)}")
-        turns.append(Message(role, _text(item["content"], "content", here)))
+    turns = [_turn(item, f"{where}, message {number}") for number, item in enumerate(value, start=1)]
     talk = turns[1:] if turns[0].role == "system" else turns
     if not talk:
         raise DataError(f"{where}: no user turn after the system message")
-    for number, turn in enumerate(talk):
-        due = ("user", "assistant")[number % 2]
-        if turn.role != due:
-            position = number + 1 + len(turns) - len(talk)
+    before: Message | None = None
+    for position, turn in enumerate(talk, start=1 + len(turns) - len(talk)):
+        due = _due(before)
+        if turn.role not in due:
             raise DataError(
-                f"{where}, message {position}: role {turn.role!r} where {due!r} was due",
-                hint="an optional system turn, then user and assistant in turn, beginning with user",
+                f"{where}, message {position}: role {turn.role!r} where {due[0]!r} was due",
+                hint="an optional system turn, then user and assistant in turn, beginning with user; "
+                "tool turns follow an assistant turn",
             )
+        before = turn
+    if turns[-1].role == "assistant" and turns[-1].extra:
+        raise DataError(
+            f"{where}: the last turn calls a tool; what is trained is a final assistant turn of text alone",
+            hint="end the row before that turn, or add the tool's result and the answer that was given then",
+        )
     return tuple(turns)
 
 
@@ -191,5 +262,5 @@ def to_row(example: Example) -> dict[str, Any]:
         if len(roles) == 2:
             row["response"] = example.messages[1].content
     else:
-        row["messages"] = [{"role": m.role, "content": m.content} for m in example.messages]
+        row["messages"] = [{"role": m.role, "content": m.content, **m.extra} for m in example.messages]
     return row | dict(example.tags)

@@ -1,8 +1,10 @@
-"""Read and write rows: JSONL, JSON, parquet and Hub data sets, with an optional filter on tags.
+"""Read and write rows: text files, tables and Hub data sets, with an optional map of columns and filter on tags.
 
-A spec is ``path.jsonl``, ``path.json``, ``path.parquet`` or ``hub:org/name[/config]:split``, optionally followed by
-``?key=value&key2=a,b``: a row is kept when, for every key, its tag is one of the values. A comma, ``&``, ``=`` or
-backslash that belongs to a key or value is written with a backslash before it: ``?author=Smith\\, J.``.
+A spec is a file (``.jsonl``, ``.json``, ``.csv`` or ``.tsv``, each also with ``.gz``; ``.parquet``), a folder that
+``datasets`` saved, or ``hub:org/name[/config]:split``, optionally followed by ``?key=value&key2=a,b``: a row is kept
+when, for every key, its tag is one of the values. A comma, ``&``, ``=`` or backslash that belongs to a key or value is
+written with a backslash before it: ``?author=Smith\\, J.``. A part ``map:column=key`` names a column instead; see
+:mod:`casehard.data.layouts`.
 """
 
 from __future__ import annotations
@@ -10,23 +12,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from casehard.data.formats import DECODER, MAX_DEPTH, MAX_LINE_BYTES, parse_line, parse_row, to_row
-from casehard.errors import DataError, MissingExtra, StorageError
+from casehard.data import rowfiles, tables
+from casehard.data.formats import MAX_LINE_BYTES, parse_row, to_row
+from casehard.data.layouts import ANSWER, Reader, check_map
+from casehard.data.rowfiles import Row
+from casehard.errors import ConfigError, DataError, Note, StorageError
 from casehard.types import Example
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+KINDS = ".jsonl, .json, .csv or .tsv (each also .gz), .parquet, or a folder saved by `datasets`"
+_MAP = "map:"
 _MARKS = r"[\\,&=]"
-
-
-class Row(NamedTuple):
-    """A parsed row and where it stood."""
-
-    where: str
-    value: Any
 
 
 def _split(text: str, mark: str) -> list[str]:
@@ -48,6 +48,36 @@ def _written(text: str) -> str:
     return re.sub(rf"({_MARKS})", r"\\\1", text)
 
 
+def with_map(spec: str, columns: Mapping[str, str]) -> str:
+    """Return a spec that reads its columns as these keys, too.
+
+    Raises:
+        ConfigError: see :func:`casehard.data.layouts.check_map`.
+    """
+    check_map(columns)
+    base, mark, query = spec.partition("?")
+    known = _split(query, "&") if mark else []
+    parts = [f"{_MAP}{_written(column)}={key}" for column, key in columns.items()]
+    new = [part for part in parts if part not in known]
+    return f"{base}?{'&'.join([*known, *new])}" if new else spec
+
+
+def _split_map(spec: str) -> tuple[str, dict[str, str]]:
+    """Return the spec without its map, and the map."""
+    base, mark, query = spec.partition("?")
+    parts = _split(query, "&") if mark else []
+    columns: dict[str, str] = {}
+    for part in (part for part in parts if part.startswith(_MAP)):
+        column, *key = map(_plain, _split(part.removeprefix(_MAP), "="))
+        if len(key) != 1 or not column or not key[0]:
+            raise ConfigError(f"{spec}: {part!r} is not of the form map:column=key", hint="map:question=prompt")
+        if column in columns:
+            raise ConfigError(f"{spec}: the column {column!r} is mapped twice", hint="leave one of them out")
+        columns[column] = key[0]
+    rest = "&".join(part for part in parts if not part.startswith(_MAP))
+    return (f"{base}{mark}{rest}" if rest or not columns else base), columns
+
+
 def _split_spec(spec: str) -> tuple[str, dict[str, list[str]]]:
     base, mark, query = spec.partition("?")
     wanted: dict[str, list[str]] = {}
@@ -62,85 +92,6 @@ def _split_spec(spec: str) -> tuple[str, dict[str, list[str]]]:
     return base, wanted
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 2):
-            number += 1
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            raw = raw.rstrip(b"\r\n")
-            if raw.strip():
-                where = f"{path}:{number}"
-                yield Row(where, parse_line(raw, where))
-
-
-def _json(path: Path) -> Iterator[Row]:
-    """Walk the array row by row, so that errors carry line numbers and the limits hold for each row."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from None
-    blank = " \t\r\n"
-
-    def skip(at: int) -> int:
-        while at < len(text) and text[at] in blank:
-            at += 1
-        return at
-
-    at = skip(0)
-    if text[at : at + 1] != "[":
-        raise DataError(f"{path}: a .json file must hold one array of rows", hint="one object per line is .jsonl")
-    at, line, counted = skip(at + 1), 1, 0
-    if text[at : at + 1] == "]":
-        at += 1
-    else:
-        while True:
-            line, counted = line + text.count("\n", counted, at), at
-            where = f"{path}:{line}"
-            try:
-                value, end = DECODER.raw_decode(text, at)
-            except RecursionError:
-                raise DataError(f"{where}: nested deeper than {MAX_DEPTH} levels") from None
-            except ValueError as error:
-                raise DataError(f"{where}: not valid JSON: {error}") from None
-            if len(text[at:end].encode(errors="replace")) > MAX_LINE_BYTES:
-                raise DataError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes", hint="one row may hold at most 1 MB")
-            yield Row(where, value)
-            at = skip(end)
-            mark = text[at : at + 1]
-            at = skip(at + 1)
-            if mark == "]":
-                break
-            if mark != ",":
-                raise DataError(f"{where}: expected ',' or ']' after the row, got {mark!r}")
-    if skip(at) != len(text):
-        raise DataError(f"{path}: text after the array: {text[skip(at) :][:40]!r}")
-
-
-def _without_nulls(rows: Iterable[Row]) -> Iterator[Row]:
-    """Drop null columns: a table has every column in every row."""
-    for where, value in rows:
-        yield Row(where, {key: item for key, item in value.items() if item is not None})
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "data", purpose="reading parquet") from None
-    try:
-        number = 0
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}, row {number}", value)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as parquet: {error}") from None
-
-
 def _hub(name: str) -> Iterator[Row]:
     from casehard.data.hub import rows
 
@@ -148,27 +99,30 @@ def _hub(name: str) -> Iterator[Row]:
         yield Row(f"{name}, row {number}", value)
 
 
-def _rows(base: str) -> Iterator[Row]:
+def _rows(base: str) -> tuple[Iterator[Row], bool]:
+    """Return the rows behind the name of a source, and whether it is a table, whose rows have every column."""
     if base.startswith("hub:"):
-        return _without_nulls(_hub(base))
+        return _hub(base), True
     if "\0" in base:
         raise DataError(f"path with a NUL character: {base!r}")
     path = Path(base)
     if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a name is too long
-        raise DataError(f"{base}: a folder, not a data file", hint=f"name a file in it: {', '.join(SUFFIXES)}")
-    if path.suffix not in SUFFIXES:
+        if any((path / name).is_file() for name in (tables.STATE, tables.SPLITS)):
+            return tables.saved(path), True
+        raise DataError(f"{base}: a folder, not a data file", hint=f"name a file in it: {KINDS}")
+    packed = path.suffix.lower() == ".parquet"
+    if not packed and not rowfiles.known(path):
         raise DataError(
-            f"{base}: unknown kind of data file {path.suffix!r}",
-            hint=f"known: {', '.join(SUFFIXES)}, hub:org/name:split",
+            f"{base}: unknown kind of data file {path.suffix!r}", hint=f"known: {KINDS}, hub:org/name:split"
         )
     try:
         if not path.is_file():
             raise DataError(f"no such data file: {base}")
     except OSError as error:
         raise DataError(f"{base[:80]}: {error.strerror}") from None
-    if path.suffix == ".parquet":
-        return _without_nulls(_parquet(path))
-    return _jsonl(path) if path.suffix == ".jsonl" else _json(path)
+    if packed:
+        return tables.parquet(path), True
+    return rowfiles.walk(path), rowfiles.is_table(path)
 
 
 def _tag_text(value: Any) -> str:
@@ -198,39 +152,52 @@ def _filtered(examples: list[Example], wanted: dict[str, list[str]], spec: str) 
     return kept
 
 
-def load(spec: str | Path, *, require_response: bool = False) -> list[Example]:
+def load(
+    spec: str | Path, *, require_response: bool = False, columns: Mapping[str, str] | None = None
+) -> list[Example]:
     """Load rows.
 
     Args:
         spec: see the top of this module.
         require_response: refuse (after filtering) rows without a final assistant turn.
+        columns: column -> key it is read as, besides those the spec itself maps; see :mod:`casehard.data.layouts`.
 
     Returns:
-        The rows in file order; never an empty list.
+        The rows in file order; never an empty list. A :class:`casehard.errors.Note` says what was mapped, if anything.
 
     Raises:
+        ConfigError: a map that means nothing.
         DataError: missing file, unknown kind, or a bad row, with file and line.
-        MissingExtra: parquet or Hub without the ``data`` extra.
+        MissingExtra: parquet, a saved data set or the Hub without the ``data`` extra.
     """
-    base, wanted = _split_spec(str(spec))
+    unmapped, mapped = _split_map(with_map(str(spec), columns or {}))
+    base, wanted = _split_spec(unmapped)
+    rows, nulls = _rows(base)
+    reader = Reader(base, mapped, nulls=nulls)
     places: dict[int, str] = {}
     examples: list[Example] = []
-    for where, value in _rows(base):
-        example = parse_row(value, where)
+    for where, value in rows:
+        example = parse_row(reader.read(value, where), where)
         places[id(example)] = where
         examples.append(example)
     if not examples:
         raise DataError(f"{base}: no rows")
+    if line := reader.line:
+        warnings.warn(line, Note, stacklevel=2)
     if wanted:
         examples = _filtered(examples, wanted, str(spec))
     if require_response:
         for example in examples:
             if not example.response:
-                raise DataError(
-                    f"{places[id(example)]}: no response to learn from",
-                    hint='add "response", or end with an assistant turn',
-                )
+                raise DataError(f"{places[id(example)]}: no response to learn from", hint=_missing(example))
     return examples
+
+
+def _missing(example: Example) -> str:
+    """Return what to do about a row without a response."""
+    meant = next((tag for tag in example.tags if tag.strip().casefold() in ANSWER), "")
+    hint = 'add "response", or end with an assistant turn'
+    return f"{hint}; if {meant!r} is the response: --map {meant}=response" if meant else hint
 
 
 def load_many(specs: Sequence[str | Path], *, require_response: bool = False) -> list[Example]:
