@@ -92,7 +92,7 @@ def _opened(path: Path, allowance: Allowance | None) -> Iterator[_Bytes]:
         return
     try:
         with gzip.open(path, "rb") as packed:
-            yield _Unpacked(cast(gzip.GzipFile, packed), allowance)
+            yield _Unpacked(packed, allowance)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not readable as gzip: {error}") from None
 
