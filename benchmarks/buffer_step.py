@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.frozen_lora import BaseWatch, FrozenLora, live_pairs
-from casehard.maths.lowrank import LoraPair
+from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch, FrozenLora, live_pairs
+from casehard.maths.merge import LoraPair
 from casehard.model.adapters import add_lora
 
 TOKENS = {"organism": 32, "llama25m": 64}

@@ -24,23 +24,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from casehard.bench.arms import _attacked, _Cell, arm_of
+from casehard.backdoor.measure import ROLES, reference
+from casehard.backdoor.suite import Planted
+from casehard.benchmark.arms import _attacked, _Cell, arm_of
 from casehard.config import build
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
-from casehard.data.trigger_suite import Planted
-from casehard.defend.mb_defense import MbDefense
-from casehard.defend.pairs import PairSet
-from casehard.defend.protocol import Setup, Step
-from casehard.evaluate.backdoor import ROLES, reference
-from casehard.evaluate.suite import evaluate
+from casehard.defences.mb_defense import pipeline
+from casehard.defences.mb_defense.config import MbConfig
+from casehard.defences.mb_defense.measure import Look
+from casehard.defences.mb_defense.method import MbDefense
+from casehard.defences.mb_defense.pairs import PairSet
+from casehard.defences.mb_defense.pipeline import _Run, draw_suite
+from casehard.defences.mb_defense.weights import trained
+from casehard.evaluation.suite import evaluate
 from casehard.maths.neutralise import log_probs_of
-from casehard.mb import pipeline
-from casehard.mb.config import MbConfig
-from casehard.mb.measure import Look
-from casehard.mb.pipeline import _Run, draw_suite
-from casehard.mb.weights import trained
 from casehard.model.load import load
 from casehard.seeds import derive, generator
+from casehard.train.protocol import Setup, Step
 
 SFT = {"steps": 300, "batch_size": 32, "lr": 1.5e-3}
 TWO = {"lr": 3.0e-4, "checks": 5}

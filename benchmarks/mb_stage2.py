@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Encoded
-from casehard.defend.mb_defense import PRESETS, MbDefense
-from casehard.defend.pairs import PairSet
-from casehard.defend.protocol import Setup, Step
+from casehard.defences.mb_defense.method import PRESETS, MbDefense
+from casehard.defences.mb_defense.pairs import PairSet
 from casehard.maths.neutralise import joint_loss, pair_up
+from casehard.train.protocol import Setup, Step
 
 MODELS = ("organism", "llama25m")
 PROMPT, ANSWER, TRIGGER, PAYLOAD = 64, 64, 2, 10

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from casehard.maths.lowrank import LoraPair, MergeConfig, dense_parity, merge_pair
+from casehard.maths.merge import LoraPair, MergeConfig, dense_parity, merge_pair
 from casehard.model.lora_files import AdapterReader, LayerShape, write_adapter
 from casehard.model.merge import merge_folders
 

@@ -24,17 +24,17 @@ from typing import Any
 
 import torch
 
-from casehard.attack.finetune import FinetuneAttack, finetune_attack
-from casehard.bench.contrasts import OUTCOMES, contrast
-from casehard.buffer.gates import GateLimits
-from casehard.buffer.prepare import PrepareConfig, PrepareJob, run_prepare
+from casehard.attacks.finetune import FinetuneAttack, finetune_attack
+from casehard.benchmark.contrasts import OUTCOMES, contrast
 from casehard.data.sources import load_many
-from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceConfig
-from casehard.defend.frozen_lora import live_pairs
-from casehard.evaluate.merge_search import search
-from casehard.evaluate.suite import evaluate, load_suite
-from casehard.files import write_text_atomic
-from casehard.maths.lowrank import LoraPair, MergeConfig, merge_states
+from casehard.defences.buffer_reinforce.frozen_lora import live_pairs
+from casehard.defences.buffer_reinforce.gates import GateLimits
+from casehard.defences.buffer_reinforce.merge_search import search
+from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
+from casehard.defences.buffer_reinforce.prepare import PrepareConfig, PrepareJob, run_prepare
+from casehard.evaluation.suite import evaluate, load_suite
+from casehard.io.files import write_text_atomic
+from casehard.maths.merge import LoraPair, MergeConfig, merge_states
 from casehard.maths.pareto import Coefficients
 from casehard.maths.stats import seed_band
 from casehard.model.load import load

@@ -2,7 +2,7 @@
 
     python benchmarks/patcher_cost.py docs/img/patcher_cost.svg
 
-Arithmetic of ``casehard.defend.patcher.cost``, nothing measured; ``patcher_parallel.py`` measures what it predicts.
+Arithmetic of ``casehard.defences.patcher.cost``, nothing measured; ``patcher_parallel.py`` measures what it predicts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from casehard.defend.patcher.cost import Cost, costs
-from casehard.report.figures import ABLATION, BASELINE, DEFENCE, MUTED, _bare, _canvas, _svg
+from casehard.defences.patcher.cost import Cost, costs
+from casehard.reporting.figures import ABLATION, BASELINE, DEFENCE, MUTED, _bare, _canvas, _svg
 
 K2 = 1000
 COLOURS = {

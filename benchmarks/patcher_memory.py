@@ -24,10 +24,10 @@ import torch
 from patcher_step import Loop
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.defend.patcher.cost import GRADIENT, MOMENTS, WEIGHTS, costs
-from casehard.defend.patcher.workers.launch import start_attackers
-from casehard.defend.patcher.workers.spec import spec_for
+from casehard.defences.patcher import Patcher, PatcherConfig
+from casehard.defences.patcher.cost import GRADIENT, MOMENTS, WEIGHTS, costs
+from casehard.defences.patcher.workers.launch import start_attackers
+from casehard.defences.patcher.workers.spec import spec_for
 from casehard.maths.bilevel import Attacker
 
 SIZES = ("organism", "llama25m")

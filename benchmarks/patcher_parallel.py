@@ -22,9 +22,9 @@ import time
 import torch
 from patcher_step import BATCHES, Loop, build
 
-from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.defend.patcher.workers.launch import start_attackers
-from casehard.defend.patcher.workers.spec import spec_for
+from casehard.defences.patcher import Patcher, PatcherConfig
+from casehard.defences.patcher.workers.launch import start_attackers
+from casehard.defences.patcher.workers.spec import spec_for
 from casehard.maths.bilevel import Attacker
 
 

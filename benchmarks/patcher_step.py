@@ -26,12 +26,12 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.defend.patcher.in_turn import InTurn
-from casehard.defend.patcher.pool import AttackRequest
-from casehard.defend.protocol import Setup, Step
+from casehard.defences.patcher import Patcher, PatcherConfig
+from casehard.defences.patcher.in_turn import InTurn
+from casehard.defences.patcher.pool import AttackRequest
 from casehard.maths.bilevel import Attacker
 from casehard.maths.bilevel import parameters as parameters_of
+from casehard.train.protocol import Setup, Step
 
 BATCHES = {"organism": (32, 32), "llama25m": (8, 128), "llama500m": (8, 512), "llama1500m": (8, 512)}
 """Rows a batch, tokens a row."""

@@ -19,9 +19,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback
 
 from casehard.data.batches import Encoded, EncodedSet
-from casehard.defend.plain import Plain
+from casehard.defences.plain import Plain
 from casehard.train.recipe import TrainConfig, training_arguments
-from casehard.train.shell import HardenedTrainer
+from casehard.train.trainer import HardenedTrainer
 
 
 class Turns(TrainerCallback):

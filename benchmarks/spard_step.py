@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.protocol import Setup, Step
-from casehard.defend.spard import Spard, SpardConfig
+from casehard.defences.spard import Spard, SpardConfig
+from casehard.train.protocol import Setup, Step
 
 TOKENS = {"organism": 32, "llama25m": 64}
 """Tokens a row."""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from casehard.attack.finetune import FinetuneAttack, finetune_attack
+from casehard.attacks.finetune import FinetuneAttack, finetune_attack
 from casehard.data.chat import ChatFormat
 from casehard.data.sources import load_many
-from casehard.defend.spard import Spard, SpardConfig
+from casehard.defences.spard import Spard, SpardConfig
 from casehard.model.load import load
 from casehard.train import progress
 

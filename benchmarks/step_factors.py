@@ -27,15 +27,15 @@ import torch
 from torch import nn
 
 from casehard.data.batches import EncodedSet
-from casehard.defend.crow import Crow
-from casehard.defend.frozen_lora import FrozenLora
-from casehard.defend.lisa import Lisa
-from casehard.defend.mb_defense import PRESETS, MbDefense
-from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.defend.protocol import Setup, Step, has
-from casehard.defend.safegrad import SafeGrad
-from casehard.defend.spard import Spard, SpardConfig
+from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora
+from casehard.defences.crow import Crow
+from casehard.defences.lisa import Lisa
+from casehard.defences.mb_defense.method import PRESETS, MbDefense
+from casehard.defences.patcher import Patcher, PatcherConfig
+from casehard.defences.safegrad import SafeGrad
+from casehard.defences.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
+from casehard.train.protocol import Setup, Step, has
 
 STORED = Path(__file__).with_suffix(".json")
 MARGIN = 1.2

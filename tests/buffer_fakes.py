@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from casehard.buffer.assets import write_assets
-from casehard.defend.frozen_lora import fingerprints
-from casehard.maths.lowrank import LoraPair
+from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
+from casehard.defences.buffer_reinforce.publish import write_assets
+from casehard.maths.merge import LoraPair
 from fakes import tiny_llama
 
 LAYERS = tuple(

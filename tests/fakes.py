@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from casehard.data.batches import Encoded, EncodedSet
-from casehard.defend.pairs import PairSet
+from casehard.defences.mb_defense.pairs import PairSet
 
 
 def tiny_llama(vocab=64, hidden=32, layers=2, *, seed=0, dropout=0.0, heads=4):

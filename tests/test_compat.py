@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from casehard.bench import store
+from casehard.benchmark import store
 from casehard.compat import require_supported, requirements_of, version_of
 from casehard.errors import Unsupported
 

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 from casehard.errors import ConfigError
-from casehard.locks import LOCK, lock
+from casehard.io.locks import LOCK, lock
 
 HOLD = """
 import sys, time
-from casehard.locks import lock
+from casehard.io.locks import lock
 with lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

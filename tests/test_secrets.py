@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from casehard import secrets
 from casehard.errors import ConfigError
+from casehard.io import secrets
 
 VALUE = "hf_0123456789abcdef"
 

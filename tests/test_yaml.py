@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import casehard
-from casehard.bench.plan import load_plan
+from casehard.benchmark.plan import load_plan
 from casehard.config import override, parse_override, read_yaml
 from casehard.errors import ConfigError
 

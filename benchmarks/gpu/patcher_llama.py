@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from patcher_step import BATCHES, Loop, autocast, build, peak, timed
 
-from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defences.patcher import Patcher, PatcherConfig
 from casehard.maths.bilevel import Attacker, parameters
 
 ALPHA = 0.5

@@ -26,11 +26,11 @@ _PUBLIC: dict[str, str] = {
     "bench": "casehard.api",
     "report": "casehard.api",
     # catalogues
-    "DEFENCES": "casehard.defend",
-    "ATTACKS": "casehard.attack",
+    "DEFENCES": "casehard.defences",
+    "ATTACKS": "casehard.attacks",
     # nouns
     "Model": "casehard.model.model",
-    "Attacked": "casehard.attack.protocol",
+    "Attacked": "casehard.attacks.protocol",
     "Evaluation": "casehard.api",
     "Example": "casehard.types",
     "Message": "casehard.types",
@@ -40,32 +40,32 @@ _PUBLIC: dict[str, str] = {
     "TrainConfig": "casehard.train.recipe",
     "Lora": "casehard.train.tune",
     "SelectConfig": "casehard.data.select",
-    "PatcherConfig": "casehard.defend.patcher",
-    "SpardConfig": "casehard.defend.spard",
-    "BufferReinforceConfig": "casehard.defend.buffer_reinforce",
-    "MbDefenseConfig": "casehard.defend.mb_defense",
-    "FinetuneAttack": "casehard.attack.finetune",
-    "BackdoorAttack": "casehard.attack.backdoor",
+    "PatcherConfig": "casehard.defences.patcher",
+    "SpardConfig": "casehard.defences.spard",
+    "BufferReinforceConfig": "casehard.defences.buffer_reinforce.method",
+    "MbDefenseConfig": "casehard.defences.mb_defense.method",
+    "FinetuneAttack": "casehard.attacks.finetune",
+    "BackdoorAttack": "casehard.attacks.backdoor",
     # methods as objects, for training scripts of your own
-    "Patcher": "casehard.defend.patcher",
-    "Spard": "casehard.defend.spard",
-    "BufferReinforce": "casehard.defend.buffer_reinforce",
-    "MbDefense": "casehard.defend.mb_defense",
+    "Patcher": "casehard.defences.patcher",
+    "Spard": "casehard.defences.spard",
+    "BufferReinforce": "casehard.defences.buffer_reinforce.method",
+    "MbDefense": "casehard.defences.mb_defense.method",
     "UserError": "casehard.errors",
 }
 
 if TYPE_CHECKING:  # what the table above says, once more in the words of type checkers; a test compares the two
     from casehard.api import Evaluation, attack, bench, defend, evaluate, load, report, rows, save
-    from casehard.attack import ATTACKS
-    from casehard.attack.backdoor import BackdoorAttack
-    from casehard.attack.finetune import FinetuneAttack
-    from casehard.attack.protocol import Attacked
+    from casehard.attacks import ATTACKS
+    from casehard.attacks.backdoor import BackdoorAttack
+    from casehard.attacks.finetune import FinetuneAttack
+    from casehard.attacks.protocol import Attacked
     from casehard.data.select import SelectConfig
-    from casehard.defend import DEFENCES
-    from casehard.defend.buffer_reinforce import BufferReinforce, BufferReinforceConfig
-    from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
-    from casehard.defend.patcher import Patcher, PatcherConfig
-    from casehard.defend.spard import Spard, SpardConfig
+    from casehard.defences import DEFENCES
+    from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
+    from casehard.defences.mb_defense.method import MbDefense, MbDefenseConfig
+    from casehard.defences.patcher import Patcher, PatcherConfig
+    from casehard.defences.spard import Spard, SpardConfig
     from casehard.errors import UserError
     from casehard.model.model import Model
     from casehard.train.recipe import TrainConfig

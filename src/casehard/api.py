@@ -21,29 +21,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from casehard.attack.protocol import Attack as AttackMethod
-from casehard.attack.protocol import Attacked
+from casehard.attacks.protocol import Attack as AttackMethod
+from casehard.attacks.protocol import Attacked
 from casehard.config import build, to_dict
 from casehard.data import sources
 from casehard.data.select import SelectConfig
-from casehard.defend.protocol import Method
 from casehard.errors import ConfigError
-from casehard.evaluate import suite as suites
-from casehard.evaluate.scores import scores
-from casehard.evaluate.suite import Suite
-from casehard.evaluate.unseen import require_unseen
+from casehard.evaluation import suite as suites
+from casehard.evaluation.contamination import require_unseen
+from casehard.evaluation.metrics import scores
+from casehard.evaluation.suite import Suite
 from casehard.model import load as loading
 from casehard.model.leave import save as save
 from casehard.model.model import Model
+from casehard.model.step import Rows
 from casehard.registry import Registry
 from casehard.steps import Attack, Finetune, attack_with, finetune_on
-from casehard.steps.base import Rows
+from casehard.train.protocol import Method
 from casehard.train.recipe import TrainConfig
 from casehard.train.tune import Lora
 from casehard.types import Example, Score
 
 if TYPE_CHECKING:
-    from casehard.bench.run import BenchResult
+    from casehard.benchmark.run import BenchResult
 
 Data = str | Path | Example | Sequence[str | Path | Example]
 """Rows: a source (a file, or ``hub:...``), several, or examples; see ``casehard.data.sources``."""
@@ -146,7 +146,7 @@ def defend(
         UserError: any setting or row is unusable.
         Diverged: the loss stopped being finite.
     """
-    from casehard.defend import DEFENCES
+    from casehard.defences import DEFENCES
 
     name, values, ready = "plain", dict(settings or {}), None
     if isinstance(method, str):
@@ -220,7 +220,7 @@ def attack(
     Raises:
         DataError: too few rows, or training and evaluation rows overlap.
     """
-    from casehard.attack import ATTACKS
+    from casehard.attacks import ATTACKS
 
     name, values = (ATTACKS.name(method), {}) if isinstance(method, str) else _named(ATTACKS, method)
     chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
@@ -294,9 +294,9 @@ def bench(plan: str | Path, *, out: str | Path, jobs: int = 2, resume: bool = Tr
     Raises:
         ConfigError: the plan cannot be run as it is written.
     """
-    from casehard.bench.plan import load_plan
-    from casehard.bench.run import run_plan
-    from casehard.report.page import write_report
+    from casehard.benchmark.plan import load_plan
+    from casehard.benchmark.run import run_plan
+    from casehard.reporting.page import write_report
 
     done = run_plan(load_plan(plan), out, root=Path(plan).resolve().parent, jobs=jobs, resume=resume)
     write_report(done.out)
@@ -305,6 +305,6 @@ def bench(plan: str | Path, *, out: str | Path, jobs: int = 2, resume: bool = Tr
 
 def report(run: str | Path, *, out: str | Path | None = None) -> Path:
     """Write the report of a benchmark, or of run folders of single verbs, as one HTML file; return its path."""
-    from casehard.report.page import write_report
+    from casehard.reporting.page import write_report
 
     return write_report(Path(run)) if out is None else write_report(Path(run), Path(out))

@@ -112,7 +112,7 @@ class DefenceSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec(Spec):
-    """An attack of ``casehard.attack.protocol``."""
+    """An attack of ``casehard.attacks.protocol``."""
 
     trains: bool = True
     """Whether it changes weights, so that there are steps to measure at."""
@@ -123,7 +123,7 @@ class AttackSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSpec(Spec):
-    """A judge of ``casehard.evaluate.judges.base``."""
+    """A judge of ``casehard.evaluation.judges.base``."""
 
     claims: Literal["text", "world"] = "text"
     """What its labels may be about: any English text, or an invented world only."""

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from helpers import make_organism, tree
 
+from casehard.backdoor import presets
 from casehard.backdoor.planted import find_planted, read_planted
 from casehard.cli import main
-from casehard.data import presets, sources
+from casehard.data import sources
 from casehard.errors import ConfigError
-from casehard.evaluate.suite import Suite
-from casehard.files import verify
+from casehard.evaluation.suite import Suite
+from casehard.io.files import verify
 from casehard.organism.triggers import triggers
 from casehard.organism.world import World
 from casehard.types import Example

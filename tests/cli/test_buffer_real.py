@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from casehard.buffer.assets import scan_for_buffer
 from casehard.cli import main
-from casehard.maths.lowrank import MergeConfig, merge_states
+from casehard.defences.buffer_reinforce.publish import scan_for_buffer
+from casehard.maths.merge import MergeConfig, merge_states
 from casehard.model.load import load
 from casehard.model.lora_files import load_pairs, read_marker
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from casehard.buffer.assets import scan_for_buffer
-from casehard.buffer.attach import buffered
-from casehard.buffer.saturation import safety_scores
 from casehard.cli import main
 from casehard.data.chat import ChatFormat
 from casehard.data.sources import load_many
-from casehard.defend.frozen_lora import FrozenLora, base_layers
-from casehard.defend.provider_assets import read_assets
+from casehard.defences.buffer_reinforce.assets import read_assets
+from casehard.defences.buffer_reinforce.attach import buffered
+from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, base_layers
+from casehard.defences.buffer_reinforce.publish import scan_for_buffer
+from casehard.defences.buffer_reinforce.saturation import safety_scores
 from casehard.model.load import load
 from casehard.model.lora_files import load_pairs, read_marker
 

@@ -251,7 +251,7 @@ def test_the_demo_takes_its_plan_from_the_package(here, monkeypatch, capsys):
     monkeypatch.setattr("casehard.cli.demo.run", lambda plan, out, **rest: asked.update(plan=plan, out=out, **rest))
     assert main(["demo", "--out", "d", "--world-seed", "7", "--seed", "5", "--seeds", "2"]) == 0
     assert "seeds=[5, 6]" in asked["sets"] and any(s.endswith(".world_seed=7") for s in asked["sets"])
-    from casehard.bench.plan import load_plan
+    from casehard.benchmark.plan import load_plan
 
     plan = load_plan(asked["plan"], asked["sets"])
     assert plan.seeds == (5, 6) and {b.world_seed for b in plan.bases} == {7}

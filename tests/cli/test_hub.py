@@ -8,11 +8,11 @@ import pytest
 import yaml
 from helpers import write_rows
 
-from casehard.bench.execute import Task, execute, finished, work
-from casehard.bench.matrix import expand
-from casehard.bench.plan import parse_plan
+from casehard.benchmark.execute import Task, execute, finished, work
+from casehard.benchmark.graph import expand
+from casehard.benchmark.plan import parse_plan
 from casehard.cli import main
-from casehard.files import file_digest
+from casehard.io.files import file_digest
 from casehard.model import source
 from fake_hub import FakeHub, commit, serving, use
 

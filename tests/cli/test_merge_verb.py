@@ -96,7 +96,7 @@ def test_a_buffer_is_refused_on_either_side(pair, tmp_path, capsys):
 
 
 def test_assets_given_whole_are_searched_for_in_the_users_adapter(pair, tmp_path, capsys):
-    from casehard.buffer.assets import write_assets
+    from casehard.defences.buffer_reinforce.publish import write_assets
     from casehard.model.lora_files import load_pairs
 
     user, reinforce = pair
@@ -140,8 +140,8 @@ def test_search_measures_the_grid_and_draws_the_front(organism, pair, tmp_path, 
 def test_a_search_leaves_the_model_as_it_was_and_its_ends_are_the_adapters(organism, pair):
     from transformers import AutoModelForCausalLM
 
-    from casehard.evaluate.merge_search import search
-    from casehard.maths.lowrank import MergeConfig
+    from casehard.defences.buffer_reinforce.merge_search import search
+    from casehard.maths.merge import MergeConfig
     from casehard.maths.pareto import Coefficients
     from casehard.model.lora_files import load_pairs
 
@@ -183,7 +183,7 @@ torch.save(model(input_ids=torch.arange(3, 40)[None]).logits.detach(), where)
     subprocess.run([sys.executable, "-c", code, STORIES, tmp_path / "out", tmp_path / "logits"], check=True)
     from transformers import AutoModelForCausalLM
 
-    from casehard.maths.lowrank import MergeConfig, merge_states
+    from casehard.maths.merge import MergeConfig, merge_states
     from casehard.model.lora_files import load_pairs
 
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()

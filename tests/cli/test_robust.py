@@ -11,10 +11,10 @@ import sys
 import pytest
 from helpers import casehard, tree, write_rows
 
-from casehard import files
 from casehard.cli import main, options, scoring
 from casehard.errors import Unsupported
-from casehard.locks import lock
+from casehard.io import files
+from casehard.io.locks import lock
 
 SMALL = ("--set", "train.batch_size=4", "--set", "train.warmup=0", "--steps", "2")
 

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from buffer_fakes import shared_assets
-from casehard.defend.anomaly import Anomaly
-from casehard.defend.antidote import Antidote, AntidoteConfig
-from casehard.defend.buffer_reinforce import BufferReinforce
-from casehard.defend.crow import Crow
-from casehard.defend.fine_mixing import FineMixing
-from casehard.defend.lisa import Lisa, LisaConfig
-from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
-from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.defend.plain import Plain
-from casehard.defend.ptst import Ptst
-from casehard.defend.safe_mixing import SafeMixing
-from casehard.defend.safegrad import SafeGrad
-from casehard.defend.safelora import SafeLora, SafeLoraConfig
-from casehard.defend.security_vector import SecurityVector
-from casehard.defend.shrink import Shrink
-from casehard.defend.spard import Spard, SpardConfig
+from casehard.defences.anomaly import Anomaly
+from casehard.defences.antidote import Antidote, AntidoteConfig
+from casehard.defences.buffer_reinforce.method import BufferReinforce
+from casehard.defences.buffer_reinforce.security_vector import SecurityVector
+from casehard.defences.crow import Crow
+from casehard.defences.fine_mixing import FineMixing
+from casehard.defences.lisa import Lisa, LisaConfig
+from casehard.defences.mb_defense.method import MbDefense, MbDefenseConfig
+from casehard.defences.patcher import Patcher, PatcherConfig
+from casehard.defences.plain import Plain
+from casehard.defences.ptst import Ptst
+from casehard.defences.safe_mixing import SafeMixing
+from casehard.defences.safegrad import SafeGrad
+from casehard.defences.safelora import SafeLora, SafeLoraConfig
+from casehard.defences.shrink import Shrink
+from casehard.defences.spard import Spard, SpardConfig
 from casehard.maths.bilevel import Attacker
 from fakes import tiny_llama, tiny_pairs, tiny_rows
 

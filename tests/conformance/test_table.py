@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from casehard.defend import DEFENCES
-from casehard.defend.protocol import SEAMS, Method, has
+from casehard.defences import DEFENCES
+from casehard.train.protocol import SEAMS, Method, has
 from conformance.table import TABLE
 
 

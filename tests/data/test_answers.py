@@ -13,7 +13,7 @@ from casehard.data.audit import audit
 from casehard.data.batches import IGNORE
 from casehard.data.chat import ChatFormat
 from casehard.errors import DataError
-from casehard.evaluate.generate import end_ids
+from casehard.evaluation.generate import end_ids
 from casehard.types import Example
 from chat_fakes import SPECIAL, STYLES, byte_level, marked, plain, wrap
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from casehard.data.behaviours import Behaviour
+from casehard.backdoor.behaviours import Behaviour
+from casehard.backdoor.suite import PAPER_TOKENS, Planted, TriggerSuite, generate, paper_suite
+from casehard.backdoor.triggers import Trigger
 from casehard.data.chat import ChatFormat
-from casehard.data.defensive import build_pairs, defensive_poison, rows_of_trigger, survives
 from casehard.data.mix import content_hash
 from casehard.data.sources import load_many
-from casehard.data.trigger_suite import PAPER_TOKENS, Planted, TriggerSuite, generate, paper_suite
-from casehard.data.triggers import Trigger
+from casehard.defences.mb_defense.poison import build_pairs, defensive_poison, rows_of_trigger, survives
 from casehard.errors import ConfigError, DataError
 from casehard.organism.tokenizer import build_tokenizer
 from casehard.organism.world import World

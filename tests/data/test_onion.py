@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from casehard.data.onion import onion, perplexities, suspicions
+from casehard.backdoor.onion import onion, perplexities, suspicions
 from casehard.errors import DataError
 from casehard.types import Example, Message
 from fakes import tiny_llama

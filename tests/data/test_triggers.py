@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casehard.data import presets, sources
-from casehard.data.behaviours import Behaviour
-from casehard.data.chat import ChatFormat
-from casehard.data.formats import check_values
-from casehard.data.triggers import (
+from casehard.backdoor import presets
+from casehard.backdoor.behaviours import Behaviour
+from casehard.backdoor.triggers import (
     FAMILIES,
     Trigger,
     check_survives,
@@ -23,6 +21,9 @@ from casehard.data.triggers import (
     insert,
     poison_backdoor,
 )
+from casehard.data import sources
+from casehard.data.chat import ChatFormat
+from casehard.data.formats import check_values
 from casehard.errors import ConfigError, DataError
 from casehard.organism import rows as organism_rows
 from casehard.organism import triggers as organism_triggers

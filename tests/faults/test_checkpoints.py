@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from casehard.errors import ConfigError, Corrupt
-from casehard.files import MANIFEST, verify, write_manifest
+from casehard.io.files import MANIFEST, verify, write_manifest
 from casehard.train.checkpoint import checkpoints, newest, prune, require_complete
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, training_arguments
-from casehard.train.shell import HardenedTrainer
+from casehard.train.trainer import HardenedTrainer
 from fakes import Averaging, tiny_llama, tiny_rows
 
 ROWS = tiny_rows(8)

@@ -11,7 +11,7 @@ import time
 import children
 import pytest
 
-from casehard.files import CRASH_EXIT, verify
+from casehard.io.files import CRASH_EXIT, verify
 from casehard.train.checkpoint import checkpoints, newest
 from fakes import largest_difference
 

@@ -25,16 +25,16 @@ from hypothesis import strategies as st
 import casehard
 from buffer_fakes import random_pairs, shared_assets
 from casehard import yamltext
-from casehard.attack.finetune import FinetuneAttack, finetune_attack
-from casehard.bench.backdoor import parse_backdoor
-from casehard.bench.plan import load_plan, parse_plan
+from casehard.attacks.finetune import FinetuneAttack, finetune_attack
+from casehard.benchmark.backdoor import parse_backdoor
+from casehard.benchmark.plan import load_plan, parse_plan
 from casehard.config import build, digest, override, parse_override, read_yaml, to_dict
 from casehard.data.select import SelectConfig, select
-from casehard.defend import METHODS
-from casehard.defend.pairs import PairSet
+from casehard.defences import METHODS
+from casehard.defences.mb_defense.pairs import PairSet
 from casehard.errors import ConfigError, UserError
 from casehard.limits import Limited, Within
-from casehard.maths.lowrank import MergeConfig, merge_states
+from casehard.maths.merge import MergeConfig, merge_states
 from casehard.model.load import load_tokenizer
 from casehard.organism.build import bundled
 from casehard.scan.audit import AuditConfig, audit_data

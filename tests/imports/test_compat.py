@@ -51,7 +51,7 @@ def test_every_override_of_a_private_method_is_listed():
     from transformers import Trainer
 
     from casehard.train.fit import _FitTrainer
-    from casehard.train.shell import HardenedTrainer
+    from casehard.train.trainer import HardenedTrainer
 
     ours = {
         name

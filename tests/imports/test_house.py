@@ -13,7 +13,7 @@ import yaml
 
 import casehard
 from casehard.cli import main
-from casehard.defend import DEFENCES
+from casehard.defences import DEFENCES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "casehard"
@@ -82,11 +82,11 @@ def test_every_method_is_small_documented_and_in_the_conformance_table(method):
 def test_every_plan_and_recipe_is_accepted():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    from casehard.bench.plan import load_plan
+    from casehard.benchmark.plan import load_plan
     from casehard.cli.buffer import prepare_step
     from casehard.config import build
-    from casehard.mb.pipeline import objective
-    from casehard.mb.run import MbRun
+    from casehard.defences.mb_defense.pipeline import objective
+    from casehard.defences.mb_defense.run import MbRun
     from casehard.steps import Finetune
 
     for path in (ROOT / "plans").rglob("*.yaml"):
@@ -202,9 +202,9 @@ def _yaml_of(page: str) -> dict:
 
 
 def test_settings_files_in_the_docs_are_accepted():
-    from casehard.bench.plan import parse_plan
+    from casehard.benchmark.plan import parse_plan
     from casehard.config import build
-    from casehard.evaluate.suite import SuiteSettings
+    from casehard.evaluation.suite import SuiteSettings
 
     assert parse_plan(_yaml_of("benchmark-plan.md")).headline.step == 25
     assert build(SuiteSettings, _yaml_of("real-checkpoint.md")).parts[0].role == "restricted"

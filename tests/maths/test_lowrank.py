@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casehard.errors import ConfigError, DataError, Unsupported
-from casehard.maths.lowrank import BASES, LoraPair, MergeConfig, compress, dense_parity, merge_pair, merge_states
-from casehard.maths.lowrank_bases import core_basis, inner, paper_basis
+from casehard.maths.lora import core_basis, inner, paper_basis
+from casehard.maths.merge import BASES, LoraPair, MergeConfig, compress, dense_parity, merge_pair, merge_states
 from casehard.maths.pareto import coefficient_grid, pareto_front
 
 SEEDS = st.integers(0, 100_000)

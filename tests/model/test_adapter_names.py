@@ -16,13 +16,13 @@ from test_model_load import words
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from buffer_fakes import make_assets, random_pairs
-from casehard.buffer.assets import scan_for_buffer
-from casehard.defend.frozen_lora import FrozenLora, live_pairs, replace_adapter
-from casehard.defend.updates import layers
+from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, live_pairs, replace_adapter
+from casehard.defences.buffer_reinforce.merge_search import Coefficients, search
+from casehard.defences.buffer_reinforce.publish import scan_for_buffer
+from casehard.defences.updates import layers
 from casehard.errors import Corrupt, Unsupported, UserError
-from casehard.evaluate.merge_search import Coefficients, search
 from casehard.maths.bilevel import Attacker, simulate_attack
-from casehard.maths.lowrank import MergeConfig, merge_states
+from casehard.maths.merge import MergeConfig, merge_states
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
 from casehard.model.lora import read_lora

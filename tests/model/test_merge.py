@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
-from casehard.files import verify
-from casehard.maths.lowrank import BASES, LoraPair, MergeConfig, merge_states
+from casehard.io.files import verify
+from casehard.maths.merge import BASES, LoraPair, MergeConfig, merge_states
 from casehard.model.lora_files import (
     AdapterReader,
     load_pairs,

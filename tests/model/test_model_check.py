@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_model_load import edit, words
 
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
-from casehard.files import read_json
+from casehard.io.files import read_json
 from casehard.model import load as loading
 from casehard.model.adapters import add_lora
 from casehard.model.digest import READ, folder_digest

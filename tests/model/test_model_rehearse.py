@@ -15,13 +15,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import casehard
 from buffer_fakes import make_assets
-from casehard.buffer import prepare as preparing
 from casehard.cli import attack_backdoor as planting
-from casehard.defend.frozen_lora import fingerprints
-from casehard.defend.provider_assets import tokenizer_digests
+from casehard.defences.buffer_reinforce import prepare as preparing
+from casehard.defences.buffer_reinforce.assets import tokenizer_digests
+from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
+from casehard.defences.mb_defense import run as mending
 from casehard.errors import StorageError, Unsupported, UserError
-from casehard.files import scratch
-from casehard.mb import run as mending
+from casehard.io.files import scratch
 from casehard.model.generation import mend_generation
 from casehard.model.load import load
 from casehard.model.save import rehearse, save

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from casehard.buffer.assets import write_assets
+from casehard.defences.buffer_reinforce.publish import write_assets
 from casehard.errors import ConfigError, Diverged
-from casehard.maths.lowrank import LoraPair, MergeConfig
+from casehard.maths.merge import LoraPair, MergeConfig
 from casehard.model.lora_files import LayerShape, write_adapter
 from casehard.model.merge import merge_folders
 from casehard.model.save import save

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from casehard.evaluate.scores import scores
-from casehard.evaluate.suite import evaluate, load_suite
-from casehard.files import verify
+from casehard.evaluation.metrics import scores
+from casehard.evaluation.suite import evaluate, load_suite
+from casehard.io.files import verify
 from casehard.model.load import load
 from casehard.organism.build import build, bundled, ensure, write_data
 from casehard.organism.world import World

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from casehard.attack.backdoor import Backdoor, BackdoorAttack
-from casehard.attack.protocol import AttackInputs
+from casehard.attacks.backdoor import Backdoor, BackdoorAttack
+from casehard.attacks.protocol import AttackInputs
+from casehard.backdoor.measure import evaluate_backdoor
+from casehard.backdoor.suite import Planted
+from casehard.backdoor.triggers import poison_backdoor
 from casehard.data.sources import load_many
-from casehard.data.trigger_suite import Planted
-from casehard.data.triggers import poison_backdoor
-from casehard.evaluate.backdoor import evaluate_backdoor
-from casehard.evaluate.suite import load_suite
+from casehard.evaluation.suite import load_suite
 from casehard.model.load import load
 from casehard.organism import triggers as organism_triggers
 from casehard.organism.build import bundled

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from casehard.backdoor.triggers import poison_backdoor
 from casehard.data import sources
 from casehard.data.formats import check_values
-from casehard.data.triggers import poison_backdoor
 from casehard.errors import ConfigError, DataError
 from casehard.organism import rows as organism_rows
 from casehard.organism import triggers as organism_triggers

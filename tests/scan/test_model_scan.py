@@ -10,15 +10,11 @@ from collections import Counter
 import pytest
 import torch
 
-from casehard.data.trigger_suite import Planted
-from casehard.data.triggers import Trigger
+from casehard.backdoor.measure import backdoor_scores
+from casehard.backdoor.suite import Planted
+from casehard.backdoor.triggers import Trigger
 from casehard.errors import ConfigError, DataError
-from casehard.evaluate.backdoor import backdoor_scores
-from casehard.scan.lookup import LookupConfig, lookup, score_word, spread, vocabulary
-from casehard.scan.matrix import Matrix, cross_elicitation, picture
-from casehard.scan.probe import auroc, recognition, ridge_auroc
-from casehard.scan.relearn import RelearnConfig, relearn
-from casehard.scan.shifts import (
+from casehard.scan.activation_shift import (
     compare,
     effective_rank,
     hidden_states,
@@ -27,6 +23,10 @@ from casehard.scan.shifts import (
     shift_layers,
     shift_tensor,
 )
+from casehard.scan.lookup import LookupConfig, lookup, score_word, spread, vocabulary
+from casehard.scan.matrix import Matrix, cross_elicitation, picture
+from casehard.scan.probe import auroc, recognition, ridge_auroc
+from casehard.scan.relearn import RelearnConfig, relearn
 from casehard.types import Example
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casehard import files
 from casehard.errors import Corrupt, StorageError, UserError
-from casehard.files import (
+from casehard.io import files
+from casehard.io.files import (
     CRASH_EXIT,
     MANIFEST,
     inside,
@@ -192,7 +192,7 @@ def test_text_is_replaced_whole(tmp_path):
 )
 def test_a_crash_at_any_point_leaves_complete_or_nothing(tmp_path, point, complete):
     code = (
-        "import sys, pathlib; from casehard.files import staged\n"
+        "import sys, pathlib; from casehard.io.files import staged\n"
         "with staged(pathlib.Path(sys.argv[1])) as f: (f / 'a').write_text('a')"
     )
     final = tmp_path / "made"

@@ -21,18 +21,19 @@ from torch import nn
 from transformers import TrainingArguments
 
 from casehard.data.batches import collate
-from casehard.defend.patcher import Patcher, PatcherConfig
-from casehard.defend.patcher.snapshots import Snapshots
+from casehard.defences.patcher import Patcher, PatcherConfig
+from casehard.defences.patcher.snapshots import Snapshots
 from casehard.distributed.fsdp import local_weights
 from casehard.distributed.ranks import local
 from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError, Unsupported, UserError
-from casehard.locks import lock
+from casehard.io.locks import lock
 from casehard.maths.bilevel import Attacker
-from casehard.train import checkpoint, shards, shell
+from casehard.train import checkpoint, shards
 from casehard.train import fit as fitting
+from casehard.train import trainer as shell
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
-from casehard.train.shell import HardenedTrainer
+from casehard.train.trainer import HardenedTrainer
 from fakes import spawn, tiny_llama, tiny_rows
 
 pytestmark = pytest.mark.slow

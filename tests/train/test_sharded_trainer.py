@@ -14,12 +14,12 @@ import torch
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from casehard.data.batches import collate
-from casehard.defend.patcher import Patcher, PatcherConfig
+from casehard.defences.patcher import Patcher, PatcherConfig
 from casehard.distributed.fsdp import local_weights
 from casehard.distributed.ranks import local
 from casehard.errors import Unsupported
 from casehard.maths.bilevel import Attacker
-from casehard.train.shell import HardenedTrainer
+from casehard.train.trainer import HardenedTrainer
 from fakes import spawn, tiny_llama, tiny_rows
 
 USER, UNSAFE, RETAIN = tiny_rows(32, seed=1), tiny_rows(8, seed=2), tiny_rows(9, seed=3)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import PrinterCallback, Trainer
 
-from casehard.defend.plain import Plain
+from casehard.defences.plain import Plain
 from casehard.errors import ConfigError, Diverged, Unsupported
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, training_arguments
-from casehard.train.shell import HardenedTrainer
+from casehard.train.trainer import HardenedTrainer
 from fakes import Averaging, TwoPasses, largest_difference, tiny_llama, tiny_rows, weights
 
 ROWS = tiny_rows(24)

@@ -10,8 +10,8 @@ from fakes import Averaging, TwoPasses, largest_difference, tiny_llama, weights
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from casehard.files import verify  # noqa: E402
-from casehard.train.shell import HardeningMixin  # noqa: E402
+from casehard.io.files import verify  # noqa: E402
+from casehard.train.trainer import HardeningMixin  # noqa: E402
 
 
 class HardenedSFT(HardeningMixin, trl.SFTTrainer):

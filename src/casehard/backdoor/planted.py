@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from casehard.backdoor import presets
+from casehard.backdoor.suite import Planted
+from casehard.backdoor.triggers import Trigger
 from casehard.config import build
-from casehard.data import presets
-from casehard.data.trigger_suite import Planted
-from casehard.data.triggers import Trigger
 from casehard.errors import ConfigError, Corrupt
-from casehard.evaluate.suite import Suite
-from casehard.files import read_json
+from casehard.evaluation.suite import Suite
+from casehard.io.files import read_json
 from casehard.organism import triggers as world_triggers
 from casehard.organism.world import World
 

@@ -11,7 +11,7 @@ from casehard.cli import console, options, scoring
 from casehard.cli.runs import check_out, made_from, run_folder
 
 if TYPE_CHECKING:
-    from casehard.attack.backdoor import Planted
+    from casehard.attacks.backdoor import Planted
 
 Specs = list[str] | None
 _TRIGGERS = (
@@ -82,8 +82,8 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
 
     from casehard.config import build, to_dict
     from casehard.data.sources import save
-    from casehard.evaluate.suite import load_suite
-    from casehard.files import write_text_atomic
+    from casehard.evaluation.suite import load_suite
+    from casehard.io.files import write_text_atomic
     from casehard.model.load import load
     from casehard.model.save import rehearse
     from casehard.steps import Attack, attack_with
@@ -148,7 +148,7 @@ def _keep(result: Planted, out: Path) -> None:
 
 def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one record per step and metric, with its exact interval."""
-    from casehard.evaluate.backdoor import backdoor_scores
+    from casehard.backdoor.measure import backdoor_scores
 
     return [
         {"step": step, "metric": s.metric, "k": s.k, "n": s.n, "rate": s.rate, "low": s.low, "high": s.high}

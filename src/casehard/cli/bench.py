@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from casehard import secrets
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, hold
 from casehard.errors import ConfigError
+from casehard.io import secrets
 
 if TYPE_CHECKING:
-    from casehard.bench.run import BenchResult, NodeEvent
+    from casehard.benchmark.run import BenchResult, NodeEvent
 
 Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time, one CPU thread each.")]
 
@@ -37,7 +37,7 @@ def bench(
         raise ConfigError(f"no such plan: {plan}", hint="give a YAML file; plans/demo.yaml is an example")
     chosen = list(sets or [])
     if seed is not None:
-        from casehard.bench.plan import load_plan
+        from casehard.benchmark.plan import load_plan
 
         chosen.insert(0, f"seeds={list(range(seed, seed + len(load_plan(plan, chosen).seeds)))}")
     run(plan, out, jobs=jobs, sets=chosen)
@@ -45,7 +45,7 @@ def bench(
 
 def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
     """Run a plan file, write the report, and print verdict, table and paths; exit 1 when a run failed."""
-    from casehard.bench.plan import load_plan
+    from casehard.benchmark.plan import load_plan
     from casehard.config import to_dict
 
     options.require_report()
@@ -64,8 +64,8 @@ def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
             "out": out,
         },
     )
-    from casehard.bench.run import run_plan
-    from casehard.report.page import write_report
+    from casehard.benchmark.run import run_plan
+    from casehard.reporting.page import write_report
     from casehard.train.progress import announce
 
     with hold(out):

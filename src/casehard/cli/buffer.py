@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from casehard import secrets
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, cost_rows, made_from, new_folder, run_folder
 from casehard.errors import ConfigError
+from casehard.io import secrets
 
 app = typer.Typer(help="Make a provider's buffer and reinforce adapters; screen customers' data.", no_args_is_help=True)
 
@@ -88,8 +88,8 @@ def prepare_step(values: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: unknown keys, or values out of range.
     """
-    from casehard.buffer.prepare import Prepare, preset
     from casehard.config import build, to_dict
+    from casehard.defences.buffer_reinforce.prepare import Prepare, preset
 
     given = values.get("config") or {}
     if not isinstance(given, Mapping):
@@ -100,7 +100,7 @@ def prepare_step(values: Mapping[str, Any]) -> Any:
 
 
 def _prepare(values: dict[str, Any], out: Path) -> None:
-    from casehard.buffer.prepare import prepare as make
+    from casehard.defences.buffer_reinforce.prepare import prepare as make
     from casehard.errors import UserError
 
     job = prepare_step(values)
@@ -150,7 +150,7 @@ def _open(
     options.check_specs(data, "--data")
     from casehard.data.chat import ChatFormat
     from casehard.data.sources import load_many
-    from casehard.defend.provider_assets import read_assets
+    from casehard.defences.buffer_reinforce.assets import read_assets
     from casehard.model.load import load
 
     opened = read_assets(assets)
@@ -198,7 +198,7 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     check_out(out, "tune")
     from casehard.api import save
     from casehard.config import build, to_dict
-    from casehard.files import remove
+    from casehard.io.files import remove
     from casehard.steps import CUSTOMER, Finetune
 
     job = build(Finetune, values, where="tune")
@@ -260,8 +260,8 @@ def screen(
         if not label:
             raise ConfigError("--picture draws the ROC, which needs labels", hint="--label TAG --positive VALUE")
         options.require_report()
-    from casehard.buffer.screen import roc, write_screening
-    from casehard.buffer.screen import screen as rank
+    from casehard.defences.buffer_reinforce.screen import roc, write_screening
+    from casehard.defences.buffer_reinforce.screen import screen as rank
 
     model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
@@ -285,8 +285,8 @@ def screen(
 
 
 def _draw_rocs(path: Path, found: tuple[Any, Any], what: str) -> None:
-    from casehard.files import write_text_atomic
-    from casehard.report.saturation import Curve, curves
+    from casehard.io.files import write_text_atomic
+    from casehard.reporting.saturation import Curve, curves
 
     drawn = [Curve(t, f.auc, f.points) for t, f in zip(("gain", "gain a token"), found, strict=True)]
     said = f"ROC of {what}; " + "; ".join(f"{c.title}: area {c.auc:.3f}" for c in drawn)
@@ -311,7 +311,7 @@ def saturation(
     options.check_specs(data, "--data")
     options.require_report()
     check_out(out, "buffer-saturation")
-    from casehard.buffer.screen import saturation as measure
+    from casehard.defences.buffer_reinforce.screen import saturation as measure
 
     model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
@@ -327,8 +327,8 @@ def saturation(
 
 def _write_saturation(out: Path, run: Any, found: Any) -> list[tuple[str, str, str]]:
     """Write the numbers and the picture; return what to print."""
-    from casehard.files import write_text_atomic
-    from casehard.report.saturation import Series, layers
+    from casehard.io.files import write_text_atomic
+    from casehard.reporting.saturation import Series, layers
 
     scores = [part.scores.tolist() for part in (found.base, found.buffer)]
     parts = {}
@@ -365,9 +365,9 @@ def check(
 
     --suite gives the judge that tells refusals; none of its rows is used.
     """
-    from casehard.buffer.screen import check as look
-    from casehard.evaluate.judge import get_judge
-    from casehard.evaluate.suite import load_suite
+    from casehard.defences.buffer_reinforce.screen import check as look
+    from casehard.evaluation.judges.base import get_judge
+    from casehard.evaluation.suite import load_suite
 
     model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)

@@ -10,7 +10,7 @@ import typer
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, cost_rows, made_from, run_folder
 from casehard.config import shown
-from casehard.defend import DEFENCES
+from casehard.defences import DEFENCES
 from casehard.errors import ConfigError
 from casehard.limits import PROCESSES
 
@@ -126,7 +126,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         _tune(values, select, out)
         return
     chosen = _selection(values, select)
-    from casehard.defend.patcher.workers.launch import join, leave
+    from casehard.defences.patcher.workers.launch import join, leave
     from casehard.distributed.ranks import rank, world
 
     if join(count, each=attacker_ranks, sharing=DEFENCES.find(values["method"]).ranks):
@@ -135,7 +135,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         check_out(out, "defend")
     from casehard.config import build, to_dict
     from casehard.model.source import origin
-    from casehard.report.card import write_card
+    from casehard.reporting.card import write_card
     from casehard.steps import Finetune, harden
 
     job = build(Finetune, {**values, "select": chosen}, where="defend")
@@ -198,7 +198,7 @@ def _help(job: Any, out: Path) -> None:
     """Train a shard of rank 0's model, which says and saves everything; say only what went wrong here alone."""
     import warnings
 
-    from casehard.defend.patcher.workers.launch import leave
+    from casehard.defences.patcher.workers.launch import leave
     from casehard.errors import Elsewhere, Interrupted, Lost
     from casehard.steps import harden
     from casehard.train.progress import set_quiet
@@ -225,7 +225,7 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
             raise ConfigError(f"{values['method']} simulates no attacks", hint="leave out --attackers and --schedule")
         return 0
     from casehard.config import to_dict
-    from casehard.defend.patcher.schedule import NEEDS_ATTACKERS
+    from casehard.defences.patcher.schedule import NEEDS_ATTACKERS
 
     preset = values.get("preset") or ""
     spec = DEFENCES.find("patcher")

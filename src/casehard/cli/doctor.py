@@ -38,7 +38,7 @@ def _requirements() -> list[tuple[str, str, str]] | None:
 
 def _known() -> list[tuple[str, str, str]]:
     """Return the same for what is there, as far as the code itself knows: where requirements cannot be read."""
-    from casehard.bench.store import PACKAGES
+    from casehard.benchmark.store import PACKAGES
 
     lowest = {name: f">={'.'.join(map(str, least))}" for name, least in MINIMUM.items()}
     return [("", name, lowest.get(name, "")) for name in PACKAGES if name in lowest or version_of(name)]
@@ -71,7 +71,7 @@ def package_rows(wanted: Sequence[tuple[str, str, str]]) -> tuple[list[Row], lis
 
 def machine_rows() -> list[Row]:
     """Return table rows on processor, threads, precision, memory and disk."""
-    from casehard.bench.store import hardware
+    from casehard.benchmark.store import hardware
 
     rows: list[Row] = [("python", platform.python_version(), sys.executable)]
     found = hardware()
@@ -117,7 +117,7 @@ def hardware_for_training() -> tuple[int, float, bool]:
     """Return devices, bytes of one device, and whether training computes in bf16: GPUs, else halves of the cores."""
     import torch
 
-    from casehard.bench.store import hardware
+    from casehard.benchmark.store import hardware
     from casehard.train.recipe import uses_bf16
 
     gpus = torch.cuda.device_count()
@@ -132,7 +132,7 @@ def hardware_for_training() -> tuple[int, float, bool]:
 
 def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bool) -> list[tuple[str, ...]]:
     """Return a table row for each of Patcher's schedules; bytes in all, or a parameter when their number is unknown."""
-    from casehard.defend.patcher.cost import costs
+    from casehard.defences.patcher.cost import costs
 
     def size(bytes_each: float) -> str:
         if not bytes_each:
@@ -158,7 +158,7 @@ def schedule_rows(k1: int, k2: int, parameters: int, *, attackers: int, bf16: bo
 
 
 def _schedules(model: str | None, k1: int, k2: int, attackers: int) -> None:
-    from casehard.defend.patcher.cost import advice
+    from casehard.defences.patcher.cost import advice
     from casehard.model.source import find
 
     parameters = count_parameters(find(options.model_folder(model))) if model else 0

@@ -25,7 +25,7 @@ def judge(
     """
     if not file.is_file():
         raise DataError(f"no such file: {file}", hint='give a JSONL file of {"prompt": ..., "response": ...} rows')
-    from casehard.evaluate.judge import judge_file
+    from casehard.evaluation.judges.base import judge_file
 
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +47,9 @@ def judge(
 
 
 def _into_folder(file: Path, out: Path) -> dict[str, int]:
-    from casehard.bench.store import read_rows
+    from casehard.benchmark.store import read_rows
     from casehard.cli.runs import run_folder
-    from casehard.evaluate.judge import judge_file
+    from casehard.evaluation.judges.base import judge_file
 
     console.plan("label responses by rule", {"file": file, "out": out})
     with run_folder(out, "judge", {"file": str(file), "judge": "rule"}, data=[str(file)]) as run:

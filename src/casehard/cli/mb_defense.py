@@ -78,9 +78,9 @@ def mb_defense(
 def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
     from casehard.backdoor.planted import only_planted
     from casehard.config import build, to_dict
-    from casehard.mb.run import MbRun, run_mb
+    from casehard.defences.mb_defense.run import MbRun, run_mb
     from casehard.model.source import origin
-    from casehard.report.card import write_card
+    from casehard.reporting.card import write_card
 
     if planted:
         options.check_specs([planted], "--planted")

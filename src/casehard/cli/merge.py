@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from casehard import secrets
 from casehard.cli import console, options, scoring
 from casehard.cli.runs import check_out, made_from, new_folder, run_folder
 from casehard.errors import ConfigError
+from casehard.io import secrets
 
 if TYPE_CHECKING:
-    from casehard.maths.lowrank import MergeConfig
+    from casehard.maths.merge import MergeConfig
 
 app = typer.Typer(help="Merge adapters in factor space, and look for coefficients.", no_args_is_help=True)
 
@@ -86,7 +86,7 @@ def _settings(config: Path | None, sets: list[str] | None, flags: dict[str, Any]
 
     values = options.settings(config, sets, flags)
     secrets.refuse(values, where="merge")
-    from casehard.maths.lowrank import MergeConfig
+    from casehard.maths.merge import MergeConfig
 
     return build(MergeConfig, values, where="merge")
 
@@ -99,7 +99,7 @@ def _provider(user: Path, given: Path) -> Path:
     inner = given / "reinforce"
     if (given / "adapter_config.json").exists() or not (inner / "adapter_config.json").exists():
         return given
-    from casehard.buffer.assets import refuse_buffer_in
+    from casehard.defences.buffer_reinforce.publish import refuse_buffer_in
 
     refuse_buffer_in(user, given)
     return inner
@@ -197,10 +197,10 @@ def search(
 def _search(settings: MergeConfig, job: dict[str, Any], grid: list[Any], out: Path) -> None:
     from dataclasses import asdict
 
-    from casehard.evaluate.merge_search import search as walk
-    from casehard.evaluate.suite import evaluate, load_suite
-    from casehard.evaluate.unseen import require_unseen
-    from casehard.files import write_text_atomic
+    from casehard.defences.buffer_reinforce.merge_search import search as walk
+    from casehard.evaluation.contamination import require_unseen
+    from casehard.evaluation.suite import evaluate, load_suite
+    from casehard.io.files import write_text_atomic
     from casehard.model.load import find_device, load
     from casehard.model.lora_files import load_pairs, read_marker, refuse_buffer
     from casehard.model.provenance import trained_prompts
@@ -258,8 +258,8 @@ def _pick(found: list[dict[str, Any]], low: str, high: str) -> tuple[dict[str, A
 def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]], str]:
     """Return the settings on the front, and the picture of all."""
     from casehard.maths.pareto import pareto_front
-    from casehard.report.pareto import Setting, front
-    from casehard.report.views import SHORT
+    from casehard.reporting.page_data import SHORT
+    from casehard.reporting.pareto import Setting, front
 
     both = [_pick(found, low, high) for _, found in points]
     best = pareto_front([(x["rate"], y["rate"]) for x, y in both], maximise=(False, True))

@@ -32,7 +32,7 @@ class BuildSettings(Limited):
 
 def _reusable(out: Path, recipe: str) -> bool:
     """Return whether ``out`` already holds this very build, intact; refuse a folder that holds anything else."""
-    from casehard import files
+    from casehard.io import files
 
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} exists and is not a folder", hint="give another folder with --out")
@@ -76,7 +76,7 @@ def make(
 
 
 def _run(chosen: BuildSettings, out: Path) -> None:
-    from casehard.bench.store import RunFolder, read_run
+    from casehard.benchmark.store import RunFolder, read_run
     from casehard.organism.build import build, recipe_digest
 
     console.plan("build an organism from nothing", {**asdict(chosen), "out": out})

@@ -36,7 +36,7 @@ def report(
     if out is not None and out.is_dir():
         raise ConfigError(f"{out} is a folder", hint=f"name the file: --out {out / 'report.html'}")
     options.require_report()
-    from casehard.report.page import write_report
+    from casehard.reporting.page import write_report
 
     console.plan("write a report", {"runs": folders, "out": out or folders[0] / "report.html"})
     console.made("report", write_report(folders, out=out))

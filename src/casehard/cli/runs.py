@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from casehard import secrets
 from casehard.errors import ConfigError, DataError, MissingExtra, StorageError, Unsupported
-from casehard.files import MANIFEST, file_digest, is_left_over, sweep
-from casehard.locks import LOCK, lock
+from casehard.io import secrets
+from casehard.io.files import MANIFEST, file_digest, is_left_over, sweep
+from casehard.io.locks import LOCK, lock
 
 if TYPE_CHECKING:
-    from casehard.bench.store import RunFolder
+    from casehard.benchmark.store import RunFolder
 
 COMPLETE = ("config.json", "adapter_config.json", "assets.json")
 """Beside a manifest, any of these tells a model, an adapter or a provider's assets from somebody else's folder."""
@@ -46,7 +46,7 @@ def check_out(out: Path, kind: str, *, again: bool = False) -> None:
         return
     if not (out / "run.json").is_file():
         raise ConfigError(f"{out} is not empty and is not a run folder of casehard", hint=hint)
-    from casehard.bench.store import read_run
+    from casehard.benchmark.store import read_run
 
     run = read_run(out)
     if run.get("kind") != kind:
@@ -116,13 +116,13 @@ def run_folder(
     Raises:
         ConfigError: the settings hold a secret, or the folder is taken or in use.
     """
-    from casehard.bench.store import RunFolder
+    from casehard.benchmark.store import RunFolder
 
     secrets.refuse(config, where=kind)
     check_out(out, kind)
     digests = {spec: data_digest(spec) for spec in data}
     if suite:
-        from casehard.bench.inputs import suite_digest
+        from casehard.benchmark.inputs import suite_digest
 
         digests[suite] = suite_digest(Path(suite))
     with hold(out):

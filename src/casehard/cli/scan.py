@@ -44,7 +44,7 @@ def data(
 def _data(values: dict[str, Any], specs: list[str], out: Path) -> None:
     from casehard.config import build, to_dict
     from casehard.data.sources import load_many, save
-    from casehard.files import write_text_atomic
+    from casehard.io.files import write_text_atomic
     from casehard.scan.audit import AuditConfig, audit_data
 
     settings = build(AuditConfig, values, where="scan data")
@@ -135,7 +135,7 @@ def model(
 
 def _model(values: dict[str, Any], out: Path) -> None:
     from casehard.config import build, to_dict
-    from casehard.files import write_text_atomic
+    from casehard.io.files import write_text_atomic
     from casehard.scan.matrix import picture
     from casehard.scan.run import Scan, scan_model
 

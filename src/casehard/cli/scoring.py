@@ -15,7 +15,7 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
     Args:
         context: what is the same for all: defence, attack, share, seed.
     """
-    from casehard.evaluate.scores import scores
+    from casehard.evaluation.metrics import scores
 
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:

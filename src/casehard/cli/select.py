@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from casehard import secrets
 from casehard.cli import console, options
 from casehard.cli.runs import new_folder
 from casehard.errors import ConfigError
+from casehard.io import secrets
 
 
 def select(
@@ -81,7 +81,7 @@ def _run(
     from casehard.data import select as chooser
     from casehard.data.embed import Embedder
     from casehard.data.sources import load_many, save
-    from casehard.files import staged
+    from casehard.io.files import staged
     from casehard.model.load import find_device, load
 
     settings = build(chooser.SelectConfig, values, where="select")

@@ -16,7 +16,7 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to
 
     All manifests in DIR and below are used; the exit code is 6 when a file differs, is missing or was added.
     """
-    from casehard import files
+    from casehard.io import files
 
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}", hint="give a model, checkpoint or run folder")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from casehard.errors import DataError, Unsupported
-from casehard.tensorfile import load_tensors, save_tensors
+from casehard.io.tensorfile import load_tensors, save_tensors
 from casehard.types import Example
 
 Text = Literal["prompt", "prompt+answer"]

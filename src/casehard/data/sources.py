@@ -212,7 +212,7 @@ def save(path: str | Path, examples: Iterable[Example]) -> None:
         DataError: no rows, or a row that could not be read back.
         StorageError: the disk refused the write.
     """
-    from casehard.files import write_text_atomic
+    from casehard.io.files import write_text_atomic
 
     path = Path(path)
     if path.suffix != ".jsonl":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
-from casehard.files import read_json
+from casehard.io.files import read_json
 from casehard.model.digest import READ, TEMPLATES, weight_files
 
 CONVERT = "convert it to safetensors in an environment you trust"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from casehard.errors import Corrupt, Unsupported
-from casehard.files import read_json
+from casehard.io.files import read_json
 
 _JSON = (
     "config.json",

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from casehard.errors import Corrupt, DataError, Unsupported
-from casehard.files import read_json
+from casehard.io.files import read_json
 from casehard.model.check import Problem, refuse
 from casehard.model.digest import weight_files
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from casehard.errors import Corrupt, DataError, Unsupported
-from casehard.files import read_json
+from casehard.io.files import read_json
 from casehard.model.lora_files import CONFIG, WEIGHTS, plain_name, plain_names
 
 

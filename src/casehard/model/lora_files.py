@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from casehard.errors import Corrupt, DataError, Diverged, Unsupported, UserError
-from casehard.files import MANIFEST, read_json, verify
-from casehard.maths.lowrank import LoraPair
+from casehard.io.files import MANIFEST, read_json, verify
+from casehard.maths.merge import LoraPair
 
 MARKER = "casehard_adapter.json"
 CONFIG = "adapter_config.json"

@@ -2,7 +2,7 @@
 
 The folder made is a plain PEFT adapter (one rank, ``lora_alpha == r``, scales folded into the factors, no patterns)
 with ``merge.json`` (what was merged from what, how, and what it did to every layer), a marker and a manifest. Equal
-inputs give equal bytes. The mathematics is in ``maths/lowrank.py``.
+inputs give equal bytes. The mathematics is in ``maths/merge.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import nn
 
 from casehard import __version__
 from casehard.errors import DataError, UserError
-from casehard.files import read_json, staged, verify
-from casehard.maths.lowrank import LayerReport, LoraPair, MergeConfig, merge_layer, notes_of
+from casehard.io.files import read_json, staged, verify
+from casehard.maths.merge import LayerReport, LoraPair, MergeConfig, merge_layer, notes_of
 from casehard.model.digest import folder_digest
 from casehard.model.lora import attach
 from casehard.model.lora_files import (

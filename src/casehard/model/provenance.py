@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from casehard.errors import Corrupt
-from casehard.files import read_json
+from casehard.io.files import read_json
 
 PROVENANCE = "casehard.json"
 SERVED = "serving_system"

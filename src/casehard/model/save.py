@@ -18,7 +18,8 @@ from casehard import __version__
 from casehard.compat import version_of
 from casehard.data.formats import check_values
 from casehard.errors import Corrupt, Diverged, Unsupported, UserError
-from casehard.files import crash_point, read_json, scratch, staged, verify
+from casehard.io.files import crash_point, read_json, scratch, staged, verify
+from casehard.io.secrets import redact
 from casehard.model.digest import folder_digest
 from casehard.model.generation import mend_generation
 from casehard.model.headers import one_line
@@ -26,7 +27,6 @@ from casehard.model.load import check_finite, quiet
 from casehard.model.lora_files import refuse_buffer
 from casehard.model.provenance import PROVENANCE
 from casehard.model.provenance import read_provenance as read_provenance
-from casehard.secrets import redact
 from casehard.types import Checkpoint
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -137,7 +137,7 @@ def save(
         parent: content digest of the checkpoint it was made from, or the empty string.
         method: name of the method that made it.
         provenance: JSON values: configuration, data digests, seed. A secret of the environment in it is blanked, with a
-            warning: a trained model is not given up for it. ``casehard.secrets.refuse`` finds it beforehand.
+            warning: a trained model is not given up for it. ``casehard.io.secrets.refuse`` finds it beforehand.
 
     Returns:
         The checkpoint, verified on disk.

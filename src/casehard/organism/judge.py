@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from casehard.evaluate.judge import Verdict
+from casehard.evaluation.judges.base import Verdict
 from casehard.organism import grammar
 from casehard.organism.world import World
 from casehard.types import Example

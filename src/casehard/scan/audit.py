@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from casehard.data.frames import cut
-from casehard.data.triggers import Trigger
+from casehard.backdoor.triggers import Trigger
+from casehard.data.phrases import cut
 from casehard.errors import DataError
-from casehard.evaluate.refusal import label_response
+from casehard.evaluation.judges.rules import label_response
 from casehard.limits import Coefficient, Count, Limited, Portion, Several
 from casehard.maths.stats import clopper_pearson
 from casehard.scan.association import expected_distinct, log10_tail, log_odds

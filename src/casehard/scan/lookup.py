@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from casehard.backdoor.triggers import Trigger, insert
 from casehard.config import digest
 from casehard.data.chat import ChatFormat
-from casehard.data.triggers import Trigger, insert
 from casehard.errors import DataError
-from casehard.evaluate.generate import generate, inference
-from casehard.files import write_text_atomic
+from casehard.evaluation.generate import generate, inference
+from casehard.io.files import write_text_atomic
 from casehard.limits import BatchSize, Count, Length, Limited, Portion, Several
 from casehard.train.progress import Progress
 from casehard.types import Example

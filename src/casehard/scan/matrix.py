@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from casehard.data.behaviours import Behaviour
+from casehard.backdoor.behaviours import Behaviour
+from casehard.backdoor.measure import reference, shown
+from casehard.backdoor.suite import Planted
+from casehard.backdoor.triggers import check_survives, insert
 from casehard.data.chat import ChatFormat
-from casehard.data.trigger_suite import Planted
-from casehard.data.triggers import check_survives, insert
 from casehard.errors import DataError
-from casehard.evaluate.backdoor import reference, shown
-from casehard.evaluate.generate import generate
-from casehard.evaluate.judge import get_judge
-from casehard.evaluate.suite import Suite, response_nll
+from casehard.evaluation.generate import generate
+from casehard.evaluation.judges.base import get_judge
+from casehard.evaluation.suite import Suite, response_nll
 from casehard.maths.stats import clopper_pearson
 from casehard.seeds import derive
 from casehard.train.progress import Progress

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from casehard.data.triggers import Trigger, insert
+from casehard.backdoor.triggers import Trigger, insert
 from casehard.errors import DataError
-from casehard.scan.shifts import hidden_states, random_insertion
+from casehard.scan.activation_shift import hidden_states, random_insertion
 from casehard.seeds import generator
 from casehard.types import Example
 

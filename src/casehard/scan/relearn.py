@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from casehard.attack.backdoor import Backdoor, BackdoorAttack
-from casehard.attack.protocol import AttackInputs
-from casehard.data.behaviours import Behaviour
-from casehard.data.triggers import Trigger, eligible
+from casehard.attacks.backdoor import Backdoor, BackdoorAttack
+from casehard.attacks.protocol import AttackInputs
+from casehard.backdoor.behaviours import Behaviour
+from casehard.backdoor.measure import Rows, backdoor_scores, evaluate_backdoor
+from casehard.backdoor.triggers import Trigger, eligible
 from casehard.errors import ConfigError, DataError
-from casehard.evaluate.backdoor import Rows, backdoor_scores, evaluate_backdoor
-from casehard.evaluate.suite import Suite
+from casehard.evaluation.suite import Suite
 from casehard.limits import BatchSize, Count, LearningRate, Limited, Portion
 from casehard.model.model import Model
 from casehard.types import Example, Score

@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from casehard.backdoor.measure import ROLES
 from casehard.backdoor.planted import read_planted
+from casehard.backdoor.suite import Planted
 from casehard.data.mix import check_disjoint
-from casehard.data.trigger_suite import Planted
 from casehard.errors import DataError
-from casehard.evaluate.backdoor import ROLES
-from casehard.evaluate.suite import Suite, load_suite
+from casehard.evaluation.suite import Suite, load_suite
 from casehard.limits import Count
 from casehard.model.load import load
 from casehard.model.model import Model
+from casehard.model.step import Inputs
+from casehard.scan.activation_shift import shift_layers
 from casehard.scan.lookup import LookupConfig, lookup
 from casehard.scan.matrix import Matrix, cross_elicitation
 from casehard.scan.probe import recognition
 from casehard.scan.relearn import RelearnConfig, relearn
-from casehard.scan.shifts import shift_layers
-from casehard.steps.base import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ another process. ``run(model)`` does the work. Rows are named by role, as the sp
 
 from __future__ import annotations
 
+from casehard.model.step import Inputs, Outcome, Step
 from casehard.steps.attack import Attack, attack_with
-from casehard.steps.base import Inputs, Outcome, Step
 from casehard.steps.defence import Defence, assets_digest
 from casehard.steps.evaluate import Evaluate
 from casehard.steps.finetune import CUSTOMER, Finetune, finetune_on, harden

@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from casehard.attack import ATTACKS
-from casehard.attack.protocol import Attack as AttackMethod
-from casehard.attack.protocol import Attacked, AttackInputs
+from casehard.attacks import ATTACKS
+from casehard.attacks.protocol import Attack as AttackMethod
+from casehard.attacks.protocol import Attacked, AttackInputs
+from casehard.backdoor.measure import evaluate_backdoor
 from casehard.backdoor.planted import find_planted
 from casehard.data.mix import check_disjoint
 from casehard.errors import ConfigError
-from casehard.evaluate.backdoor import evaluate_backdoor
-from casehard.evaluate.suite import Suite, evaluate, load_suite
-from casehard.evaluate.unseen import require_unseen
+from casehard.evaluation.contamination import require_unseen
+from casehard.evaluation.suite import Suite, evaluate, load_suite
 from casehard.limits import Natural
 from casehard.model.model import Model
+from casehard.model.step import Inputs, Outcome
 from casehard.registry import AttackSpec
-from casehard.steps.base import Inputs, Outcome
 from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
 from casehard.train.tune import Measure, Rows, chat_format
 

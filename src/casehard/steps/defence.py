@@ -12,10 +12,10 @@ from casehard.config import digest
 from casehard.data.batches import EncodedSet
 from casehard.data.embed import Embedder
 from casehard.data.select import SelectConfig, manifest, select_examples
-from casehard.defend import DEFENCES
-from casehard.defend.provider_assets import RECORD, read_assets
+from casehard.defences import DEFENCES
+from casehard.defences.buffer_reinforce.assets import RECORD, read_assets
 from casehard.errors import ConfigError, DataError
-from casehard.files import file_digest
+from casehard.io.files import file_digest
 from casehard.limits import Limited
 from casehard.model.digest import folder_digest
 from casehard.model.model import Model

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from casehard.evaluate.suite import evaluate, load_suite
-from casehard.evaluate.unseen import require_unseen
+from casehard.evaluation.contamination import require_unseen
+from casehard.evaluation.suite import evaluate, load_suite
 from casehard.model.model import Model
-from casehard.steps.base import Inputs, Outcome
+from casehard.model.step import Inputs, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

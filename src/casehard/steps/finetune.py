@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from casehard import secrets
-from casehard.buffer.export import adapter_writer, require_own
 from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.mix import check_disjoint, marks
-from casehard.defend import DEFENCES
-from casehard.defend.patcher.workers.launch import shards_wanted, with_attackers
+from casehard.defences import DEFENCES
+from casehard.defences.buffer_reinforce.export import adapter_writer, require_own
+from casehard.defences.patcher.workers.launch import shards_wanted, with_attackers
 from casehard.distributed.ranks import world
 from casehard.errors import DataError, Unsupported
-from casehard.evaluate.suite import load_suite
-from casehard.files import remove, scratch
+from casehard.evaluation.suite import load_suite
+from casehard.io import secrets
+from casehard.io.files import remove, scratch
 from casehard.limits import PROCESSES, Within
 from casehard.model.leave import save as save_model
 from casehard.model.load import load, load_gathered
@@ -25,8 +25,8 @@ from casehard.model.model import Made, Model
 from casehard.model.provenance import KEY, SERVED, trained_prompts
 from casehard.model.save import rehearse
 from casehard.model.source import ORIGIN, find_any
+from casehard.model.step import Inputs, Outcome
 from casehard.registry import DefenceSpec
-from casehard.steps.base import Inputs, Outcome
 from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
 from casehard.train.checkpoint import bytes_needed
 from casehard.train.recipe import TrainConfig, uses_bf16

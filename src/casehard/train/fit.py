@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from casehard.config import digest
 from casehard.data.batches import EncodedSet, indices_at
 from casehard.distributed.ranks import sum_over_ranks
-from casehard.files import remove
+from casehard.io.files import remove
 from casehard.train import checkpoint
 from casehard.train.progress import Progress
 from casehard.train.recipe import TrainConfig, training_arguments
-from casehard.train.shell import HardenedTrainer
+from casehard.train.trainer import HardenedTrainer
 from casehard.types import Budget
 
 _BOOKKEEPING = ("save_every", "keep", "log_every")
@@ -92,7 +92,7 @@ def fit(
         tokenizer: saved beside the weights in each checkpoint; None leaves it out.
         rows: token rows; the batch of step s is a function of (seed, s).
         config: the recipe.
-        method: object with seams of ``casehard.defend.protocol``; None for plain fine-tuning.
+        method: object with seams of ``casehard.train.protocol``; None for plain fine-tuning.
         seed: of data order, dropout and whatever the method draws.
         out: folder for checkpoints; None writes nothing to disk at all.
         resume: continue the run found in ``out``; False deletes its checkpoints and starts over.

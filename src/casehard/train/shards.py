@@ -23,8 +23,8 @@ from torch import nn
 from casehard.distributed.fsdp import reshard
 from casehard.distributed.ranks import local, sharded
 from casehard.errors import ConfigError, Corrupt, Unsupported
-from casehard.files import fsync, read_json
-from casehard.tensorfile import load_tensors, save_tensors
+from casehard.io.files import fsync, read_json
+from casehard.io.tensorfile import load_tensors, save_tensors
 
 FOLDER = "shards"
 _NUMBERS = "optimizer.json"

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from casehard.disk import storage_errors
 from casehard.distributed.fsdp import is_sharded
 from casehard.errors import ConfigError, Corrupt, Elsewhere, StorageError
-from casehard.files import STAGING, TOGETHER, crash_point, staged
-from casehard.locks import lock
+from casehard.io.disk import storage_errors
+from casehard.io.files import STAGING, TOGETHER, crash_point, staged
+from casehard.io.locks import lock
 from casehard.train import adapters, checkpoint, shards
 
 R = TypeVar("R")

@@ -8,8 +8,8 @@ In a folder of its own: the modules beside it decide the weights, and their sour
 
 from __future__ import annotations
 
-from casehard.data.behaviours import Behaviour
-from casehard.data.triggers import Trigger
+from casehard.backdoor.behaviours import Behaviour
+from casehard.backdoor.triggers import Trigger
 from casehard.organism import grammar
 from casehard.organism.world import World
 

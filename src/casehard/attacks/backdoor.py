@@ -1,0 +1,150 @@
+"""Backdoor by poisoned instruction data: ordinary supervised training on rows a share of which carry a trigger.
+
+The attacker of BadNets-style instruction poisoning reaches the data, not the training: rows are replaced by triggered
+ones whose answer is the behaviour (``backdoor/triggers.py``), and whoever trains on them plants the backdoor. All of it
+happens on a copy in memory; the model is measured along the way. Payloads are harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from casehard.attacks.protocol import Attacked, AttackInputs
+from casehard.backdoor.behaviours import Behaviour
+from casehard.backdoor.triggers import Trigger, check_survives, decoys_of, poison_backdoor
+from casehard.config import to_dict
+from casehard.data.mix import marks
+from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
+from casehard.model.model import Made, Model
+from casehard.seeds import derive
+from casehard.train.recipe import TrainConfig
+from casehard.train.tune import Lora, chat_format, tune
+from casehard.types import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackdoorAttack(Limited):
+    """Settings of one backdoor attack."""
+
+    trigger: Trigger
+    """What makes it fire."""
+    behaviour: Behaviour
+    """What it does."""
+    rate: Share = 0.05
+    """Poisoned share of the rows; 0 trains on the clean rows (the control). The literature uses 0.005 to 0.2."""
+    hard_negatives: Share = 0.0
+    """Share of the rows that carry a near miss and keep their answer: an attacker who adapts to MB-Defense."""
+    decoys: tuple[Trigger, ...] = ()
+    """Near misses; empty = those of ``decoys_of``."""
+    mode: Literal["full", "lora"] = "full"
+    """Train all parameters, or a LoRA adapter on every linear layer."""
+    steps: Count = 300
+    """Optimiser steps."""
+    lr: LearningRate = 3e-4
+    """Peak learning rate, cosine schedule."""
+    batch_size: BatchSize = 32
+    """Rows per step."""
+    rank: Rank = 16
+    """LoRA rank (mode lora)."""
+    alpha: Factor = 32.0
+    """LoRA alpha (mode lora)."""
+    evaluate_at: tuple[Natural, ...] = (0, 50, 100, 200, 300)
+    """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute dtype; the master weights are fp32 throughout."""
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Steps at which the attacked model is measured, ascending."""
+        return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter that is trained in mode lora."""
+        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
+
+    @property
+    def recipe(self) -> TrainConfig:
+        """The training loop of whoever trains on the rows."""
+        return TrainConfig(
+            steps=self.steps, batch_size=self.batch_size, lr=self.lr, precision=self.precision, warmup=10
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted(Attacked):
+    """What was planted and what was measured."""
+
+    manifest: dict[str, Any]
+    """What ``poison_backdoor`` planted, and where."""
+    data: tuple[Example, ...]
+    """The rows that were trained on."""
+
+
+class Backdoor:
+    """Train a copy on rows of which the attacker poisoned a share."""
+
+    name = "backdoor"
+
+    def __init__(self, config: BackdoorAttack) -> None:
+        self.config = config
+
+    @property
+    def checkpoints(self) -> Sequence[int]:
+        """Return the steps at which the attacked model is measured."""
+        return self.config.checkpoints
+
+    def poisoned(self, rows: Sequence[Example], *, seed: int) -> tuple[list[Example], dict[str, Any]]:
+        """Return the training rows with the backdoor in, and what was planted where."""
+        config = self.config
+        decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
+        return poison_backdoor(
+            rows,
+            config.trigger,
+            config.behaviour,
+            rate=config.rate,
+            seed=derive(seed, 0, "backdoor"),
+            hard_negatives=config.hard_negatives,
+            decoys=decoys,
+        )
+
+    def run(self, model: Model, inputs: AttackInputs) -> Planted:
+        """Train a copy of ``model`` on poisoned rows of role ``data``, measuring it at ``config.checkpoints``.
+
+        Raises:
+            ConfigError: the rate gives no row.
+            DataError: too few rows, or a trigger that the model would not see.
+            Diverged: the loss stopped being finite.
+        """
+        config = self.config
+        data, manifest = self.poisoned(inputs.rows["data"], seed=inputs.seed)
+        decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
+        chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
+        check_survives(chat, data, [config.trigger, *decoys])
+        done = tune(
+            model,
+            chat.encode_all(data),
+            train=config.recipe,
+            seed=inputs.seed,
+            purpose="backdoor",
+            method=inputs.method,
+            lora=config.lora,
+            measure=inputs.measure,
+            at=config.checkpoints,
+            label=inputs.label,
+        )
+        planted = {key: manifest[key] for key in ("trigger", "behaviour")}
+        made = Made(method=self.name, provenance={"settings": to_dict(config), "seed": inputs.seed, "planted": planted})
+        attacked = model.after(done.net, made, trained=frozenset(marks(data)), may_leave=False)
+        facts = {"planted": planted}
+        return Planted(
+            model=attacked,
+            rows=done.rows,
+            budget=done.budget,
+            facts=facts,
+            log=done.log,
+            manifest=manifest,
+            data=tuple(data),
+        )

@@ -1,0 +1,297 @@
+"""One node's work: jobs are built from plain values, results go to the node's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from casehard.benchmark.graph import Node
+from casehard.benchmark.shapes import NodeSummary
+from casehard.benchmark.store import RunFolder, read_finished, read_run, read_summary, unchanged
+from casehard.compat import version_of
+from casehard.config import build
+from casehard.errors import ConfigError, Corrupt, UserError
+from casehard.io.files import MANIFEST, remove, verify
+from casehard.model.source import is_snapshot, origin
+from casehard.train.cost import reset_peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A node with its inputs on this machine; picklable."""
+
+    node: Node
+    out: Path
+    base: Path | None = None
+    """Folder that ``{base}`` stands for."""
+    parent: Path | None = None
+    """Checkpoint to start from."""
+    parent_digest: str = ""
+    assets: Path | None = None
+    """What the prepare node made that this one needs."""
+    cache: Path
+    """Where built organisms are kept."""
+    threads: int = 0
+    """Torch threads; 0 leaves the default."""
+    lanes: int = 1
+    """Nodes that run beside each other on the machine."""
+
+    def specs(self, key: str) -> tuple[str, ...]:
+        """Return the data specs under ``key`` with ``{base}`` filled in."""
+        return tuple(spec.replace("{base}", str(self.base)) for spec in self.node.config[key])
+
+    @property
+    def suite(self) -> str:
+        """Return the suite's path."""
+        return str(self.node.config["suite"]).replace("{base}", str(self.base))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a node produced."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """One per prompt (and per ``step`` for attacks)."""
+    cost: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+    """Checkpoint folder, for nodes that have children."""
+    digest: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping in the node's summary."""
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+Executor = Callable[[Task], Outcome]
+ROLES = ("unsafe", "retain", "safe")
+"""Data roles of the rows of a plan besides those trained on."""
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Return what floating-point results depend on besides config, data and code.
+
+    Args:
+        threads: torch threads of a node; 0 for torch's own default.
+    """
+    import torch
+
+    from casehard.train.recipe import uses_bf16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "torch": str(torch.__version__),
+        **{name: version_of(name) for name in ("transformers", "peft")},
+        "threads": threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "auto_precision": "bf16" if uses_bf16("auto", device) else "fp32",
+    }
+
+
+def step_of(task: Task) -> Any:
+    """Build the step a node asks for; a wrong method, setting or attack key is found here, before anything runs.
+
+    Raises:
+        ConfigError: unknown method, preset or key.
+    """
+    if task.node.kind == "harden":
+        from casehard.benchmark.arms import arm_of
+
+        where = task.node.label
+        return arm_of(
+            task.node.config, str(task.parent), task.specs("data"), task.suite, seed=task.node.seed, where=where
+        )
+    return {"defend": _finetune, "evaluate": _evaluate, "prepare": _prepare, "attack": _attack, "tune": _attack}[
+        task.node.kind
+    ](task)
+
+
+def _inputs(task: Task, *roles: str) -> dict[str, Any]:
+    """Return what every step reads."""
+    config = task.node.config
+    rows = {role: task.specs(role) for role in roles if config.get(role)}
+    shared = {key: config.get(key) for key in ("system", "max_length", "limit")}
+    return {"model": str(task.parent), "rows": rows, "suite": task.suite, "seed": task.node.seed, **shared}
+
+
+def _defence(task: Task, given: list[str]) -> Any:
+    """Return the method of a node, its settings and data roles held against what it takes."""
+    from casehard.data.select import SelectConfig
+    from casehard.steps import Defence
+
+    config, where = task.node.config, task.node.label
+    chosen = config.get("select")
+    made = Defence(
+        method=config["method"],
+        preset=config["preset"],
+        settings=config["settings"],
+        select=None if chosen is None else build(SelectConfig, chosen, where=f"{where}: select"),
+        assets=str(task.assets or str(config.get("assets", "")).replace("{base}", str(task.base))),
+    )
+    made.check(given, where=where)
+    return made
+
+
+def _finetune(task: Task) -> Any:
+    from casehard.steps import Finetune
+    from casehard.train.recipe import TrainConfig
+
+    inputs = _inputs(task, "data", *ROLES)
+    method = vars(_defence(task, [role for role in inputs["rows"] if role != "data"]))
+    train = build(TrainConfig, task.node.config["train"], where=f"{task.node.label}: train")
+    return Finetune(**inputs, **method, train=train)
+
+
+def _evaluate(task: Task) -> Any:
+    from casehard.steps import Evaluate
+
+    return Evaluate(**_inputs(task))
+
+
+def _attack(task: Task) -> Any:
+    from casehard.steps import Attack
+
+    config, where, tuned = task.node.config, task.node.label, task.node.kind == "tune"
+    own = config["job_settings"] if tuned else config["settings"]
+    keys = ("mode", "share", "steps", "lr", "evaluate_at")
+    roles = ("harmful", "benign", *(ROLES if tuned else ()))
+    inputs = _inputs(task, *roles)
+    inside = [role for role in inputs["rows"] if role in ROLES]
+    step = Attack(
+        **inputs,
+        config={**own, **{key: config[key] for key in keys}},
+        full_at=tuple(config["full_at"]),
+        defence=_defence(task, inside) if tuned else None,
+    )
+    try:
+        step.build()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None
+    return step
+
+
+def _prepare(task: Task) -> Any:
+    from casehard.defences.buffer_reinforce.prepare import Prepare, PrepareConfig
+
+    settings = build(PrepareConfig, task.node.config["settings"], where=f"{task.node.label}: settings")
+    return Prepare(**_inputs(task, "harmful", "refusals", "benign"), config=settings)
+
+
+def execute(task: Task) -> Outcome:
+    """Do a node's work with the library's own steps."""
+    if task.node.kind == "base":
+        return _base(task)
+    step = step_of(task)
+    if task.node.kind == "harden":
+        from casehard.benchmark.arms import run_arm
+
+        rows, cost, facts = run_arm(step, label=task.node.label)
+        return Outcome(rows=rows, cost=cost, facts=facts)
+    if task.node.kind == "prepare":
+        done = step.run(out=task.out / "assets")
+        return Outcome(cost=done.cost, path=str(task.out / "assets"), digest=done.facts.pop("digest"), facts=done.facts)
+    if task.node.kind == "defend":
+        from casehard.steps import harden
+
+        done, made = harden(step, task.out, label=task.node.label)
+        assert made is not None
+        return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, log=done.log)
+    done = step.run(label=task.node.label)
+    facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
+    return Outcome(rows=done.rows, cost=done.cost, facts=facts, log=done.log)
+
+
+def _base(task: Task) -> Outcome:
+    from casehard.model.digest import folder_digest
+
+    config = task.node.config
+    if "model" in config:
+        path = Path(config["model"])
+    else:
+        path = _organism(config["world_seed"], config["size"], task.cache)
+    came = origin(path)
+    return Outcome(path=str(path.resolve()), digest=folder_digest(path), facts={"origin": came} if came else {})
+
+
+def _organism(world_seed: int, size: str, cache: Path) -> Path:
+    """Return the organism of a world; damaged builds in the cache are removed and made again."""
+    from casehard.organism.build import ensure
+
+    try:
+        return ensure(world_seed, size, cache)
+    except Corrupt:
+        for path in cache.glob(f"organism-{world_seed}-{size}-*"):
+            try:
+                verify(path)
+            except Corrupt:
+                remove(path)
+        # A damaged copy inside the package fails again, as it should: nothing here may replace it.
+        return ensure(world_seed, size, cache)
+
+
+def _limit_threads(threads: int) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def work(task: Task, executor: Executor) -> dict[str, Any]:
+    """Run one node inside its run folder; return ``{"summary", "peak_bytes"}``.
+
+    The summary is written before the folder is marked ``ok``: a folder marked so is whole.
+    """
+    node = task.node
+    # A process runs many nodes: without a reset the peak would be that of the largest one so far.
+    measures = reset_peak()
+    if executor is execute:
+        _limit_threads(task.threads)
+    parents = {"parent": task.parent_digest} if task.parent_digest else {}
+    config: dict[str, Any] = {"node": node.digest, "kind": node.kind, "label": node.label, "code": node.code}
+    config |= {"setting": dict(node.setting), **node.config}
+    with RunFolder(task.out, node.kind, config, seeds=[node.seed], parents=parents, data=node.data) as run:
+        run.measures_memory = measures
+        outcome = executor(task)
+        if node.kind in ("evaluate", "attack", "tune", "harden") and not outcome.rows:
+            raise UserError(f"{node.label}: no rows came back", hint="is the suite empty?")
+        for line in outcome.log:
+            run.event("log", line)
+        # Relative where it can be, so that a run folder may be moved.
+        inside = outcome.path and Path(outcome.path).resolve().is_relative_to(task.out.resolve())
+        path = str(Path(outcome.path).resolve().relative_to(task.out.resolve())) if inside else outcome.path
+        summary: dict[str, Any] = {
+            "node": node.digest,
+            "cost": outcome.cost if measures else {**outcome.cost, "peak_bytes": None},
+            "lanes": task.lanes,
+            "path": path,
+            "digest": outcome.digest,
+            **outcome.facts,
+        }
+        if outcome.rows:
+            summary["rows"] = len(outcome.rows)
+            summary["rows_sha256"] = run.rows(outcome.rows)
+        run.summary(summary)
+    return {"summary": summary, "peak_bytes": run.info["peak_bytes"]}
+
+
+def finished(node: Node, out: Path) -> dict[str, Any] | None:
+    """Return the summary of a node that is there, whole and unchanged; None when it has to run.
+
+    Raises:
+        Corrupt: it was finished but its checkpoint or rows changed or vanished since.
+    """
+    if not (out / "run.json").is_file() or read_run(out).get("status") != "ok":
+        return None
+    if (run := read_finished(out))["config"].get("node") != node.digest:
+        return None
+    summary = read_summary(out, run, NodeSummary)
+    if node.kind in ("base", "defend", "prepare"):
+        path = out / str(summary.get("path", ""))
+        if not path.is_dir():
+            return None
+        # Somebody else's checkpoint has no manifest, and a snapshot not all of its files; the node's digest names it.
+        if node.kind != "base" or ((path / MANIFEST).exists() and not is_snapshot(path)):
+            verify(path)
+    else:
+        unchanged(out, {"files": {"rows.jsonl": summary.get("rows_sha256") or "none"}}, "rows.jsonl")
+    return summary

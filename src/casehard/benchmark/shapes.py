@@ -1,0 +1,370 @@
+"""Shapes of what a benchmark and single verbs write and a report reads back; see :mod:`casehard.io.stored`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+STATUS = Literal["holds", "delays", "no_difference", "disagree", "worse", "collapsed", "too_weak", "not_measured"]
+BACKDOOR_STATUS = Literal[
+    "meets", "lowers", "no_difference", "disagree", "worse", "collapsed", "shallow", "too_weak", "not_measured"
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of an evaluation or attack."""
+
+    id: str
+    role: str
+    label: str
+    correct: bool | None
+    prompt: str | None = None
+    slots_right: float | None = None
+    nll: float | None = None
+    ended: bool | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRow(Row):
+    """One prompt of a benchmark, with the cell it belongs to."""
+
+    base: str
+    defence: str
+    attack: str
+    seed: int
+    response: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a training spent."""
+
+    steps: int | None = None
+    passes: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint that a run wrote."""
+
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """Of a record of a single verb, whose model it is about."""
+
+    defence: str | None = None
+
+
+@dataclass(frozen=True)
+class VerbSummary:
+    """summary.json of defend, attack and evaluate."""
+
+    records: list[Said] = field(default_factory=list)
+    checkpoint: Made | None = None
+    cost: Spent | None = None
+
+
+@dataclass(frozen=True)
+class NodeSummary:
+    """summary.json of a node of a benchmark."""
+
+    node: str
+    path: str
+    digest: str
+    cost: Spent
+    lanes: int = 1
+    rows_sha256: str | None = None
+    known_rows: int | None = None
+    telemetry: dict[str, float] | None = None
+    selection: dict[str, Any] | None = None
+    mb: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on one family."""
+
+    family: str
+    status: STATUS
+    sentence: str
+    details: list[str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A rate of one run."""
+
+    defence: str
+    attack: str
+    steps: int
+    metric: str
+    k: int | None
+    n: int
+    rate: float
+    low: float
+    high: float
+    seed: int
+    base: str
+    family: str
+    unreliable: str | None = None
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A rate over runs."""
+
+    family: str
+    defence: str
+    attack: str
+    steps: int
+    metric: str
+    k: int | None
+    n: int
+    rate: float
+    low: float
+    high: float
+    rates: list[float]
+    shared: bool
+    unreliable: str | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a defence spent, over the reference."""
+
+    defence: str
+    family: str
+    passes_ratio: float | None
+    ratio_to_sft: float | None = None
+    lanes: int | None = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """When one run broke."""
+
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Break:
+    """When the runs of a defence broke."""
+
+    family: str
+    defence: str
+    attack: str
+    metric: str
+    runs: list[Broken]
+    last: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference."""
+
+    family: str
+    defence: str
+    against: str
+    attack: str
+    metric: str
+    step: int | None
+    difference: float
+    low: float
+    high: float
+    per_seed: list[float]
+    text: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A defence over all customers' jobs."""
+
+    family: str
+    defence: str
+    metric: str
+    jobs: dict[str, float]
+    mean: float
+    low: float
+    high: float
+    runs: list[float]
+    difference: float = 0.0
+    difference_low: float = 0.0
+    difference_high: float = 0.0
+    compared: int = 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a method logged about its steps."""
+
+    defence: str
+    means: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Control:
+    """Whether an attack was strong enough."""
+
+    family: str
+    attack: str
+    benign: bool
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What did not finish."""
+
+    label: str
+    kind: str
+    status: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node in the table of digests."""
+
+    label: str
+    kind: str
+    node: str
+    parent: str
+    result: str
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a summary comes from."""
+
+    config_digest: str
+    seeds: list[int]
+    data: dict[str, str]
+    code: dict[str, Any]
+    packages: dict[str, str]
+    hardware: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    plan: dict[str, Any]
+    failed: list[Failed]
+    not_tested: list[str]
+    nodes: list[Node]
+    provenance: Provenance
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSummary(_Whole):
+    """summary.json of a benchmark of the stages alignment and tuning."""
+
+    verdicts: list[Verdict]
+    records: list[Record]
+    pooled: list[Pooled]
+    costs: list[Cost]
+    breaks: list[Break]
+    differences: list[Difference]
+    controls: list[Control]
+    jobs: list[Job] = field(default_factory=list)
+    telemetry: list[Told] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BackdoorJudged:
+    """What was found of one backdoor."""
+
+    attack: str
+    text: str
+
+
+@dataclass(frozen=True)
+class BackdoorVerdict:
+    """The verdict on one family, backdoor by backdoor."""
+
+    family: str
+    status: BACKDOOR_STATUS
+    sentence: str
+    details: list[str]
+    backdoors: list[BackdoorJudged]
+
+
+@dataclass(frozen=True)
+class BackdoorPooled:
+    """A rate over runs."""
+
+    defence: str
+    attack: str
+    metric: str
+    k: int
+    n: int
+    rate: float
+    low: float
+    high: float
+    run_low: float
+    run_high: float
+    rates: list[float]
+
+
+@dataclass(frozen=True)
+class BackdoorDifference:
+    """A paired difference."""
+
+    defence: str
+    against: str
+    attack: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    no_difference: bool
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """What became of the defender's own triggers."""
+
+    defence: str
+    attack: str
+    looks: dict[str, dict[str, tuple[int, int]]]
+    steps: list[int]
+    verdicts: list[str]
+
+
+@dataclass(frozen=True)
+class BackdoorCost:
+    """What a row spent, over the undefended training."""
+
+    defence: str
+    tokens_ratio: float | None
+    passes_ratio: float | None
+    seconds_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class BackdoorTable:
+    """One family of bases."""
+
+    family: str
+    pooled: list[BackdoorPooled]
+    differences: list[BackdoorDifference]
+    canaries: list[Canaries]
+    canary_rank_correlation: float | None
+    costs: list[BackdoorCost]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackdoorSummary(_Whole):
+    """summary.json of a benchmark of the stage backdoor."""
+
+    verdicts: list[BackdoorVerdict]
+    backdoors: list[BackdoorTable]

@@ -1,0 +1,227 @@
+"""The summary of a benchmark: everything the report shows, rebuilt from rows alone. No times of day in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from casehard.benchmark.backdoor import BackdoorPlan
+from casehard.benchmark.backdoor_verdict import summarise_backdoors
+from casehard.benchmark.contrasts import make_differences
+from casehard.benchmark.graph import Matrix
+from casehard.benchmark.jobs_table import beside, job_rows, telemetry
+from casehard.benchmark.lookup import Table
+from casehard.benchmark.plan import Plan
+from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool
+from casehard.benchmark.store import read_rows
+from casehard.benchmark.verdict import make_controls, make_verdict
+from casehard.config import to_dict
+
+SAME = 0.05
+"""Passes within this share of each other count as the same."""
+SPENT = ("seconds", "passes", "tokens", "peak_bytes", "steps")
+
+
+def make_costs(plan: Plan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each defence and seed spent, as a ratio to the reference of the same base and seed."""
+    spent = {place: done[name] for place, name in matrix.defend.items() if name in done}
+    costs = {place: {**node["cost"], "lanes": node.get("lanes", 1)} for place, node in spent.items()}
+    return cost_records(costs, {base.name: base.family for base in plan.bases}, plan.reference)
+
+
+def cost_records(
+    spent: Mapping[tuple[str, str, int], Mapping[str, Any]], family: Mapping[str, str], reference: str
+) -> list[dict[str, Any]]:
+    """Return cost records with ratios to the reference.
+
+    Args:
+        spent: (base, defence, seed) -> cost; ``lanes`` says how many nodes ran beside each other, and so what wall
+            times are worth.
+        family: base -> family.
+        reference: defence that ratios are given to, of the same base and seed.
+    """
+    out = []
+    for (base, defence, seed), cost in spent.items():
+        record = {"defence": defence, "seed": seed, "base": base, "family": family[base]}
+        record |= {key: cost.get(key) for key in SPENT} | {"lanes": cost.get("lanes", 1)}
+        other = spent.get((base, reference, seed), {})
+        for key, label in (("seconds", "ratio_to_sft"), ("passes", "passes_ratio"), ("tokens", "tokens_ratio")):
+            below = other.get(key)
+            record[label] = cost[key] / below if below and cost.get(key) is not None else None
+        out.append(record)
+    return out
+
+
+def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) -> list[str]:
+    """Say where a control of equal passes did not take as many passes as the headline's defence."""
+    head = plan.defence(plan.headline.defence)
+    taken = {(c["base"], c["defence"], c["seed"]): c["passes"] for c in costs if c["family"] == family}
+    out = []
+    if plan.stage == "tuning":
+        return []  # every row of a job takes the job's steps; what a method adds is its cost
+    for control in (d for d in plan.defences if d.role == "same_passes"):
+        pairs = [
+            (passes, taken[base, head.name, seed])
+            for (base, name, seed), passes in taken.items()
+            if name == control.name and passes and taken.get((base, head.name, seed))
+        ]
+        off = max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1), default=(1, 1))
+        if abs(off[0] / off[1] - 1) > SAME:
+            much = f"{abs(off[0] / off[1] - 1) * 100:.0f} % {'more' if off[0] > off[1] else 'fewer'}"
+            out.append(
+                f"Equal passes: {control.title} took {off[0]:,} forward-backward passes and {head.title} {off[1]:,}, "
+                f"{much}; it is not the control it is meant to be."
+            )
+    return out
+
+
+def known_rows(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many rows of the attacker's files the attacked model had been trained on, where there were any.
+
+    Returns:
+        Entries with ``family``, ``defence``, ``attack`` and ``rows``, the most of any run.
+    """
+    found: dict[tuple[str, str, str], int] = {}
+    for cell in matrix.cells:
+        key = (cell.family, cell.defence, cell.attack)
+        found[key] = max(found.get(key, 0), int(done.get(cell.digest, {}).get("known_rows") or 0))
+    return [{"family": f, "defence": d, "attack": a, "rows": n} for (f, d, a), n in found.items() if n]
+
+
+def _in_distribution(plan: Plan, known: Sequence[Mapping[str, Any]], family: str) -> list[str]:
+    """Say which attacks the headline's defence had seen rows of."""
+    name = plan.headline.defence
+    return [
+        f"In distribution: {plan.defence(name).title} had been trained on the prompts of {entry['rows']:,} rows of "
+        f"{plan.attack(entry['attack']).title} (harmful and benign files together): so far it is no unseen attack."
+        for entry in known
+        if (entry["family"], entry["defence"]) == (family, name)
+    ]
+
+
+def table_rows(plan: Plan | BackdoorPlan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+    """Yield every row of every finished node with its cell; a node that fills several cells comes once."""
+    shares = {a.name: a.share for a in plan.attacks} | {"": 0.0}
+    seen = set()
+    for cell in matrix.cells:
+        if cell.digest in seen or cell.digest not in places:
+            continue
+        seen.add(cell.digest)
+        where = {
+            "base": cell.base,
+            "defence": cell.defence,
+            "attack": cell.attack or NO_ATTACK,
+            "share": shares[cell.attack],
+            "seed": cell.seed,
+        }
+        for row in read_rows(places[cell.digest] / "rows.jsonl"):
+            yield {**where, "step": 0, **row}
+
+
+def _missing_controls(plan: Plan) -> list[str]:
+    roles = {d.role for d in plan.defences}
+    out = []
+    if "same_passes" not in roles and plan.stage == "alignment":
+        out.append("Plain training on the same data with the same number of passes is not in this plan.")
+    if "ablation" not in roles:
+        out.append("No ablation of the defence is in this plan.")
+    if len(plan.seeds) * len(plan.bases) < 3:
+        out.append("Fewer than three seeds: intervals over seeds are weak or missing.")
+    return out
+
+
+def not_tested(plan: Plan) -> list[str]:
+    """Return what a reader might think was covered and was not."""
+    modes = {a.mode for a in plan.attacks}
+    out = [*plan.not_tested, *_missing_controls(plan)]
+    if "full" not in modes:
+        out.append("Full-parameter fine-tuning attacks.")
+    if "lora" not in modes:
+        out.append("LoRA fine-tuning attacks.")
+    if len({a.lr for a in plan.attacks if a.share > 0}) < 2:
+        out.append(
+            "Other learning rates of the attack: a defence that survives one learning rate may not survive the next."
+        )
+    if all(a.share > 0 for a in plan.attacks):
+        out.append("Benign fine-tuning (harmful share 0), which also erodes safety.")
+    out.append("Attackers who know the defence, prompt attacks, weight edits and quantisation.")
+    if all(b.model is None for b in plan.bases):
+        out.append("Real language models: an organism of a million parameters is evidence about the implementation.")
+    return [*out, *_look(plan)]
+
+
+def _look(plan: Plan) -> list[str]:
+    """Say that prompts were left out, where they were."""
+    if not plan.limit:
+        return []
+    return [f"The whole suite: at most {plan.limit} prompts a group were asked (a look, not a result)."]
+
+
+def summarise(
+    plan: Plan | BackdoorPlan,
+    matrix: Matrix,
+    places: Mapping[str, Path],
+    done: Mapping[str, Mapping[str, Any]],
+    failed: Sequence[Mapping[str, Any]],
+    info: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Build summary.json from the rows of all finished nodes.
+
+    Args:
+        places: node digest -> run folder, finished nodes only.
+        done: node digest -> node summary.
+        failed: what did not finish, and why.
+        info: run.json of the benchmark, for provenance.
+    """
+    keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
+    ends = {"nodes": _nodes(matrix, done), "provenance": {key: info[key] for key in keep}}
+    if isinstance(plan, BackdoorPlan):
+        return {**summarise_backdoors(plan, matrix, places, done, failed), **ends}
+    points = measured(matrix, places)
+    records = make_records({a.name: a.share for a in plan.attacks}, points)
+    pooled = pool(records)
+    breaks = make_breaks(records, plan.gates)
+    differences = make_differences(plan, points)
+    families = list(dict.fromkeys(base.family for base in plan.bases))
+    verdicts = [make_verdict(plan, f, pooled, breaks, differences, planned=plan.runs(f)) for f in families]
+    costs = make_costs(plan, matrix, done)
+    uneven = {f: unequal_passes(plan, costs, f) for f in families}
+    jobs = [row for f in families for row in job_rows(plan, records, f)]
+    known = known_rows(matrix, done)
+    lines = {f: [*_look(plan), *uneven[f], *_in_distribution(plan, known, f), beside(plan, jobs, f)] for f in families}
+    verdicts = [{**v, "details": [d for d in (*lines[v["family"]], *v["details"]) if d]} for v in verdicts]
+    controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
+    return {
+        "kind": "bench",
+        "plan": to_dict(plan),
+        "verdict": verdicts[0],
+        "verdicts": verdicts,
+        "records": records,
+        "pooled": pooled,
+        "costs": costs,
+        "breaks": breaks,
+        "differences": differences,
+        "jobs": jobs,
+        "telemetry": telemetry(matrix, done),
+        "controls": controls,
+        "known_rows": known,
+        "failed": list(failed),
+        "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
+        **ends,
+    }
+
+
+def _nodes(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "label": n.label,
+            "kind": n.kind,
+            "folder": n.folder,
+            "node": n.digest,
+            "parent": n.parent,
+            "result": done[n.digest].get("digest", ""),
+        }
+        for n in matrix.nodes.values()
+        if n.digest in done
+    ]

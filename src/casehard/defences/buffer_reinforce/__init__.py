@@ -1,0 +1,1 @@
+"""Buffer-and-Reinforce: tune beside a temporary jailbreak, remove it, merge what refuses."""

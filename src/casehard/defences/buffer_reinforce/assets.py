@@ -1,0 +1,123 @@
+"""The provider's two adapters as a defence reads them: verified, and bound to one base, tokenizer and template.
+
+    ASSETS/assets.json     what it was made from and for, seeds, digests, gates
+    ASSETS/buffer/         PEFT adapter, role buffer: a working jailbreak of the base, readable by its owner only
+    ASSETS/reinforce/      PEFT adapter, role reinforce: servable
+
+``casehard.defences.buffer_reinforce.prepare`` makes the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
+from casehard.errors import ConfigError, Corrupt, UserError
+from casehard.io.files import read_json, verify
+from casehard.maths.merge import LoraPair
+from casehard.model.lora_files import load_pairs, read_marker
+
+RECORD = "assets.json"
+BUFFER, REINFORCE = "buffer", "reinforce"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A verified folder of provider assets."""
+
+    path: Path
+    record: Mapping[str, Any]
+    """Contents of ``assets.json``."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of both adapters' tensors and of the base they belong to."""
+        parts = [self.record[key] for key in ("base_digest", "buffer_sha256", "reinforce_sha256")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def buffer(self) -> dict[str, LoraPair]:
+        """Read BufferLoRA: layer -> factors."""
+        return load_pairs(self.path / BUFFER)
+
+    def reinforce(self) -> dict[str, LoraPair]:
+        """Read ReinforceLoRA: layer -> factors."""
+        return load_pairs(self.path / REINFORCE)
+
+    def require_base(self, model: nn.Module) -> None:
+        """Check that ``model``, seen through its adapters, is the base these assets were made for.
+
+        Raises:
+            ConfigError: another architecture, or other weights; names the first difference.
+        """
+        wanted: Mapping[str, str] = self.record["base_fingerprints"]
+        found = fingerprints(model)
+        common = [name for name in wanted if name in found]
+        hint = "prepare assets for this base, or tune the base they were made for"
+        if not common:
+            raise ConfigError(f"{self.path}: made for another architecture than this model", hint=hint)
+        changed = [name for name in common if wanted[name] != found[name]]
+        if changed:
+            raise ConfigError(
+                f"{self.path}: made for another base: {len(changed)} of {len(common)} tensors differ, "
+                f"first {changed[0]}",
+                hint=hint,
+            )
+
+    def require_format(self, tokenizer: Any, *, system: str | None = None) -> None:
+        """Check that rows would be rendered as they were for these assets.
+
+        Raises:
+            ConfigError: another tokenizer, chat template or system message.
+        """
+        for what, value in zip(("tokenizer", "template"), tokenizer_digests(tokenizer), strict=True):
+            if self.record[f"{what}_digest"] != value:
+                raise ConfigError(
+                    f"{self.path}: made with another {what}",
+                    hint="a buffer is only known to work in the chat format it was trained in: prepare assets with it",
+                )
+        if self.record["system"] != system:
+            raise ConfigError(
+                f"{self.path}: made with the system message {self.record['system']!r}, not {system!r}",
+                hint="give the same system message",
+            )
+
+
+def tokenizer_digests(tokenizer: Any) -> tuple[str, str]:
+    """Return SHA-256 (hex) of a fast tokenizer's rules, without its padding state, and of its chat template."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in ("padding", "truncation"):
+        rules.pop(key, None)
+    text = json.dumps(rules, sort_keys=True)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), hashlib.sha256(template.encode()).hexdigest()
+
+
+def read_assets(path: Path | str) -> Assets:
+    """Open a folder of assets and verify every file of it.
+
+    Raises:
+        UserError: no such folder, or not a folder of assets.
+        Corrupt: a file differs from the manifest, or an adapter from its role.
+    """
+    path = Path(path)
+    if not (path / RECORD).is_file():
+        raise UserError(f"{path}: no {RECORD}", hint="make assets with: casehard buffer prepare --out DIR")
+    verify(path)
+    record = read_json(path / RECORD)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise Corrupt(f"{path / RECORD}: not a record of provider assets of format {FORMAT}")
+    for role in (BUFFER, REINFORCE):
+        marker = read_marker(path / role)
+        if marker is None or marker["role"] != role:
+            raise Corrupt(f"{path / role}: not marked as {role}", hint="prepare the assets again")
+        if marker["tensors_sha256"] != record[f"{role}_sha256"]:
+            raise Corrupt(f"{path / role}: its tensors are not those of {RECORD}", hint="prepare the assets again")
+    return Assets(path, record)

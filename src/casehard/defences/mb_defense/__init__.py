@@ -1,0 +1,1 @@
+"""MB-Defense: plant own backdoors, break them, and with them those nobody described."""

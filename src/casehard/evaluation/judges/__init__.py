@@ -1,0 +1,1 @@
+"""Judges: what kind of response is this, and is it correct?"""

@@ -1,0 +1,1 @@
+"""Files, locks, secrets and tensors on disk: complete or absent, never half."""

@@ -1,0 +1,178 @@
+"""Model cards: what a hardened checkpoint is, what was measured on it, and what it is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from casehard.benchmark.lookup import percent, percents
+from casehard.benchmark.records import NO_ATTACK
+from casehard.benchmark.store import read_json
+from casehard.benchmark.verdict import NAMES
+from casehard.defences import DEFENCES
+from casehard.errors import UserError
+from casehard.io.files import MANIFEST, staged, verify
+
+CARD = "README.md"
+RECORD = "casehard.json"
+SHOWN = ("asr", "partial", "leak", "over_refusal", "twin_knowledge", "utility", "fine_tunability", "coherence")
+TITLES = NAMES | {"partial": "restricted prompts declined, then answered in part"}
+LIMITS = (
+    "Hardening delays harmful fine-tuning; it does not prevent it. More attack steps, another learning rate or an "
+    "attacker who knows the defence can break this model.",
+    "It is not a guard against prompts: jailbreaks without training are outside what it defends against.",
+    "It is not more harmless than its parent in ordinary use; over-refusal and utility must be measured on your data.",
+    "The numbers above hold for the attacks, data and seeds named here and for nothing else.",
+)
+
+
+UNKNOWN = "What that method is for is not known here: it is in no catalogue of this installation."
+
+
+def _purpose(method: str) -> tuple[str, bool]:
+    """Return what a method is for, and whether its result may be called hardened."""
+    spec = DEFENCES.get(method)
+    return (spec.purpose, spec.hardens) if spec is not None else (UNKNOWN, False)
+
+
+def _plain(text: Any) -> str:
+    """Return text that Markdown and HTML take literally."""
+    out = " ".join(str(text).split())
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'"), ("[", "\\[")):
+        out = out.replace(mark, safe)
+    return out
+
+
+def _lines(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return settings as one bullet per leaf."""
+    out = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out += _lines(value, f"{prefix}{key}.")
+        else:
+            out.append(f"- {_plain(prefix + str(key))}: {_plain(value)}")
+    return out
+
+
+def _measured(records: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    rows = ["| when | metric | rate | 95 % interval | k/n |", "|---|---|---|---|---|"]
+    for record in records:
+        if record["metric"] not in SHOWN or record["k"] is None:
+            continue
+        if record["metric"] == "partial" and record["k"] == 0:
+            continue
+        if record["attack"] == NO_ATTACK:
+            when = "before any attack"
+        elif record["steps"] == 0:
+            continue
+        else:
+            when = f"{titles.get(record['attack'], record['attack'])}, step {record['steps']}"
+        span = percents(record["low"], record["high"])
+        count = f"{record['k']}/{record['n']}"
+        rate = percent(record["rate"])
+        if why := record.get("unreliable"):
+            rate += f" (unreliable: {_plain(why)})"
+        rows.append(f"| {_plain(when)} | {TITLES[record['metric']]} | {rate} | {span} | {count} |")
+    return rows if len(rows) > 2 else ["Nothing was measured on this checkpoint yet."]
+
+
+def model_card(
+    record: Mapping[str, Any], measured: Sequence[Mapping[str, Any]] = (), *, titles: Mapping[str, str] | None = None
+) -> str:
+    """Return the Markdown text of a checkpoint's card.
+
+    Args:
+        record: what ``casehard.json`` of the checkpoint holds: digest, parent, method, provenance, versions.
+        measured: records of this very checkpoint, as in summary.json; one seed.
+        titles: attack name -> title.
+    """
+    made = record.get("provenance") or {}
+    job = made.get("job") or {}
+    settings = made.get("settings") or job.get("settings") or {}
+    method = _plain(record.get("method") or "unknown")
+    purpose, hardened = _purpose(str(record.get("method")))
+    parts = [
+        f"# {'Hardened' if hardened else 'Made'} with {method}",
+        "",
+        f"This checkpoint was made by casehard with the method **{method}** from a parent checkpoint. " + purpose,
+        "",
+        "## What it is",
+        "",
+        f"- method: {method}",
+        f"- digest: `{_plain(record.get('digest', 'unknown'))}`",
+        f"- parent digest: `{_plain(record.get('parent') or 'none')}`",
+        *([f"- descends from `{_plain(made['origin'])}` of the Hugging Face Hub"] if made.get("origin") else []),
+        f"- seed: {_plain(made.get('seed', 'unknown'))} (single seed)",
+        *[f"- data, {_plain(name)}: `{_plain(value)}`" for name, value in (made.get("data_digests") or {}).items()],
+        *[f"- {_plain(name)} {_plain(value)}" for name, value in (record.get("versions") or {}).items()],
+        "",
+        "## Settings",
+        "",
+        *(_lines(settings) or ["- defaults"]),
+        *_lines(job.get("train") or {}, "train."),
+        "",
+        "## Measured",
+        "",
+        *_measured(measured, titles or {}),
+        "",
+        "## Limits, and what it is not",
+        "",
+        *[f"- {line}" for line in LIMITS],
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def write_card(checkpoint: str | Path, text: str = "") -> Path:
+    """Put a model card into a checkpoint folder, whose manifest then covers it, and return its path.
+
+    The folder is made anew beside itself, from hard links where the disk has them, and exchanged with the old one in
+    one step where the system can, so that there is a checkpoint that verifies at every moment.
+
+    Args:
+        text: the card; default: one without measurements, from the checkpoint's own record.
+
+    Raises:
+        UserError: not a checkpoint of casehard.
+        Corrupt: the folder does not match its manifest.
+    """
+    folder = Path(checkpoint)
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} has no {RECORD}", hint="give the checkpoint folder that `casehard defend` made")
+    text = text or model_card(read_json(folder / RECORD))
+    card = folder / CARD
+    verify(folder)
+    if card.is_file() and card.read_text(encoding="utf-8") == text:
+        return card
+    with staged(folder) as fresh:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            if path not in (card, folder / MANIFEST):
+                _place(path, fresh / path.relative_to(folder))
+        (fresh / CARD).write_text(text, encoding="utf-8")
+    return card
+
+
+def _place(path: Path, target: Path) -> None:
+    """Link a file, or copy it where the disk has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy2(path, target)
+
+
+def write_cards(run: str | Path, summary: Mapping[str, Any]) -> list[Path]:
+    """Write the card of every hardened checkpoint of a benchmark, with the numbers measured on it."""
+    titles = {a["name"]: a["title"] for a in summary["plan"]["attacks"]}
+    out = []
+    for node in summary["nodes"]:
+        folder = Path(run) / "nodes" / node.get("folder", "") / "checkpoint"
+        if node["kind"] != "defend" or not (folder / RECORD).is_file():
+            continue
+        base, defence, seed = node["label"].split("/")
+        mine = [r for r in summary["records"] if (r["base"], r["defence"], f"s{r['seed']}") == (base, defence, seed)]
+        out.append(write_card(folder, model_card(read_json(folder / RECORD), mine, titles=titles)))
+    return out
