@@ -15,21 +15,22 @@ VERBS = ("load", "rows", "defend", "attack", "evaluate", "save", "bench", "repor
 CATALOGUES = ("DEFENCES", "ATTACKS")
 
 
+def parameter(value: inspect.Parameter) -> str:
+    """Return ``name: annotation = default``; annotations are texts here."""
+    default = "" if value.default is inspect.Parameter.empty else f" = {value.default!r}"
+    return f"{value.name}: {value.annotation}{default}"
+
+
 def signature(name: str, value: Any) -> str:
-    """Return ``name(...)`` with one parameter a line where it is long."""
-    text = str(inspect.signature(value)).replace("'", "")
-    one = f"{name}{text}"
-    if len(one) <= 100:
-        return one
-    parameters = inspect.signature(value).parameters.values()
+    """Return ``name(...)`` with one parameter a line."""
+    found = inspect.signature(value)
     lines, star = [], False
-    for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+    for one in found.parameters.values():
+        if one.kind is one.KEYWORD_ONLY and not star:
             lines.append("    *,")
             star = True
-        lines.append("    " + str(parameter).replace("'", "") + ",")
-    end = inspect.signature(value).return_annotation
-    return "\n".join([f"{name}(", *lines, f") -> {str(end).replace(chr(39), '')}"])
+        lines.append(f"    {parameter(one)},")
+    return "\n".join([f"{name}(", *lines, f") -> {found.return_annotation}"])
 
 
 def fields(value: type) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,17 +110,14 @@ def finetune_on(
     if assets and adapter:
         trained |= trained_prompts(find_any(step.assets))
     provenance = {
-        **_provenance(step, method, {"data": data, **encoded}),
+        **_provenance(step, method, {"data": data, **encoded}, start),
         **({"assets_digest": assets} if assets else {}),
         **({"selection": chosen} if chosen else {}),
-        **({ORIGIN: start.origin} if start.origin else {}),
         KEY: sorted(trained | start.trained_prompts),
     }
     if place is not None:
         _rehearse(start, place, provenance, adapter=adapter)
-    bf16 = uses_bf16(step.train.precision, next(start.net.parameters()).device)
-    beside = with_attackers(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
-    with guarded(method, start, step.system), beside:
+    with guarded(method, start, step.system), _attackers(step, method, start):
         done = tune(
             start,
             data,
@@ -141,6 +139,12 @@ def finetune_on(
     writer = adapter_writer(net, start, method, provenance) if adapter else None
     facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
     return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
+
+
+def _attackers(step: Finetune, method: Any, start: Model) -> AbstractContextManager[Any]:
+    """Return what lets a method's simulated attacks run in processes of their own, where it asks for that."""
+    bf16 = uses_bf16(step.train.precision, next(start.net.parameters()).device)
+    return with_attackers(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
 
 
 def _rehearse(start: Model, place: Path, provenance: Mapping[str, Any], *, adapter: bool) -> None:
@@ -180,12 +184,13 @@ def shared_by_ranks(spec: DefenceSpec, name: str) -> bool:
     return True
 
 
-def _provenance(step: Finetune, method: Any, rows: Mapping[str, EncodedSet]) -> dict[str, Any]:
+def _provenance(step: Finetune, method: Any, rows: Mapping[str, EncodedSet], start: Model) -> dict[str, Any]:
     return {
         "job": to_dict(step),
         "settings": to_dict(method.config),
         "config_digest": digest(to_dict(step)),
         "data_digests": {role: encoded.digest for role, encoded in rows.items()},
         "seed": step.seed,
+        **({ORIGIN: start.origin} if start.origin else {}),
         **({SERVED: method.serving_system} if getattr(method, "serving_system", None) else {}),
     }

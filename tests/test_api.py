@@ -1,0 +1,151 @@
+"""The library: every public name is what it says, and a few lines harden, attack, measure and save."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import casehard as ch
+from casehard.attacks.finetune import FinetuneAttack
+from casehard.errors import ConfigError, Refused
+
+WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
+DATA, SUITE = WORLD / "data", WORLD / "data" / "suite"
+SHORT = {"steps": 2, "batch_size": 4, "warmup": 0}
+PATCHER = {"round_steps": 1, "attackers": [{"steps": 1, "batch_size": 4}]}
+
+
+def weights(model: ch.Model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.net.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def base() -> ch.Model:
+    return ch.load(WORLD, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hard(base: ch.Model) -> ch.Model:
+    before = weights(base)
+    made = ch.defend(
+        base, "patcher", data=DATA / "align.jsonl", unsafe=DATA / "simulated.jsonl", settings=PATCHER, train=SHORT
+    )
+    assert same(before, weights(base)), "a model that is handed over is left as it is"
+    return made
+
+
+ATTACK = FinetuneAttack(steps=2, rows=20, share=0.5, batch_size=4, evaluate_at=(0,))
+
+
+def attacked(model: ch.Model, **more: object) -> ch.Attacked:
+    rows = {"harmful": DATA / "attack_a.jsonl", "benign": DATA / "task_reviews.jsonl"}
+    return ch.attack(model, ATTACK, suite=SUITE, limit=2, **rows, **more)
+
+
+def test_names_stay_what_they_are_when_everything_is_imported() -> None:
+    script = "import casehard as ch, pkgutil, importlib\n"
+    script += "for m in pkgutil.walk_packages(ch.__path__, 'casehard.'):\n"
+    script += "    if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
+    script += "import types; print([n for n in ch.__all__ if isinstance(getattr(ch, n), types.ModuleType)])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_table_and_the_imports_for_type_checkers_agree() -> None:
+    source = Path(ch.__file__).read_text(encoding="utf-8")
+    block = source[source.index("if TYPE_CHECKING:") : source.index("__all__ =")]
+    typed = {
+        name.strip(): module
+        for module, names in re.findall(r"from ([\w.]+) import ([^\n]+)", block)
+        for name in names.split(",")
+    }
+    assert typed == ch._PUBLIC and set(ch.__all__) == {*ch._PUBLIC, "__version__"}
+
+
+def test_the_generated_page_is_up_to_date() -> None:
+    file = Path(__file__).resolve().parents[1] / "docs" / "generate_api.py"
+    spec = importlib.util.spec_from_file_location("generate_api", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert isinstance(module, ModuleType)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python docs/generate_api.py"
+
+
+def test_a_rooms_name_is_no_verb() -> None:
+    rooms = {m.name for m in pkgutil.iter_modules(ch.__path__)}
+    assert not rooms & set(ch.__all__)
+
+
+def test_harden_attack_measure_save(base: ch.Model, hard: ch.Model, tmp_path: Path) -> None:
+    assert hard.parent == base.digest and hard.lineage[-1].method == "patcher" and hard.path is None
+    curve = attacked(hard)
+    assert {row["step"] for row in curve.rows} == {0, 2}
+    assert curve.facts["harmful_rows"] == 10 and not curve.model.may_leave
+    found = ch.evaluate(hard, SUITE, limit=2)
+    assert found["asr"].n > 0 and {s.metric for s in found.scores} >= {"asr", "utility"}
+    saved = ch.save(hard, tmp_path / "out")
+    again = ch.load(tmp_path / "out", device="cpu")
+    assert saved.digest == again.digest and same(weights(hard), weights(again))
+    assert again.trained_prompts == hard.trained_prompts
+
+
+def test_attacked_weights_stay_in_memory_unless_asked_for_by_name(hard: ch.Model, tmp_path: Path) -> None:
+    curve = attacked(hard)
+    with pytest.raises(Refused, match=r"attacked .*finetune"):
+        ch.save(curve.model, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    assert ch.save(curve.model, tmp_path / "yes", attacked=True).path == tmp_path / "yes"
+
+
+def test_verbs_combine(hard: ch.Model, tmp_path: Path) -> None:
+    broken = attacked(hard).model
+    repaired = ch.defend(broken, "plain", data=DATA / "benign.jsonl", train=SHORT)
+    assert [made.method for made in repaired.lineage[-3:]] == ["patcher", "finetune", "plain"]
+    assert not repaired.may_leave, "a repaired model was jailbroken once, and nobody has shown that it is no longer"
+    twice = attacked(broken, seed=1)
+    assert [made.method for made in twice.model.lineage[-2:]] == ["finetune", "finetune"]
+    assert not same(weights(broken), weights(twice.model))
+
+
+def test_a_method_is_a_name_a_configuration_or_an_object(base: ch.Model, tmp_path: Path) -> None:
+    rows = {"data": DATA / "benign.jsonl", "safe": DATA / "align.jsonl", "train": SHORT, "seed": 3}
+    by_name = ch.defend(base, "spard", settings={"tau": 0.5}, **rows)
+    by_config = ch.defend(base, ch.SpardConfig(tau=0.5), **rows)
+    assert same(weights(by_name), weights(by_config))
+    with pytest.raises(ConfigError, match="did you mean 'spard'"):
+        ch.defend(base, "sparrd", **rows)
+    with pytest.raises(ConfigError, match="needs safe rows"):
+        ch.defend(base, "spard", data=DATA / "benign.jsonl")
+    with pytest.raises(ConfigError, match="would ignore the safe rows"):
+        ch.defend(base, "plain", **rows)
+    with pytest.raises(ConfigError, match="method is a int"):
+        ch.defend(base, 7, data=DATA / "benign.jsonl")
+
+
+def test_rows_are_files_or_examples(base: ch.Model) -> None:
+    read = ch.rows(DATA / "benign.jsonl")
+    assert ch.rows([DATA / "benign.jsonl", read[0]])[-1] is read[0]
+    from_file = ch.defend(base, "plain", data=DATA / "benign.jsonl", train=SHORT)
+    from_rows = ch.defend(base, "plain", data=read, train=SHORT)
+    assert same(weights(from_file), weights(from_rows))
+
+
+def test_catalogues_are_mappings() -> None:
+    assert {"patcher", "spard", "buffer_reinforce", "mb_defense"} <= set(ch.DEFENCES)
+    assert set(ch.ATTACKS) == {"finetune", "backdoor"} and len(ch.ATTACKS) == 2
+    assert ch.DEFENCES["buffer-reinforce"] is ch.DEFENCES["buffer_reinforce"]
+    with pytest.raises(KeyError):
+        ch.DEFENCES["nobody"]
