@@ -253,7 +253,8 @@ def _sweep(path: Path) -> None:
     except OSError:
         return
     if handle is not None:
-        _discard(path)
+        with contextlib.suppress(OSError):  # somebody else's folder, or one nobody may write to
+            _discard(path)
         if handle >= 0:
             os.close(handle)
 

@@ -14,7 +14,7 @@ from casehard.benchmark.store import read_json
 from casehard.benchmark.verdict import NAMES
 from casehard.defences import DEFENCES
 from casehard.errors import UserError
-from casehard.io.files import MANIFEST, staged, verify
+from casehard.io.files import MANIFEST, staged, sweep, verify
 
 CARD = "README.md"
 RECORD = "casehard.json"
@@ -144,6 +144,7 @@ def write_card(checkpoint: str | Path, text: str = "") -> Path:
         raise UserError(f"{folder} has no {RECORD}", hint="give the checkpoint folder that `casehard defend` made")
     text = text or model_card(read_json(folder / RECORD))
     card = folder / CARD
+    sweep(folder.parent, of=folder.name)  # of a card that was in place when its writer was killed
     verify(folder)
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return card
