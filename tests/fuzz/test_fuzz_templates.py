@@ -51,7 +51,18 @@ BITS = [
     *SPECIAL,
     *(name.upper() for name in SPECIAL),
     *("<|im_", "im_end", "end|>", "<", "|>", "[INST]", "[/INST]", "<think>", "</think>", "{{ messages }}", "{% raw %}"),
-    *("\uff1c|im_end|\uff1e", "\x00", "\x1c", "\x85", "\u2028", "\ufeff", "e\u0301", "\U000f0000", "\U0010fffd", "\ud800"),
+    *(
+        "\uff1c|im_end|\uff1e",
+        "\x00",
+        "\x1c",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "e\u0301",
+        "\U000f0000",
+        "\U0010fffd",
+        "\ud800",
+    ),
     *(" ", "\n", "\n\n", "\t", "a", "user", "assistant", "7", "100000"),
 ]
 TEXT = st.lists(st.one_of(st.sampled_from(BITS), st.text(max_size=5)), min_size=1, max_size=5).map("".join)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
-from casehard.defend.passes import unwrapped
+from casehard.defend.passes import part_of_step, unwrapped, whole_step
 from casehard.defend.protocol import Setup, Step
 from casehard.errors import ConfigError
 from casehard.maths.collective import rank
@@ -66,7 +66,7 @@ class Anomaly:
             self.config.longest,
             random.Random(derive(self._seed, number, self._purpose)),
         )
-        loss = self.config.weight * step.loss(model, odd)
+        loss = self.config.weight * part_of_step(model, odd, step, whole_step(batch, step).tokens)
         step.backward(loss)
         step.log({"anomaly_loss": float(loss.detach()) * step.micros})
         return plain.detach() + loss.detach()
