@@ -105,6 +105,7 @@ HOSTILE = {
     "unfinished": "{{ 'a",
     "refusal": "{{ raise_exception('no') }}",
     "a message without end": "{{ raise_exception('no' * 100000) }}",
+    "a message for the terminal": "{{ raise_exception('\x1b[2J\\ud800') }}",
     "break": "{% break %}",
     "half a character": "{{ '\\ud800' }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
@@ -117,7 +118,7 @@ def test_a_hostile_template_is_refused_and_not_run(template: str) -> None:
     for call in (chat.encode, chat.prompt_ids):
         with pytest.raises(DataError) as told:
             call(ROW)
-        assert len(told.value.message) < 600
+        assert len(told.value.message) < 600 and told.value.message.isprintable()
     assert time.thread_time() - started < 20
 
 

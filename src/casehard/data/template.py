@@ -90,7 +90,8 @@ def _program(source: str) -> _Program:
 
 def _said(error: Exception) -> str:
     text = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-    return text if len(text) < 300 else text[:300] + "..."
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:300])  # on a terminal, in a log
+    return shown if len(text) <= 300 else shown + "..."
 
 
 class ChatTemplate:
