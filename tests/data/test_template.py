@@ -150,6 +150,11 @@ def test_long_rows_and_long_chats_have_room() -> None:
         assert text.strip() in chat.render((Message("user", text), Message("assistant", text)), prompt=False).text
         turns = tuple(Message("user" if i % 2 == 0 else "assistant", f"turn {i}") for i in range(2000))
         assert "turn 1999" in chat.render(turns, prompt=False).text
+    again = (
+        "{% for m in messages %}{% for n in messages[loop.index0:] %}{% if n.role == m.role %}{% endif %}{% endfor %}"
+    )
+    turns = tuple(Message("user" if i % 2 == 0 else "assistant", "word " * 100) for i in range(200))
+    assert render(again + "{% endfor %}{{ messages | length }}", turns) == "200"
 
 
 USES = (
