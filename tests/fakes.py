@@ -45,9 +45,9 @@ def tiny_rows(n=24, *, vocab=64, length=12, seed=0, uneven=True):
     return EncodedSet(tuple(rows), pad_id=0)
 
 
-def tiny_pairs(n=20, *, triggers=2, seed=0):
-    """Return ``tiny_rows(n)`` as clean rows with twins: trigger j is token 60 + j, its payload two more and an end."""
-    clean = tiny_rows(n, seed=seed).rows
+def tiny_pairs(n=20, *, triggers=2, seed=0, rows=None):
+    """Return ``tiny_rows(n)`` or ``rows`` with twins: trigger j is token 60 + j, its payload two more and an end."""
+    clean = tiny_rows(n, seed=seed).rows if rows is None else rows
     answers, payloads = [], []
     for row in clean:
         first = next(i for i, label in enumerate(row.labels) if label != -100)

@@ -24,10 +24,10 @@ from helpers import tree, write_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from bench_fakes import Fake, plan, plan_values
+from casehard.locks import LOCK
 
 from casehard import files
 from casehard.cli import main
-from casehard.locks import LOCK
 from casehard.types import Budget
 
 TIMES = ("started", "ended", "wall_seconds", "peak_bytes", "took", "hardware", "nodes")
@@ -176,8 +176,9 @@ def test_defend(survives, organism, played):
 
 
 def test_attack_backdoor(survives, organism, played, monkeypatch):
-    from casehard import backdoor_jobs
     from casehard.attack.backdoor import BackdoorResult
+
+    from casehard import backdoor_jobs
     from casehard.data.sources import load
     from casehard.model.load import load as load_model
 
@@ -218,6 +219,7 @@ BEHAVIOUR = {"name": "b", "kind": "text", "text": "it is so ."}
 
 def test_mb_defense(survives, organism, played, monkeypatch):
     from casehard.data.trigger_suite import TriggerSuite
+
     from casehard.mb import job as mb
 
     backdoor = {"trigger": {"name": "t", "family": "token", "parts": ["zq"]}, "behaviour": BEHAVIOUR}
@@ -237,8 +239,9 @@ def test_mb_defense(survives, organism, played, monkeypatch):
 
 
 def _hardened(model: Any, suite: Any, out: Path) -> SimpleNamespace:
-    from casehard.data.batches import Encoded
     from casehard.defend.pairs import PairSet
+
+    from casehard.data.batches import Encoded
 
     (out / "checkpoint-1").mkdir(parents=True, exist_ok=True)
     twin = Encoded([1, 5, 2], [-100, -100, 2])
@@ -331,6 +334,7 @@ def test_bench_and_its_report(survives, monkeypatch):
 
 def test_the_card_of_a_model_that_is_reported_again(survives, monkeypatch):
     from casehard.bench.run import run_plan
+
     from casehard.model.provenance import PROVENANCE
     from casehard.report import page
 
@@ -386,6 +390,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
 
 def test_an_adapter_of_another_job_is_not_replaced(organism, assets, tmp_path):
     from casehard.buffer.job import CustomerJob, run_job
+
     from casehard.errors import ConfigError
 
     job = CustomerJob(model=str(organism), assets=str(assets / "assets"), data=(str(assets / "b.jsonl"),))

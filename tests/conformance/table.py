@@ -44,6 +44,10 @@ class Row:
     make: Callable[[], Any]
     settings: tuple[str, ...] = SETTINGS
     """Model set-ups of ``tests/train/test_resume.py`` that the method supports."""
+    adapter: bool = False
+    """Whether it wants one adapter called "default" and nothing else that trains."""
+    cut: str = ""
+    """Why it matters by its very definition how a step is cut into micro-batches; empty where it does not."""
 
 
 def _patcher() -> Patcher:
@@ -76,14 +80,14 @@ TABLE = (
     Row("ptst", Ptst),
     Row("shrink", Shrink),
     Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),
-    # One adapter called "default" and nothing else; tests/defend/test_buffer_baselines.py kills and resumes it.
-    Row("security_vector", lambda: SecurityVector(assets=shared_assets().path), ()),
+    # tests/defend/test_buffer_baselines.py kills and resumes it.
+    Row("security_vector", lambda: SecurityVector(assets=shared_assets().path), (), adapter=True),
     Row("antidote", lambda: Antidote(AntidoteConfig(mask_ratio=0.2), unsafe=tiny_rows(6, seed=1))),
-    # It wants one adapter called "default"; tests/defend/test_buffer_reinforce.py resumes it.
-    Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), ()),
+    # tests/defend/test_buffer_reinforce.py resumes it.
+    Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), (), adapter=True),
     # Its pairs are made of the very rows that the shared tests train on.
     Row("mb_defense", lambda: MbDefense(MbDefenseConfig(top_k=8), pairs=tiny_pairs())),
     Row("fine_mixing", _fine_mixing, ("dropout", "accumulation")),  # mixes whole models: no adapters
     Row("crow", Crow),
-    Row("anomaly", Anomaly),
+    Row("anomaly", Anomaly, cut="what it inserts comes from what the prompts of a micro-batch share and hold"),
 )

@@ -105,6 +105,7 @@ HOSTILE = {
     "unfinished": "{{ 'a",
     "refusal": "{{ raise_exception('no') }}",
     "a message without end": "{{ raise_exception('no' * 100000) }}",
+    "a message for the terminal": "{{ raise_exception('\x1b[2J\\ud800') }}",
     "break": "{% break %}",
     "half a character": "{{ '\\ud800' }}{% for m in messages %}{{ m.content }}{% endfor %}",
 }
@@ -117,7 +118,7 @@ def test_a_hostile_template_is_refused_and_not_run(template: str) -> None:
     for call in (chat.encode, chat.prompt_ids):
         with pytest.raises(DataError) as told:
             call(ROW)
-        assert len(told.value.message) < 600
+        assert len(told.value.message) < 600 and told.value.message.isprintable()
     assert time.thread_time() - started < 20
 
 
@@ -149,6 +150,11 @@ def test_long_rows_and_long_chats_have_room() -> None:
         assert text.strip() in chat.render((Message("user", text), Message("assistant", text)), prompt=False).text
         turns = tuple(Message("user" if i % 2 == 0 else "assistant", f"turn {i}") for i in range(2000))
         assert "turn 1999" in chat.render(turns, prompt=False).text
+    again = (
+        "{% for m in messages %}{% for n in messages[loop.index0:] %}{% if n.role == m.role %}{% endif %}{% endfor %}"
+    )
+    turns = tuple(Message("user" if i % 2 == 0 else "assistant", "word " * 100) for i in range(200))
+    assert render(again + "{% endfor %}{{ messages | length }}", turns) == "200"
 
 
 USES = (

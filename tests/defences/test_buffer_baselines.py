@@ -340,18 +340,19 @@ def test_keeping_benign_answers_adds_the_kl_to_the_base(micros):
     trained = [p for p in model.parameters() if p.requires_grad]
     log: dict[str, float] = {}
     total, want = 0.0, 0.0
-    for micro in range(micros):
+    drawn = [benign.batch_at(3, seed=0, step=2 * micros + micro, purpose="keep-benign") for micro in range(micros)]
+    tokens = sum((rows["labels"][:, 1:] != -100).sum() for rows in drawn)
+    for micro, rows in enumerate(drawn):
         batch = UNSAFE.batch_at(4, seed=0, step=micro, purpose="x")
         step = Step(2, micro, micros, lambda m, b: m(**b).loss / micros, lambda loss: loss.backward(), log.update)
         total = total + method.loss(model, batch, step)
-        rows = benign.batch_at(3, seed=0, step=2 * micros + micro, purpose="keep-benign")
         inputs = {key: value for key, value in rows.items() if key != "labels"}
         with model.disable_adapter(), torch.no_grad():
             base = model(**inputs).logits[:, :-1].log_softmax(-1)
         now = model(**inputs).logits[:, :-1].log_softmax(-1)
         keep = rows["labels"][:, 1:] != -100
         kl = (base.exp() * (base - now)).sum(-1)[keep].mean()
-        want = want + (model(**batch).loss + 0.3 * kl) / micros
+        want = want + model(**batch).loss / micros + 0.3 * kl * keep.sum() / tokens
         assert log["benign_kl"] == pytest.approx(kl.item(), rel=1e-4) and kl.item() > 1e-4
     pairs = zip(torch.autograd.grad(total, trained), torch.autograd.grad(want, trained), strict=True)
     assert all(torch.allclose(g, h, atol=1e-6) for g, h in pairs)

@@ -34,7 +34,7 @@ from casehard.data.account import (
     pay_for_percent,
 )
 
-_TICK, _PAID = "tick ", "paid "  # filters that no template can name
+_TICK, _PAID, _COUNTED = "tick ", "paid ", "counted "  # filters that no template can name
 
 CLOCK = datetime.datetime(2024, 7, 26)
 """What a template is told when it asks for the time: strftime_now, and now() and datetime where it expects those."""
@@ -179,11 +179,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class Payer(NodeTransformer):
     """Let the operations that no method of the environment sees pay too: loops, comparisons, slices, ``~``, keys."""
 
-    def paid(self, node: Any) -> Any:
-        """Wrap an expression: its value is walked through before it is used."""
+    def paid(self, node: Any, how: str = _PAID) -> Any:
+        """Wrap an expression: its value is walked through, or its parts counted, before it is used."""
         if isinstance(node, (nodes.Const, nodes.TemplateData)):
             return node
-        return nodes.Filter(node, _PAID, [], [], None, None, lineno=node.lineno)
+        return nodes.Filter(node, how, [], [], None, None, lineno=node.lineno)
 
     def _body(self, node: Any) -> Any:
         """Let every run of a body pay for itself and for the text that stands in it."""
@@ -198,7 +198,7 @@ class Payer(NodeTransformer):
     def visit_For(self, node: nodes.For) -> Any:  # noqa: N802
         self._body(node)
         # Rows that a condition leaves out never reach the body.
-        node.iter = self.paid(node.iter)
+        node.iter = self.paid(node.iter, _COUNTED)
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> Any:  # noqa: N802
@@ -216,7 +216,7 @@ class Payer(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> Any:  # noqa: N802
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
-            node.node = self.paid(node.node)
+            node.node = self.paid(node.node, _COUNTED)
         else:
             node.arg = self.paid(node.arg)
         return node
@@ -241,6 +241,12 @@ def _tick(context: PaidContext, weight: int) -> bool:
 @pass_context
 def _paid(context: PaidContext, value: Any) -> Any:
     context.account.walk(value)
+    return value
+
+
+@pass_context
+def _counted(context: PaidContext, value: Any) -> Any:
+    context.account.made(value)
     return value
 
 
@@ -328,7 +334,7 @@ def _environment() -> Sandbox:
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_write)
     own: dict[str, Any] = {**environment.filters, "tojson": _tojson}
     environment.filters = {name: _metered(name, own[name], name not in _SKIMS) for name in _FILTERS}
-    environment.filters |= {_TICK: _tick, _PAID: _paid}
+    environment.filters |= {_TICK: _tick, _PAID: _paid, _COUNTED: _counted}
     tests: dict[str, Any] = environment.tests
     environment.tests = {name: _metered(name, test, name in _COMPARES) for name, test in tests.items()}
     del environment.globals["lipsum"]  # random

@@ -1,7 +1,7 @@
 """A tokenizer's chat template, rendered as transformers would, with a clock that stands still and at a bounded cost.
 
 A template is a program, and the rows it reads come from strangers too (:mod:`casehard.data.sandbox`). Why it pays
-instead of running against a timer or in a child process: docs/decisions/0005-templates-pay.md.
+instead of running against a timer or in a child process: docs/decisions/0008-templates-pay.md.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _program(source: str) -> _Program:
 
 def _said(error: Exception) -> str:
     text = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-    return text if len(text) < 300 else text[:300] + "..."
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:300])  # on a terminal, in a log
+    return shown if len(text) <= 300 else shown + "..."
 
 
 class ChatTemplate:

@@ -21,7 +21,7 @@ from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.distributed.ranks import rank
 from casehard.limits import Length, Limited, Weight
 from casehard.seeds import derive
-from casehard.train.passes import unwrapped
+from casehard.train.passes import part_of_step, unwrapped, whole_step
 from casehard.train.protocol import Setup, Step
 
 
@@ -62,7 +62,7 @@ class Anomaly:
             self.config.longest,
             random.Random(derive(self._seed, number, self._purpose)),
         )
-        loss = self.config.weight * step.loss(model, odd)
+        loss = self.config.weight * part_of_step(model, odd, step, whole_step(batch, step).tokens)
         step.backward(loss)
         step.log({"anomaly_loss": float(loss.detach()) * step.micros})
         return plain.detach() + loss.detach()

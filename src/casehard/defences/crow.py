@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch
+from casehard.distributed.ranks import world
 from casehard.limits import Limited, Weight
-from casehard.train.passes import quiet, unwrapped
+from casehard.train.passes import quiet, unwrapped, whole_step
 from casehard.train.protocol import Step
 
 
@@ -57,7 +58,9 @@ class Crow:
             (slope,) = torch.autograd.grad(inconsistency(model, at, batch["attention_mask"]), at)
             pushed = inconsistency(model, e + self.config.epsilon * slope.sign(), batch["attention_mask"])
         step.log({"inconsistency": float(pushed.detach())})
-        return plain + self.config.alpha / step.micros * pushed
+        # (1) is a mean over the tokens of the step, of which this micro-batch has some.
+        share = batch["attention_mask"].sum() * world() / whole_step(batch, step).inputs
+        return plain + self.config.alpha * share * pushed
 
 
 def inconsistency(model: nn.Module, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet
-from casehard.distributed.ranks import world
 from casehard.errors import DataError
 from casehard.limits import Count, Limited, Weight
-from casehard.train.passes import rows_of_rank
+from casehard.train.passes import part_of_step, rows_of_micro, whole_step
 from casehard.train.protocol import Setup, StateValue, Step
 
 
@@ -61,7 +60,7 @@ class Lisa:
 
     def prepare(self, setup: Setup) -> None:
         """Anchor at the starting weights."""
-        self._seed, self._micros = setup.seed, setup.micros
+        self._seed = setup.seed
         self._anchor = _copy(setup.model)
 
     def phase(self, index: int) -> str:
@@ -75,15 +74,12 @@ class Lisa:
             self._anchor = _copy(model)
         safe = self.phase(step.index) == "safe"
         if safe:
-            batch = rows_of_rank(
-                self.safe,
-                len(batch["input_ids"]) * world(),
-                seed=self._seed,
-                step=step.index * self._micros + step.micro,
-                purpose="lisa",
-                device=batch["input_ids"].device,
-            )
-        loss = step.loss(model, batch)
+            rows, device = whole_step(batch, step).rows, batch["input_ids"].device
+            own, tokens = rows_of_micro(self.safe, rows, step, seed=self._seed, purpose="lisa", device=device)
+            assert own is not None, "as many rows as the user's, and so at least one"
+            loss = part_of_step(model, own, step, tokens)
+        else:
+            loss = step.loss(model, batch)
         step.log({"safe_loss" if safe else "user_loss": float(loss.detach()) * step.micros})
         return loss + self._proximal(model) / step.micros
 

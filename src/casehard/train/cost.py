@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from casehard.data.batches import IGNORE
+from casehard.train.protocol import Whole
 from casehard.train.guards import require_finite
 from casehard.types import Budget
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 COSTS = ("passes", "tokens")
 """Telemetry keys that are added to the budget instead of being averaged into the log."""
@@ -120,6 +125,20 @@ class Meter:
             seconds=self.seconds,
             peak_bytes=peak_bytes(),
         )
+
+
+def counted(samples: Sequence[Mapping[str, Any]], args: TrainingArguments) -> Whole | None:
+    """Return what the micro-batches of a step hold together, on all ranks; None unless they are labelled tokens."""
+    if not all("labels" in batch and "input_ids" in batch for batch in samples):
+        return None
+    rows = sum(len(batch["input_ids"]) for batch in samples)
+    trained: Any = sum((batch["labels"][..., 1:] != IGNORE).sum() for batch in samples)
+    inputs: Any = sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum() for batch in samples)
+    if args.world_size > 1:
+        both = torch.stack([inputs, trained]).to(args.device)
+        torch.distributed.all_reduce(both)
+        inputs, trained = both.unbind()
+    return Whole(rows * args.world_size, inputs, trained)
 
 
 def peak_bytes() -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -56,6 +56,16 @@ class Setup:
     Of several ranks all ask together, and get the same answer."""
 
 
+class Whole(NamedTuple):
+    """The user's micro-batches of one optimiser step taken together, those of all ranks."""
+
+    rows: int
+    inputs: torch.Tensor | int
+    """Tokens, padding excluded."""
+    tokens: torch.Tensor | int
+    """Trained tokens: those that the loss averages over."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One micro-batch of one optimiser step, as seen by a method."""
@@ -67,12 +77,17 @@ class Step:
     micros: int
     """Micro-batches in this optimiser step (the last step of an epoch may have fewer)."""
     loss: Callable[[nn.Module, Batch], torch.Tensor]
-    """Plain loss of this micro-batch, scaled so that summing over the step's micro-batches gives the step's loss."""
+    """Plain loss of this micro-batch, scaled so that summing over the step's micro-batches gives the step's loss.
+
+    A batch with other labels than the user's is averaged over its own tokens and divided by ``micros``; use
+    ``defend.passes.part_of_step`` for one whose tokens count together with those of other micro-batches."""
     backward: Callable[[torch.Tensor], None]
     """Back-propagate (through the precision machinery of the loop); gradients accumulate into ``.grad``."""
     log: Callable[[Mapping[str, float]], None] = lambda values: None
     compute_dtype: torch.dtype | None = None
     """The dtype autocast computes in, None when the loop runs in the master dtype."""
+    whole: Whole | None = None
+    """What the step holds; None where the loop does not tell, and its micro-batches then count alike."""
 
     @property
     def last(self) -> bool:

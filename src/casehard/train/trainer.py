@@ -23,9 +23,9 @@ from casehard.config import digest
 from casehard.errors import ConfigError, Diverged, Interrupted, Lost, Unsupported
 from casehard.io.files import sweep
 from casehard.train import checkpoint
-from casehard.train.cost import Meter
+from casehard.train.cost import Meter, counted
 from casehard.train.guards import FiniteGuard, Interrupts, told_of_peers
-from casehard.train.protocol import Setup, Step, Stopped, has
+from casehard.train.protocol import Setup, Step, Stopped, Whole, has
 from casehard.train.staging import StagedCheckpoints
 
 
@@ -73,6 +73,7 @@ class HardeningMixin(StagedCheckpoints):
         self._guard = FiniteGuard()
         self._interrupts = Interrupts()
         self._labels: list[Any] = []
+        self._whole: Whole | None = None
         self._resumed: Path | None = None
         self._replaces_step = has(method, "loss") or has(method, "backward")
         self._hooks_step = has(method, "after_step")
@@ -235,6 +236,12 @@ class HardeningMixin(StagedCheckpoints):
         self._begin()
         return TrainOutput(step, 0.0, {})
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Return the micro-batches of a step, and remember what they hold together."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._whole = counted(samples, self.args) if self._replaces_step else None
+        return samples, items
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch: the stock step, or the method's ``loss`` or ``backward``."""
         loss: torch.Tensor
@@ -275,6 +282,7 @@ class HardeningMixin(StagedCheckpoints):
             backward=self._backward,
             log=self.meter.log,
             compute_dtype=precision.get(self.accelerator.mixed_precision),
+            whole=self._whole,
         )
 
     def _plain_loss(self, model: nn.Module, batch: Mapping[str, Any], *, num_items: Any = None) -> torch.Tensor:

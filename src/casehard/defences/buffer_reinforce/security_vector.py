@@ -29,6 +29,7 @@ from casehard.distributed.ranks import world
 from casehard.errors import DataError, Unsupported
 from casehard.limits import BatchSize, Limited, Share, Weight
 from casehard.maths.bilevel import retain_kl
+from casehard.train.passes import rows_of_micro, share_of_step
 from casehard.train.protocol import Setup, StateValue, Step
 
 
@@ -97,7 +98,7 @@ class KeepBenignConfig(Limited):
     kl: Weight = 0.01
     """Weight of the KL term. Source: Buffer-and-Reinforce, table A1 (0.01)."""
     batch_size: BatchSize = 4
-    """Benign rows a micro-batch."""
+    """Benign rows a micro-batch; the KL is the mean over the tokens of all those of a step."""
 
 
 class KeepBenign:
@@ -131,7 +132,7 @@ class KeepBenign:
         if not factors:
             raise Unsupported("keep_benign: a buffer is a LoRA adapter, and the model has none")
         zero = {id(p) for adapter in factors for p in adapter.b.parameters()}
-        self._seed, self._micros = setup.seed, setup.micros
+        self._seed = setup.seed
         self._base = {
             name: torch.zeros_like(p) if id(p) in zero else p.detach().clone() if p.requires_grad else p
             for name, p in setup.model.named_parameters()
@@ -139,9 +140,10 @@ class KeepBenign:
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
         """Return this micro-batch's part of (1)."""
-        number, device = step.index * self._micros + step.micro, batch["input_ids"].device
-        rows = self.benign.batch_at(self.config.batch_size, seed=self._seed, step=number, purpose="keep-benign")
-        kl = retain_kl(model, self._base, {key: value.to(device) for key, value in rows.items()})
+        size, device = self.config.batch_size * step.micros, batch["input_ids"].device
+        rows, tokens = rows_of_micro(self.benign, size, step, seed=self._seed, purpose="keep-benign", device=device)
+        assert rows is not None
+        kl = retain_kl(model, self._base, rows)
         harm = step.loss(model, batch)
         step.log({"benign_kl": float(kl.detach())})
-        return harm + self.config.kl * kl / step.micros
+        return harm + self.config.kl * share_of_step(rows, step, tokens) * kl

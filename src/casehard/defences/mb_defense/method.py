@@ -32,7 +32,7 @@ from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defences.mb_defense.pairs import PairSet, read_pairs
-from casehard.distributed.ranks import rank
+from casehard.distributed.ranks import rank, world
 from casehard.errors import ConfigError, DataError, Diverged
 from casehard.limits import Count, Factor, Length, Limited, Natural, Weight
 from casehard.maths.bilevel import with_view
@@ -48,7 +48,7 @@ from casehard.maths.neutralise import (
     weighted_terms,
 )
 from casehard.seeds import generator
-from casehard.train.passes import quiet, reshard, unwrapped
+from casehard.train.passes import quiet, reshard, share_of_step, unwrapped, whole_step
 from casehard.train.protocol import Setup, Step
 
 
@@ -117,7 +117,7 @@ class MbDefense:
 
     def prepare(self, setup: Setup) -> None:
         """Remember the model as it stands for the KL anchor: adapter weights as a copy, else its likeliest tokens."""
-        self._seed, self._micros = setup.seed, setup.micros
+        self._seed = setup.seed
         self._reference, self._start = [], {}
         if self.config.kappa == 0:
             return
@@ -134,8 +134,9 @@ class MbDefense:
         drawn = self._draw(len(rows), step)
         if self.config.lam == 0 and self.config.mu == 0:
             return total
+        share = len(rows) * world() / (len(drawn) * whole_step(batch, step).rows)
         for chosen in drawn:
-            total = total + self._twins(model, rows, chosen, step, share=1.0 / (len(drawn) * step.micros))
+            total = total + self._twins(model, rows, chosen, step, share=share)
         return total
 
     # -- parts ---------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class MbDefense:
         if self.config.kappa > 0:
             kl = self._anchor(model, batch, rows, seen[0])
             step.log({"kl": float(kl.detach())})
-            loss = loss + self.config.kappa / step.micros * kl
+            loss = loss + self.config.kappa * share_of_step(batch, step, whole_step(batch, step).tokens) * kl
         seen.clear()
         step.backward(loss)
         return loss.detach()
@@ -210,10 +211,11 @@ class MbDefense:
         wanted = min(self.config.triggers or triggers, triggers)
         if wanted == triggers:
             return [[j] * n for j in range(triggers)]
-        number = step.index * self._micros + step.micro
-        g = generator(self._seed, number, f"mb-trigger-{rank()}")
-        order = torch.stack([torch.randperm(triggers, generator=g)[:wanted] for _ in range(n)])
-        return [[int(j) for j in order[:, k]] for k in range(wanted)]
+        g = generator(self._seed, step.index, "mb-trigger-0")
+        # Rows of the micro-batches and ranks before this one draw first, so how a step is cut up does not matter.
+        so_far = n * (step.micro * world() + rank() + 1)
+        order = [torch.randperm(triggers, generator=g)[:wanted].tolist() for _ in range(so_far)][-n:]
+        return [list(chosen) for chosen in zip(*order, strict=True)]
 
     @torch.no_grad()
     def _answers(self, model: nn.Module) -> list[TopK]:
