@@ -282,7 +282,9 @@ def test_what_is_no_known_layout_is_refused_with_the_row(tmp_path: Path, case: s
     ],
 )
 def test_mixed_layouts_are_refused_with_the_row(tmp_path: Path, second: dict[str, Any]) -> None:
-    path = jsonl(tmp_path / "h.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}, second)
+    path = jsonl(
+        tmp_path / "h.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}, second
+    )
     with pytest.raises(DataError, match=r"h.jsonl:3: reads as .* the rows before as Alpaca \(instruction, output\)"):
         sources.load(path)
     jsonl(path, second, {"instruction": "a", "output": "b"})

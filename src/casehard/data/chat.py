@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from casehard.data import tool_turns
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
 from casehard.data.tokens import Controls, Tokens
 from casehard.errors import DataError, Unsupported, UserError
@@ -241,17 +242,19 @@ class ChatFormat:
         messages = list(example.messages)
         if self.system is not None and messages[0].role != "system":
             messages.insert(0, Message("system", self.system))
-        hidden = self._controls.hide([m.content for m in messages])
-        turns = [Message(m.role, text) for m, text in zip(messages, hidden.texts, strict=True)]
+        hidden = self._controls.hide([text for m in messages for text in tool_turns.texts(m)])
+        rest = iter(hidden.texts)
+        turns = [tool_turns.with_texts(m, rest) for m in messages]
         if not any(m.role == "user" for m in turns):
             raise DataError(f"{_name(example)}: no user turn")
+        tool_turns.require_place(turns, lambda t: self._render(t, example, prompt=False).text, _name(example))
         return turns, hidden.base, hidden.literal
 
     def _render(self, turns: Sequence[Message], example: Example, *, prompt: bool) -> _Rendering:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        chat = [{"role": m.role, "content": m.content} for m in turns]
+        chat = [{"role": m.role, "content": m.content, **(m.extra or {})} for m in turns]
         variables: dict[str, Any] = {**_FIXED, **self.tokenizer.special_tokens_map}
         try:
             rendered: Any = render_jinja_template(

@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from casehard.errors import DataError
-from casehard.types import ROLES, Example, Message
+from casehard.types import ROLES, Example, Message, Role
 
 MAX_LINE_BYTES = 1_000_000
 MAX_DEPTH = 32
@@ -176,7 +176,7 @@ def _turn(item: Any, where: str) -> Message:
     for key in set(extra) - {"tool_calls"}:
         _text(extra[key], repr(key), where)
     text = "" if calls and content in (None, "", []) else _content(content, where)
-    return Message(role, text, extra)
+    return Message(cast(Role, role), text, extra or None)
 
 
 def _due(before: Message | None) -> tuple[str, ...]:
@@ -262,5 +262,5 @@ def to_row(example: Example) -> dict[str, Any]:
         if len(roles) == 2:
             row["response"] = example.messages[1].content
     else:
-        row["messages"] = [{"role": m.role, "content": m.content, **m.extra} for m in example.messages]
+        row["messages"] = [{"role": m.role, "content": m.content, **(m.extra or {})} for m in example.messages]
     return row | dict(example.tags)

@@ -32,8 +32,16 @@ _OTHER = ("history", "image", "images", "audio", "audios", "video", "videos")
 """Columns that would change what the model sees, and are not read."""
 _NAMES = {"instruction": "Alpaca", "question": "question and answer", "query": "query and response"}
 _ROLES = {
-    **{"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"},
-    **{"chatgpt": "assistant", "bot": "assistant", "model": "assistant", "tool": "tool", "observation": "tool"},
+    "human": "user",
+    "user": "user",
+    "system": "system",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
 }
 
 
@@ -46,6 +54,9 @@ class _Layout(NamedTuple):
     answer: str = ""
     chat: str = ""
     system: str = ""
+
+
+_FORMS = _Layout("rows of the two forms")
 
 
 def check_map(columns: Mapping[str, str]) -> None:
@@ -72,6 +83,16 @@ def _there(value: Any) -> bool:
 
 def _plain(key: str) -> str:
     return key.strip().casefold()
+
+
+def _in_the_forms(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is accepted as it is: messages, or a prompt whose response no other column holds."""
+    if row.get("messages") is not None:
+        return True
+    prompt = row.get("prompt")
+    if prompt is None or isinstance(prompt, list):
+        return False
+    return row.get("response") is not None or not (_there(row.get("completion")) or _there(row.get("chosen")))
 
 
 class Reader:
@@ -101,13 +122,11 @@ class Reader:
         """
         if not isinstance(row, Mapping):
             return row
-        named = self._renamed(row, where) if self._columns else dict(row)
-        layout = self._layout(named, where)
-        self._same(layout, where)
-        if not layout.ask and not layout.chat:
-            out = named
-        else:
-            out = self._built(named, layout, where)
+        named = self._renamed(row, where) if self._columns else row
+        layout = _FORMS if not self._columns and _in_the_forms(row) else self._layout(named, where)
+        if layout is not self._first:
+            self._same(layout, where)
+        out = named if layout is _FORMS else self._built(named, layout, where)
         return {key: value for key, value in out.items() if value is not None} if self._nulls else out
 
     @property
@@ -153,13 +172,8 @@ class Reader:
         """Return how a row is read; without columns, it is in one of the accepted forms (or in none)."""
         forced = set(self._columns.values()) & set(row)
         chat, pair = forced & {*CHAT}, forced & {*ASK, *ANSWER, *CONTEXT}
-        if not forced - {"id"}:
-            if row.get("messages") is not None:
-                return _Layout("rows of the two forms")
-            prompt = row.get("prompt")
-            asked = isinstance(prompt, list) or (row.get("response") is None and self._live(row, _TO_PROMPT[1:]))
-            if prompt is not None and not asked:
-                return _Layout("rows of the two forms")
+        if not forced - {"id"} and _in_the_forms(row):
+            return _FORMS
         names = self._names(row, where)
         chats = [] if pair and not chat else self._pick(row, names, CHAT, forced)
         found = None if chat else self._pair(row, names, forced, where)
@@ -172,7 +186,7 @@ class Reader:
             found = _Layout(name, chat=chats[0])
         if found is None:
             if "prompt" in row or "messages" in row:
-                return _Layout("rows of the two forms")  # null: what is wrong with it is said there
+                return _FORMS  # null: what is wrong with it is said there
             self._unknown(row, where)
         systems = self._pick(row, names, SYSTEM, forced)
         if len(systems) > 1:
@@ -212,10 +226,6 @@ class Reader:
             name = {"completion": "prompt and completion", "chosen": "preference pairs"}.get(_plain(known[0]), name)
         return _Layout(name, asks[0], context, known[0] if known else "")
 
-    @staticmethod
-    def _live(row: Mapping[str, Any], group: Iterable[str]) -> bool:
-        return any(_there(row.get(key)) for key in group)
-
     def _names(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
         """Return known key -> column; upper case and blanks around a name do not count, an exact name goes first."""
         names: dict[str, str] = {}
@@ -249,7 +259,7 @@ class Reader:
             if column := getattr(layout, part):
                 used.add(column)
 
-    def _built(self, row: dict[str, Any], layout: _Layout, where: str) -> dict[str, Any]:
+    def _built(self, row: Mapping[str, Any], layout: _Layout, where: str) -> dict[str, Any]:
         """Return a row of one of the two forms; columns without a meaning stay as they are."""
         used = {*filter(None, layout[1:])}
         rest = {
