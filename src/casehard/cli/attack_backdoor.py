@@ -41,6 +41,7 @@ def backdoor(
     ] = False,
     limit: options.Limit = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -67,7 +68,7 @@ def backdoor(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     for key in ("model", "suite", "data"):
         options.need(values, key, f"--{key}")
     values["model"] = options.model_folder(values["model"])

@@ -59,6 +59,11 @@ class _Layout(NamedTuple):
 _FORMS = _Layout("rows of the two forms")
 
 
+def _said(layout: _Layout) -> str:
+    columns = ", ".join(filter(None, (layout.ask, layout.answer, layout.chat)))
+    return f"{layout.name} ({columns})" if columns else layout.name
+
+
 def check_map(columns: Mapping[str, str]) -> None:
     """Check a map of columns.
 
@@ -250,9 +255,8 @@ class Reader:
             first = self._first = layout
         answers = not (first.answer and layout.answer) or first.answer == layout.answer
         if (first.ask, first.chat) != (layout.ask, layout.chat) or not answers:
-            columns = [", ".join(filter(None, (one.ask, one.answer, one.chat))) for one in (layout, first)]
             raise DataError(
-                f"{where}: reads as {layout.name} ({columns[0]}), the rows before as {first.name} ({columns[1]})",
+                f"{where}: reads as {_said(layout)}, the rows before as {_said(first)}",
                 hint="a file holds rows of one layout: split it",
             )
         for part, used in self._used.items():

@@ -199,7 +199,7 @@ def _limit(size: int) -> None:
     try:
         import resource
 
-        with open("/proc/self/statm", encoding="ascii") as file:
+        with Path("/proc/self/statm").open(encoding="ascii") as file:
             now = int(file.read().split()[0]) * resource.getpagesize()
     except (ImportError, OSError):
         return
