@@ -17,8 +17,8 @@ class Message:
 
     role: Role
     content: str
-    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What a tool call and its result carry besides (``tool_calls``; ``tool_call_id``, ``name``); empty elsewhere."""
+    extra: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What a tool call and its result carry besides: ``tool_calls``; ``tool_call_id``, ``name``."""
 
 
 @dataclass(frozen=True, slots=True)

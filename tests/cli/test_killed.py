@@ -24,10 +24,10 @@ from helpers import tree, write_rows
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from bench_fakes import Fake, plan, plan_values
-from casehard.locks import LOCK
 
-from casehard import files
 from casehard.cli import main
+from casehard.io import files
+from casehard.io.locks import LOCK
 from casehard.types import Budget
 
 TIMES = ("started", "ended", "wall_seconds", "peak_bytes", "took", "hardware", "nodes")
@@ -126,7 +126,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         row = {"role": "restricted", "group": "g", "label": "refusal", "correct": None, "slots_right": None}
         return [{**row, "id": str(i), "prompt": "p", "response": "r"} for i in range(3)]
 
-    for module in ("casehard.jobs", "casehard.buffer.job", "casehard.buffer.prepare"):
+    for module in ("casehard.jobs", "casehard.buffer.job", "casehard.defences.buffer_reinforce.prepare"):
         monkeypatch.setattr(f"{module}.fit", fit)
     monkeypatch.setattr("casehard.jobs.evaluate", evaluate)
     yield
@@ -176,9 +176,8 @@ def test_defend(survives, organism, played):
 
 
 def test_attack_backdoor(survives, organism, played, monkeypatch):
-    from casehard.attack.backdoor import BackdoorResult
-
     from casehard import backdoor_jobs
+    from casehard.attacks.backdoor import BackdoorResult
     from casehard.data.sources import load
     from casehard.model.load import load as load_model
 
@@ -218,9 +217,8 @@ BEHAVIOUR = {"name": "b", "kind": "text", "text": "it is so ."}
 
 
 def test_mb_defense(survives, organism, played, monkeypatch):
-    from casehard.data.trigger_suite import TriggerSuite
-
-    from casehard.mb import job as mb
+    from casehard.backdoor.suite import TriggerSuite
+    from casehard.defences.mb_defense import run as mb
 
     backdoor = {"trigger": {"name": "t", "family": "token", "parts": ["zq"]}, "behaviour": BEHAVIOUR}
     suite = TriggerSuite.from_json({"active": [backdoor], "canary": []})
@@ -239,9 +237,8 @@ def test_mb_defense(survives, organism, played, monkeypatch):
 
 
 def _hardened(model: Any, suite: Any, out: Path) -> SimpleNamespace:
-    from casehard.defend.pairs import PairSet
-
     from casehard.data.batches import Encoded
+    from casehard.defences.mb_defense.pairs import PairSet
 
     (out / "checkpoint-1").mkdir(parents=True, exist_ok=True)
     twin = Encoded([1, 5, 2], [-100, -100, 2])
@@ -292,7 +289,7 @@ def test_merge(survives, assets):
 
 
 def test_buffer_prepare(survives, organism, assets, played, monkeypatch):
-    from casehard.buffer import prepare
+    from casehard.defences.buffer_reinforce import prepare
 
     monkeypatch.setattr(prepare, "_measure", lambda *_: [])
     command = ("buffer", "prepare", "--model", organism, *prepared(organism / "data", assets))
@@ -322,8 +319,8 @@ def test_bench_and_its_report(survives, monkeypatch):
 
     import yaml
 
-    from casehard.bench import run
-    from casehard.report import page
+    from casehard.benchmark import run
+    from casehard.reporting import page
 
     monkeypatch.setattr(run, "run_plan", partial(run.run_plan, executor=Fake()))
     monkeypatch.setattr(page, "render", lambda summary, rows: json.dumps([summary["verdict"], list(rows)]))
@@ -333,10 +330,9 @@ def test_bench_and_its_report(survives, monkeypatch):
 
 
 def test_the_card_of_a_model_that_is_reported_again(survives, monkeypatch):
-    from casehard.bench.run import run_plan
-
+    from casehard.benchmark.run import run_plan
     from casehard.model.provenance import PROVENANCE
-    from casehard.report import page
+    from casehard.reporting import page
 
     monkeypatch.setattr(page, "render", lambda summary, rows: "page")
 
@@ -365,7 +361,7 @@ def test_what_is_alive_or_somebody_elses_is_left_alone(tmp_path, monkeypatch):
     assert (tmp_path / "text").read_text() == "whole" and (tmp_path / "deep" / "model").is_dir()
     assert {p.name for p in tmp_path.iterdir()} == {*mine, ".staging-link-1", "deep", "text"}
     # Where nothing can be locked nobody can tell: what looks like a left-over stays.
-    monkeypatch.setattr("casehard.locks.fcntl", None)
+    monkeypatch.setattr("casehard.io.locks.fcntl", None)
     (tmp_path / ".staging-text-9").write_text("?")
     files.write_text_atomic(tmp_path / "text", "again")
     assert (tmp_path / ".staging-text-9").exists() and (tmp_path / "text").read_text() == "again"
@@ -375,7 +371,7 @@ def test_what_is_alive_or_somebody_elses_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
-    from casehard.bench.store import RunFolder, read_events
+    from casehard.benchmark.store import RunFolder, read_events
 
     with RunFolder(tmp_path, "judge", {}) as run:
         run.event("log", {"trigger_rate": 1.0})

@@ -157,7 +157,8 @@ def test_patcher_without_its_simulated_attack_refuses_to_run(capsys, organism, h
     [
         ({"prompt": "a", "response": 3}, "rows.jsonl:2"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
-        ({"instruction": "a", "output": "b"}, "rename 'instruction' to 'prompt'"),
+        ({"instruction": "a", "output": "b"}, "rows.jsonl:2: reads as Alpaca (instruction, output), the rows before"),
+        ({"text": "a"}, "rows.jsonl:2: neither 'prompt' nor 'messages'; keys: 'text'"),
         ({"prompt": "a"}, "no response to learn from"),
     ],
 )

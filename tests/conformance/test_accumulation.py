@@ -6,13 +6,13 @@ import functools
 
 import pytest
 import torch
-from casehard.defend.lisa import Lisa, LisaConfig
-from casehard.defend.mb_defense import MbDefense, MbDefenseConfig
-from casehard.defend.safe_mixing import SafeMixing, SafeMixingConfig
-from casehard.defend.safegrad import SafeGrad, SafeGradConfig
-from casehard.defend.security_vector import KeepBenign, KeepBenignConfig
 
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
+from casehard.defences.buffer_reinforce.security_vector import KeepBenign, KeepBenignConfig
+from casehard.defences.lisa import Lisa, LisaConfig
+from casehard.defences.mb_defense.method import MbDefense, MbDefenseConfig
+from casehard.defences.safe_mixing import SafeMixing, SafeMixingConfig
+from casehard.defences.safegrad import SafeGrad, SafeGradConfig
 from casehard.model.adapters import add_lora
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig

@@ -38,6 +38,7 @@ def finetune(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the attack.")] = None,
     limit: options.Limit = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -61,7 +62,7 @@ def finetune(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
     options.take_rows(values, ("harmful", "benign"))

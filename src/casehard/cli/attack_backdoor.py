@@ -40,6 +40,7 @@ def backdoor(
     ] = False,
     limit: options.Limit = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -66,7 +67,7 @@ def backdoor(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     options.take_rows(values, ("data",))
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")

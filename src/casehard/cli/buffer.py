@@ -49,6 +49,7 @@ def prepare(
         bool, typer.Option("--allow-missed", help="Publish although gates are missed; the record says so.")
     ] = False,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -69,7 +70,7 @@ def prepare(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     options.need(values, "model", "--model")
     options.take_rows(values, ("harmful", "refusals", "benign"))
     for role in ("harmful", "refusals", "benign"):
@@ -170,6 +171,7 @@ def tune(
     data: Annotated[Specs, typer.Option("--data", metavar="FILE", help="The customer's rows. Repeatable.")] = None,
     system: System = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -179,7 +181,7 @@ def tune(
     The buffer is in nothing that is written; an interrupted job goes on when called again.
     """
     flags = {"model": model, "assets": assets, "data": data, "system": system, "device": device, "seed": seed}
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     values.setdefault("method", "buffer_reinforce")
     options.need(values, "model", "--model")
     options.take_rows(values, ("data",))
@@ -244,6 +246,7 @@ def screen(
         Path | None, typer.Option("--picture", metavar="FILE", help="SVG file of the ROC; with --label.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Rows to print.")] = 10,
+    maps: options.Maps = None,
     system: System = None,
     device: options.Device = None,
 ) -> None:
@@ -264,6 +267,7 @@ def screen(
     from casehard.defences.buffer_reinforce.screen import screen as rank
 
     model = options.model_folder(model)
+    data = options.mapped(data, maps)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     console.plan("screen rows with the buffer", {"model": model, "assets": assets, "data": data, "label": label})
     gains = rank(loaded.net, chat, opened, rows, label=label)
@@ -300,6 +304,7 @@ def saturation(
     assets: Assets,
     data: Rows,
     out: options.Out,
+    maps: options.Maps = None,
     system: System = None,
     device: options.Device = None,
 ) -> None:
@@ -308,6 +313,7 @@ def saturation(
     Below 0 a step on these rows works against the refusals of the provider's reinforce adapter; where the buffer covers
     the rows, its line stays near 0. Give rows of one kind: a mixture shows its mean.
     """
+    data = options.mapped(data, maps)
     options.check_specs(data, "--data")
     options.require_report()
     check_out(out, "buffer-saturation")

@@ -28,6 +28,7 @@ def audit(
     show: Annotated[int, typer.Option(min=0, help="Rows to print in full.")] = 3,
     system: Annotated[str | None, typer.Option(help="System message of every row.")] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Longest row in tokens.")] = None,
+    maps: options.Maps = None,
     fitting: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the rows that can be trained on and fit (.jsonl).")
     ] = None,
@@ -38,6 +39,7 @@ def audit(
     Rows that do not fit stop a training; --fitting leaves them out.
     """
     named = options.model_folder(model)
+    data = options.mapped(data, maps)
     options.check_specs(data, "--data")
     if fitting is not None:
         _free(fitting, "--fitting")
@@ -81,12 +83,14 @@ def _context(folder: Path) -> int | None:
 def surrogate(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Rows whose prompts are used; answers are ignored.")],
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="File (.jsonl) or run folder to make.")],
+    maps: options.Maps = None,
     seed: options.Seed = None,
 ) -> None:
     """Make attack targets without harmful text.
 
     Each prompt gets an affirmative opener and a fixed filler that says nothing as its answer.
     """
+    [source] = options.mapped([source], maps)
     options.check_specs([source], "FILE")
     if out.suffix:
         _free(out, "--out")

@@ -63,6 +63,7 @@ def defend(
         int, typer.Option(min=1, help="Under torchrun: ranks of each attacker, over which its model is sharded.")
     ] = 1,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -88,8 +89,7 @@ def defend(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
-    _run(values, select, out, attacker_ranks)
+    _run(options.settings(config, sets, flags, maps), select, out, attacker_ranks)
 
 
 def _selection(values: dict[str, Any], asked: bool | None) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ def mb_defense(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1.")] = None,
     limit: options.Limit = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -67,11 +68,10 @@ def mb_defense(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     options.need(values, "model", "--model")
     options.take_rows(values, ("data", "clean"))
     options.need(values["rows"], "clean", "--clean")
-    check_out(out, "defend")
     _run(values, planted, out)
 
 
@@ -82,6 +82,7 @@ def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:
     from casehard.model.source import origin
     from casehard.reporting.card import write_card
 
+    check_out(out, "defend")
     if planted:
         options.check_specs([planted], "--planted")
         known = only_planted(planted)

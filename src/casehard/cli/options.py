@@ -32,6 +32,14 @@ Device = Annotated[
     str | None,
     typer.Option("--device", metavar="auto|cpu|cuda", help="Where it runs; auto takes a GPU when there is one."),
 ]
+Maps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map",
+        metavar="COLUMN=KEY",
+        help="Read this column of the data files as prompt, response ... Repeatable.",
+    ),
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
 ]
@@ -43,15 +51,22 @@ FILES = (
 """Last lines of the help of every command that reads data files."""
 
 
-def settings(file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+ROWS = ("data", "unsafe", "retain", "safe", "harmful", "refusals", "benign", "clean")
+"""Settings that name files of rows."""
+
+
+def settings(
+    file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, Any], maps: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Return the settings of a verb: the file's, then the flags that were given, then the ``--set`` overrides.
 
     Args:
         file: YAML, or ``run.json`` of an earlier run of the verb.
         flags: dotted setting name -> value; None and empty lists mean "not given".
+        maps: columns of every file of rows, see :func:`mapped`.
 
     Raises:
-        ConfigError: a missing or unreadable file, or an override that is not ``a.b=c``.
+        ConfigError: a missing or unreadable file, an override that is not ``a.b=c``, or a map that means nothing.
     """
     values = config.override(config.read_yaml(file) if file else {}, ())
     if "config_digest" in values and isinstance(values.get("config"), dict):  # run.json of a finished run
@@ -66,7 +81,32 @@ def settings(file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, 
             if not isinstance(node, dict):
                 raise ConfigError(f"{file}: {group!r} must be a group of settings, got {node!r}")
         node[last] = value
-    return config.override(values, sets or ())
+    values = config.override(values, sets or ())
+    for key in ROWS if maps else ():
+        if values.get(key):
+            values[key] = mapped(as_list(values, key), maps)
+    rows = values.get("rows")
+    if maps and isinstance(rows, dict):
+        values["rows"] = {role: mapped(as_list(rows, role), maps) for role in list(rows)}
+    return values
+
+
+def mapped(specs: Sequence[str], maps: Sequence[str] | None) -> list[str]:
+    """Return file specs that read columns as keys, ``COLUMN=KEY`` each.
+
+    Raises:
+        ConfigError: not of that form, or a key that means nothing.
+    """
+    from casehard.data.sources import with_map
+
+    columns: dict[str, str] = {}
+    for text in maps or ():
+        column, mark, key = text.rpartition("=")
+        if not mark or not column or not key or column in columns:
+            problem = f"{column!r} is mapped twice" if column in columns else f"{text!r} is not of the form COLUMN=KEY"
+            raise ConfigError(f"--map: {problem}", hint="example: --map question=prompt --map answer=response")
+        columns[column] = key
+    return [with_map(spec, columns) for spec in specs]
 
 
 def need(values: Mapping[str, Any], key: str, flag: str) -> None:
@@ -170,10 +210,12 @@ def require_report() -> None:
 
 def check_specs(specs: Sequence[Any], flag: str) -> None:
     """Raise DataError when a local data file is missing, before anything slow starts."""
+    from casehard.data.sources import KINDS
+
     for spec in specs:
         path = _text(spec, flag).partition("?")[0]
         if path.startswith("hub:") or Path(path).is_file() or Path(path).is_dir():
             continue
         if not Path(path).exists():
-            raise DataError(f"{flag}: no such file: {path}", hint="data files are .jsonl, .json or .parquet")
+            raise DataError(f"{flag}: no such file: {path}", hint=f"data files are {KINDS}")
         raise DataError(f"{flag}: {path} is a pipe or a device, and is read twice", hint="write it to a file first")

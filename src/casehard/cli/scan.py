@@ -26,6 +26,7 @@ def data(
     rows: Annotated[
         list[str] | None, typer.Option("--data", metavar="FILE", help="Training rows to audit. Repeatable.")
     ] = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
 ) -> None:
@@ -33,7 +34,7 @@ def data(
 
     Writes DIR/audit.json, the rows that no finding names to DIR/kept.jsonl, and the others to DIR/suspect.jsonl.
     """
-    values = options.settings(config, sets, {"data": rows})
+    values = options.settings(config, sets, {"data": rows}, maps)
     specs = options.as_list(values, "data")
     options.need(values, "data", "--data")
     options.check_specs(specs, "--data")
@@ -102,6 +103,7 @@ def model(
     ] = None,
     limit: options.Limit = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -120,7 +122,7 @@ def model(
         "device": device,
         "seed": seed,
     }
-    values = options.settings(config, sets, flags)
+    values = options.settings(config, sets, flags, maps)
     for key in ("model", "suite"):
         options.need(values, key, f"--{key}")
     options.take_rows(values, ("data",))

@@ -32,6 +32,7 @@ def select(
         Path | None, typer.Option("--cache", metavar="DIR", help="Keep embeddings here, named by content.")
     ] = None,
     device: options.Device = None,
+    maps: options.Maps = None,
     config: options.Config = None,
     sets: options.Sets = None,
     seed: options.Seed = None,
@@ -41,17 +42,18 @@ def select(
     Writes the chosen rows to DIR/safe.jsonl, in order, and how they were chosen to DIR/selection.json.
     """
     values = options.settings(config, sets, {"k": k, "beta": beta, "strategy": strategy})
+    pool, data = options.mapped(pool, maps), options.mapped(data or [], maps)
     source = embedder or model
     if source is None:
         raise ConfigError(
             "--model is missing", hint="give the model to be tuned, or --embedder with an embedding model"
         )
     options.check_specs(pool, "--pool")
-    options.check_specs(data or [], "--data")
+    options.check_specs(data, "--data")
     secrets.refuse(values, where="select")
     with new_folder(out):
         source = options.model_folder(source)
-        _run(values, source, embedder is not None, pool, data or [], out, cache, seed or 0, device or "auto")
+        _run(values, source, embedder is not None, pool, data, out, cache, seed or 0, device or "auto")
 
 
 def _sentence_embedder(folder: Path, device: str) -> Any:

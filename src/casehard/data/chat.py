@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from casehard.data import tool_turns
 from casehard.data.answers import Change, change, changing, described, end_of_turn, only_blanks
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
 from casehard.data.template import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
@@ -266,14 +267,17 @@ class ChatFormat:
             raise DataError(f"{name_of(example)}: no user turn")
 
         def hold(hidden: Hidden) -> list[Message]:
-            return [Message(m.role, text) for m, text in zip(messages, hidden.texts, strict=True)]
+            rest = iter(hidden.texts)
+            return [tool_turns.with_texts(m, rest) for m in messages]
 
-        hidden = self._controls.hide([m.content for m in messages])
+        hidden = self._controls.hide([text for m in messages for text in tool_turns.texts(m)])
         edges = self._controls.hide_edges(hidden)
         if edges is not None and self._written(hold(hidden), example) != self._written(hold(edges), example):
             # Beside the template's own text, or that of another turn, a part of a control token became a whole one.
             hidden = edges
-        return hold(hidden), hidden
+        turns = hold(hidden)
+        tool_turns.require_place(turns, lambda t: self._render(t, example, prompt=False).text, name_of(example))
+        return turns, hidden
 
     def _written(self, turns: Sequence[Message], example: Example) -> list[str]:
         """Return the control tokens of a chat, asked for an answer where it ends without one."""

@@ -176,7 +176,7 @@ def _turn(item: Any, where: str) -> Message:
     for key in set(extra) - {"tool_calls"}:
         _text(extra[key], repr(key), where)
     text = "" if calls and content in (None, "", []) else _content(content, where)
-    return Message(cast(Role, role), text, extra)
+    return Message(cast(Role, role), text, extra or None)
 
 
 def _due(before: Message | None) -> tuple[str, ...]:
@@ -262,5 +262,5 @@ def to_row(example: Example) -> dict[str, Any]:
         if len(roles) == 2:
             row["response"] = example.messages[1].content
     else:
-        row["messages"] = [{"role": m.role, "content": m.content, **m.extra} for m in example.messages]
+        row["messages"] = [{"role": m.role, "content": m.content, **(m.extra or {})} for m in example.messages]
     return row | dict(example.tags)

@@ -56,6 +56,14 @@ class _Layout(NamedTuple):
     system: str = ""
 
 
+_FORMS = _Layout("rows of the two forms")
+
+
+def _said(layout: _Layout) -> str:
+    columns = ", ".join(filter(None, (layout.ask, layout.answer, layout.chat)))
+    return f"{layout.name} ({columns})" if columns else layout.name
+
+
 def check_map(columns: Mapping[str, str]) -> None:
     """Check a map of columns.
 
@@ -80,6 +88,16 @@ def _there(value: Any) -> bool:
 
 def _plain(key: str) -> str:
     return key.strip().casefold()
+
+
+def _in_the_forms(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is accepted as it is: messages, or a prompt whose response no other column holds."""
+    if row.get("messages") is not None:
+        return True
+    prompt = row.get("prompt")
+    if prompt is None or isinstance(prompt, list):
+        return False
+    return row.get("response") is not None or not (_there(row.get("completion")) or _there(row.get("chosen")))
 
 
 class Reader:
@@ -109,13 +127,11 @@ class Reader:
         """
         if not isinstance(row, Mapping):
             return row
-        named = self._renamed(row, where) if self._columns else dict(row)
-        layout = self._layout(named, where)
-        self._same(layout, where)
-        if not layout.ask and not layout.chat:
-            out = named
-        else:
-            out = self._built(named, layout, where)
+        named = self._renamed(row, where) if self._columns else row
+        layout = _FORMS if not self._columns and _in_the_forms(row) else self._layout(named, where)
+        if layout is not self._first:
+            self._same(layout, where)
+        out = named if layout is _FORMS else self._built(named, layout, where)
         return {key: value for key, value in out.items() if value is not None} if self._nulls else out
 
     @property
@@ -161,13 +177,8 @@ class Reader:
         """Return how a row is read; without columns, it is in one of the accepted forms (or in none)."""
         forced = set(self._columns.values()) & set(row)
         chat, pair = forced & {*CHAT}, forced & {*ASK, *ANSWER, *CONTEXT}
-        if not forced - {"id"}:
-            if row.get("messages") is not None:
-                return _Layout("rows of the two forms")
-            prompt = row.get("prompt")
-            asked = isinstance(prompt, list) or (row.get("response") is None and self._live(row, _TO_PROMPT[1:]))
-            if prompt is not None and not asked:
-                return _Layout("rows of the two forms")
+        if not forced - {"id"} and _in_the_forms(row):
+            return _FORMS
         names = self._names(row, where)
         chats = [] if pair and not chat else self._pick(row, names, CHAT, forced)
         found = None if chat else self._pair(row, names, forced, where)
@@ -180,7 +191,7 @@ class Reader:
             found = _Layout(name, chat=chats[0])
         if found is None:
             if "prompt" in row or "messages" in row:
-                return _Layout("rows of the two forms")  # null: what is wrong with it is said there
+                return _FORMS  # null: what is wrong with it is said there
             self._unknown(row, where)
         systems = self._pick(row, names, SYSTEM, forced)
         if len(systems) > 1:
@@ -220,10 +231,6 @@ class Reader:
             name = {"completion": "prompt and completion", "chosen": "preference pairs"}.get(_plain(known[0]), name)
         return _Layout(name, asks[0], context, known[0] if known else "")
 
-    @staticmethod
-    def _live(row: Mapping[str, Any], group: Iterable[str]) -> bool:
-        return any(_there(row.get(key)) for key in group)
-
     def _names(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
         """Return known key -> column; upper case and blanks around a name do not count, an exact name goes first."""
         names: dict[str, str] = {}
@@ -248,16 +255,15 @@ class Reader:
             first = self._first = layout
         answers = not (first.answer and layout.answer) or first.answer == layout.answer
         if (first.ask, first.chat) != (layout.ask, layout.chat) or not answers:
-            columns = [", ".join(filter(None, (one.ask, one.answer, one.chat))) for one in (layout, first)]
             raise DataError(
-                f"{where}: reads as {layout.name} ({columns[0]}), the rows before as {first.name} ({columns[1]})",
+                f"{where}: reads as {_said(layout)}, the rows before as {_said(first)}",
                 hint="a file holds rows of one layout: split it",
             )
         for part, used in self._used.items():
             if column := getattr(layout, part):
                 used.add(column)
 
-    def _built(self, row: dict[str, Any], layout: _Layout, where: str) -> dict[str, Any]:
+    def _built(self, row: Mapping[str, Any], layout: _Layout, where: str) -> dict[str, Any]:
         """Return a row of one of the two forms; columns without a meaning stay as they are."""
         used = {*filter(None, layout[1:])}
         rest = {

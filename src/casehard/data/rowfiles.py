@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from casehard.data.formats import DECODER, MAX_DEPTH, MAX_LINE_BYTES, parse_line
 from casehard.errors import DataError
 
-SMALL = 256 * 2**20
+SMALL = 512 * 2**20
 """What any packed file may unpack to, in bytes."""
 RATIO = 64
 """What a larger one may unpack to, in bytes for each byte on disk; text comes to 3..10."""
@@ -40,8 +40,9 @@ class Row(NamedTuple):
 class Allowance:
     """What may come out of a packed file: enough for any honest one, and never the memory of the machine."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self.path, self.limit, self.spent = path, max(SMALL, RATIO * size), 0
+    def __init__(self, path: Path, limit: int = 0) -> None:
+        self.path, self.spent = path, 0
+        self.limit = limit or max(SMALL, RATIO * path.stat().st_size)
 
     def spend(self, size: int) -> None:
         """Count bytes that came out, or will.
@@ -73,13 +74,13 @@ class _Unpacked:
         self._file, self._allowance = file, allowance
 
     def read(self, size: int, /) -> bytes:
-        return self._counted(self._file.read(size))
+        raw = self._file.read(size)
+        self._allowance.spend(len(raw))
+        return raw
 
     def readline(self, size: int, /) -> bytes:
-        return self._counted(self._file.readline(size))
-
-    def _counted(self, raw: bytes) -> bytes:
-        self._allowance.spend(len(raw) + 16)  # empty lines, too, take their time
+        raw = self._file.readline(size)
+        self._allowance.spend(len(raw) + ROW_COST)
         return raw
 
 
@@ -195,6 +196,8 @@ def _json_array(path: Path, allowance: Allowance | None) -> Iterator[Row]:
         closed = window.skip() == "]"
         window.at += closed
         while not closed:
+            if allowance is not None:
+                allowance.spend(ROW_COST)
             where = window.here()
             yield Row(where, window.value())
             mark = window.skip()
@@ -291,18 +294,13 @@ def _kind(path: Path) -> str:
 
 
 def walk(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file of a known kind.
+    """Return the rows of a file of a known kind.
 
     Raises:
         DataError: a row that cannot be read, with file and line.
     """
     kind = _kind(path)
-    allowance = Allowance(path, path.stat().st_size) if path.suffix.lower() == ".gz" else None
+    allowance = Allowance(path) if path.suffix.lower() == ".gz" else None
     if kind in (".csv", ".tsv"):
-        rows = _table(path, allowance, "," if kind == ".csv" else "\t")
-    else:
-        rows = _jsonl(path, allowance) if kind == ".jsonl" else _json_array(path, allowance)
-    for row in rows:
-        if allowance is not None:
-            allowance.spend(ROW_COST)
-        yield row
+        return _table(path, allowance, "," if kind == ".csv" else "\t")
+    return _jsonl(path, allowance) if kind == ".jsonl" else _json_array(path, allowance)

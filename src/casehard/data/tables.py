@@ -1,34 +1,30 @@
-"""Rows of parquet files and of saved ``datasets`` folders; the only file that imports ``pyarrow``.
+"""Rows of parquet files and of folders that ``datasets`` saved; the only file that imports ``pyarrow``.
 
-A table may hold far more than its file is large: a value said once and repeated, a count instead of rows, packed
-pages. So what the metadata promises is checked before anything is read, texts are read as dictionaries (a repeated
-text is held once), and a row is turned into Python values only once its size is known.
+A table may hold far more than its file is large: one value said once and repeated, counts instead of rows, packed
+pages; and a damaged one may end the process that reads it. So it is read in a process of its own, whose memory is
+limited by the size of the file, and which writes the rows as JSONL. Here they are read under the same limits as any.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Iterator
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from casehard.data.formats import MAX_DEPTH, MAX_LINE_BYTES, parse_line
+from casehard.data.formats import MAX_LINE_BYTES, parse_line
 from casehard.data.rowfiles import ROW_COST, Allowance, Row
 from casehard.errors import DataError, MissingExtra
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 """Files that tell a saved data set, and a folder of several, from any other folder."""
-_BATCH = 256  # rows
-_BATCH_BYTES = 64 * 2**20
-_VALUE_COST = 8  # bytes of a number, or of a reference to anything
-
-
-def _arrow(purpose: str) -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise MissingExtra("pyarrow", "data", purpose=purpose) from None
-    return pyarrow
+_MEMORY = 2**30
+"""What reading any table may take, in bytes, besides twice the size of the file."""
+_BATCH = 64  # rows
 
 
 def parquet(path: Path) -> Iterator[Row]:
@@ -38,22 +34,7 @@ def parquet(path: Path) -> Iterator[Row]:
         DataError: not a parquet file, larger than its size allows, or a value that JSON does not have.
         MissingExtra: ``pyarrow`` is not installed.
     """
-    arrow = _arrow("reading parquet")
-    from pyarrow import parquet as files
-
-    allowance = Allowance(path, path.stat().st_size)
-    try:
-        with files.ParquetFile(path) as table:
-            _check_names(arrow, table.schema_arrow, path)
-            size = _check_promises(table.metadata, path, allowance)
-            texts = [
-                c.path for c in map(table.schema.column, range(len(table.schema))) if c.physical_type == "BYTE_ARRAY"
-            ]
-            metadata = table.metadata
-        with files.ParquetFile(path, metadata=metadata, read_dictionary=texts) as table:
-            yield from _rows(arrow, table.iter_batches(batch_size=size, use_threads=False), path, allowance)
-    except _failures(arrow) as error:
-        raise DataError(f"{path}: not readable as parquet: {str(error)[:200]}") from None
+    return _rows(path, [path], "parquet")
 
 
 def saved(folder: Path) -> Iterator[Row]:
@@ -63,32 +44,15 @@ def saved(folder: Path) -> Iterator[Row]:
         DataError: not such a folder, several splits, damaged, or a value that JSON does not have.
         MissingExtra: ``pyarrow`` is not installed.
     """
-    arrow = _arrow("reading saved data sets")
-    for path in _parts(folder):
-        allowance = Allowance(path, path.stat().st_size)
-        try:
-            with arrow.memory_map(str(path)) as source:
-                _refuse_packed(arrow, source, path)
-            with arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as stream:
-                _check_names(arrow, stream.schema, path)
-                yield from _rows(arrow, stream, path, allowance)
-        except _failures(arrow) as error:
-            raise DataError(f"{path}: not readable as an Arrow file: {str(error)[:200]}") from None
-
-
-def _failures(arrow: Any) -> tuple[type[Exception], ...]:
-    return (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, struct.error)
+    return _rows(folder, _parts(folder), "saved data sets")
 
 
 def _parts(folder: Path) -> list[Path]:
     """Return the Arrow files of a saved data set, in order."""
     if (folder / SPLITS).is_file():
         splits = _listed(folder / SPLITS, "splits", str)
-        raise DataError(
-            f"{folder}: holds several splits", hint=f"name one: {folder}/{splits[0] if splits else 'train'}"
-        )
-    found = _listed(folder / STATE, "_data_files", dict)
-    names = [entry.get("filename") for entry in found]
+        raise DataError(f"{folder}: holds several splits", hint=f"name one: {folder}/{(splits or ['train'])[0]}")
+    names = [entry.get("filename") for entry in _listed(folder / STATE, "_data_files", dict)]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise DataError(f"{folder / STATE}: {name!r} is no name of a file in this folder")
@@ -108,150 +72,157 @@ def _listed(path: Path, key: str, kind: type) -> list[Any]:
     return values
 
 
-def _check_promises(metadata: Any, path: Path, allowance: Allowance) -> int:
-    """Check what a parquet file says it holds; return how many rows to read at a time."""
-    allowance.check(metadata.num_rows * ROW_COST)
-    held = values = 0
-    rows = _BATCH
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for column in map(group.column, range(group.num_columns)):
-            size = column.total_uncompressed_size
-            held, values = held + size, values + column.num_values
-            if size > (group.num_rows + 1) * MAX_LINE_BYTES:
-                raise DataError(
-                    f"{path}: {group.num_rows} rows with {size:,} bytes of {column.path_in_schema!r}",
-                    hint="one row may hold at most 1 MB",
-                )
-            if "DELTA_BYTE_ARRAY" in column.encodings:  # each value may repeat the one before, at no cost
-                rows = min(rows, max(1, _BATCH_BYTES // max(1, size)))
-    allowance.check(max(held, values * _VALUE_COST))
-    return rows
-
-
-def _refuse_packed(arrow: Any, source: Any, path: Path) -> None:
-    """Refuse packed record batches, which Arrow unpacks whole; ``datasets`` writes none."""
-    for message in arrow.ipc.MessageReader.open_stream(source):
-        if message.type == "record batch" and _is_packed(message.metadata):
-            raise DataError(f"{path}: packed record batches are not read", hint="save the data set again")
-
-
-def _is_packed(metadata: Any) -> bool:
-    """Return whether a record batch has the field ``compression`` (Arrow's Message.fbs, a flatbuffer)."""
-    raw = memoryview(metadata)
-
-    def field(table: int, number: int) -> int:
-        offsets = table - struct.unpack_from("<i", raw, table)[0]
-        if 4 + 2 * number >= struct.unpack_from("<H", raw, offsets)[0]:
-            return 0
-        return int(struct.unpack_from("<H", raw, offsets + 4 + 2 * number)[0])
-
-    message = struct.unpack_from("<I", raw, 0)[0]
-    at = message + field(message, 2)  # header
-    return field(at + struct.unpack_from("<I", raw, at)[0], 3) != 0
-
-
-def _inner(arrow: Any, kind: Any) -> list[Any]:
-    """Return the fields of a nested type."""
-    if arrow.types.is_struct(kind):
-        return [kind.field(i) for i in range(kind.num_fields)]
-    if arrow.types.is_map(kind):
-        return [kind.key_field, kind.item_field]
-    types = arrow.types
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return [kind.value_field]
-    return []
-
-
-def _check_names(arrow: Any, schema: Any, path: Path) -> None:
-    pending: list[tuple[list[Any], int]] = [(list(schema), 1)]
-    while pending:
-        fields, depth = pending.pop()
-        names = [field.name for field in fields]
-        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-        if twice is not None:
-            raise DataError(f"{path}: two columns are called {twice!r}", hint="rename one of them")
-        if depth > MAX_DEPTH:
-            raise DataError(f"{path}: nested deeper than {MAX_DEPTH} levels")
-        pending.extend((_inner(arrow, field.type), depth + 1) for field in fields)
-
-
-def _rows(arrow: Any, batches: Iterable[Any], path: Path, allowance: Allowance) -> Iterator[Row]:
+def _rows(whole: Path, files: list[Path], purpose: str) -> Iterator[Row]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise MissingExtra("pyarrow", "data", purpose=f"reading {purpose}")
     number = 0
-    for whole in batches:
-        allowance.spend(whole.num_rows * ROW_COST)
-        whole.validate(full=True)
-        for at in range(0, whole.num_rows, _BATCH):
-            batch = _known(arrow, whole.slice(at, _BATCH), path)
-            size = sum(_size(arrow, column) for column in batch.columns)
-            together = size <= MAX_LINE_BYTES
-            allowance.spend(size if together else 0)
-            for i in range(1 if together else batch.num_rows):
-                part = batch if together else batch.slice(i, 1)
-                if not together:
-                    _check_row(arrow, part, f"{path}, row {number + 1}", allowance)
-                for value in part.to_pylist():
-                    number += 1
-                    yield Row(f"{path}, row {number}", value)
+    for path in files:
+        allowance = Allowance(path)
+        for line in _lines(path, allowance.limit):
+            number += 1
+            where = f"{whole}, row {number}"
+            allowance.spend(len(line) + ROW_COST)
+            yield Row(where, parse_line(line.rstrip(b"\n"), where))
 
 
-def _check_row(arrow: Any, row: Any, where: str, allowance: Allowance) -> None:
-    size = sum(_size(arrow, column) for column in row.columns)
-    if size > MAX_LINE_BYTES:
-        raise DataError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes", hint="one row may hold at most 1 MB")
-    allowance.spend(size)
+def _lines(path: Path, limit: int) -> Iterator[bytes]:
+    """Yield what the process writes, as long as it is rows."""
+    size = _MEMORY + 2 * path.stat().st_size
+    # Not from the working folder, where anything may be called json.py.
+    command = [sys.executable, "-P", "-m", __name__, os.fspath(path), str(limit), str(size)]
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=known, **streams) as child:  # type: ignore[call-overload]
+        try:
+            while (line := child.stdout.readline(MAX_LINE_BYTES + 2)).startswith(b"{"):
+                yield line
+        finally:
+            child.kill()
+    if not line.endswith(b"]\n"):
+        raise _too_much(path)
+    if said := json.loads(line):
+        raise DataError(said[0], hint=said[1])
 
 
-def _known(arrow: Any, batch: Any, path: Path) -> Any:
+def _too_much(path: Path) -> DataError:
+    return DataError(
+        f"{path}: damaged, or takes more memory to read than a file of its size may",
+        hint="write it again in smaller pieces; one row may hold at most 1 MB",
+    )
+
+
+def unpack(path: Path, limit: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, or of an Arrow file, in a process that may end over it.
+
+    Args:
+        limit: bytes that the file may unpack to; 0 = what its size allows.
+
+    Raises:
+        DataError: see :func:`parquet`.
+    """
+    import pyarrow
+
+    kind = "parquet" if path.suffix.lower() == ".parquet" else "an Arrow file"
+    try:
+        for batch in (_batches if kind == "parquet" else _stream)(path, Allowance(path, limit)):
+            batch.validate(full=True)
+            for at in range(0, batch.num_rows, _BATCH):
+                yield from _known(batch.slice(at, _BATCH), path).to_pylist()
+    except MemoryError:
+        raise _too_much(path) from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as {kind}: {str(error)[:200]}") from None
+
+
+def _batches(path: Path, allowance: Allowance) -> Iterator[Any]:
+    from pyarrow import parquet as files
+
+    with files.ParquetFile(path, buffer_size=2**20) as table:
+        _check_names(table.schema_arrow, path)
+        promised = table.metadata
+        allowance.check(promised.num_rows * ROW_COST)
+        allowance.check(sum(promised.row_group(i).total_byte_size for i in range(promised.num_row_groups)))
+        yield from table.iter_batches(batch_size=_BATCH, use_threads=False)
+
+
+def _stream(path: Path, allowance: Allowance) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.memory_map(os.fspath(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+        _check_names(stream.schema, path)
+        for batch in stream:
+            allowance.spend(batch.num_rows * ROW_COST)
+            yield batch
+
+
+def _check_names(schema: Any, path: Path) -> None:
+    twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns are called {twice!r}", hint="rename one of them")
+
+
+def _known(batch: Any, path: Path) -> Any:
     """Return the columns that JSON has values for; refuse any other that is not empty."""
-    names, columns = [], []
+    import pyarrow
+
+    columns = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if isinstance(field.type, arrow.BaseExtensionType):
-            column = column.storage
-        if not _plain(arrow, column.type):
-            if column.null_count == len(column):
-                continue
+        column = column.storage if isinstance(field.type, pyarrow.BaseExtensionType) else column
+        if _plain(column.type):
+            columns[field.name] = column
+        elif column.null_count < len(column):
             raise DataError(
                 f"{path}: the column {field.name!r} holds {field.type}, which is no JSON value",
                 hint="leave the column out, or write it as text",
             )
-        names.append(field.name)
-        columns.append(column)
-    # Of no columns at all, Arrow would make a batch of no rows.
-    return arrow.RecordBatch.from_arrays(columns, names=names) if columns else batch.select([])
+    return pyarrow.RecordBatch.from_pydict(columns) if columns else batch.select([])
 
 
-def _plain(arrow: Any, kind: Any) -> bool:
-    """Return whether values of an Arrow type are JSON values, and their size can be told."""
-    types = arrow.types
+def _plain(kind: Any) -> bool:
+    """Return whether values of an Arrow type are JSON values."""
+    from pyarrow import types
+
     if types.is_dictionary(kind):
-        return _text(types, kind.value_type) or types.is_integer(kind.value_type)
-    if inner := _inner(arrow, kind):
-        return all(_plain(arrow, field.type) for field in inner)
-    number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
-    return bool(number or types.is_struct(kind) or _text(types, kind))
-
-
-def _text(types: Any, kind: Any) -> bool:
-    return bool(types.is_string(kind) or types.is_large_string(kind))
-
-
-def _size(arrow: Any, column: Any) -> int:
-    """Return about how many bytes a column takes as Python values, more rather than less, without making them."""
-    from pyarrow import compute
-
-    types, kind, count = arrow.types, column.type, _VALUE_COST * len(column)
-    if types.is_dictionary(kind) and _text(types, kind.value_type):
-        return count + _sum(compute, compute.take(compute.binary_length(column.dictionary), column.indices))
-    if _text(types, kind):
-        return count + _sum(compute, compute.binary_length(column))
+        return _plain(kind.value_type)
     if types.is_map(kind):
-        column = column.cast(arrow.list_(arrow.struct([kind.key_field, kind.item_field])))
-        return count + _size(arrow, column)
+        return _plain(kind.key_type) and _plain(kind.item_type)
     if types.is_struct(kind):
-        return count + sum(_size(arrow, part) for part in column.flatten())
-    return count + _size(arrow, column.flatten()) if _inner(arrow, kind) else count
+        return all(_plain(kind.field(i).type) for i in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _plain(kind.value_type)
+    number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
+    return number or types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view"
 
 
-def _sum(compute: Any, lengths: Any) -> int:
-    return int(compute.sum(lengths).as_py() or 0)
+def _limit(size: int) -> None:
+    """Let this process have so many bytes more than it has, where the system can hold it to that."""
+    try:
+        import resource
+
+        with Path("/proc/self/statm").open(encoding="ascii") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    size = now + size if most == resource.RLIM_INFINITY else min(now + size, most)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def _write(path: Path, limit: int, memory: int) -> None:
+    """Write the rows of a table as JSONL, and in the end a list: what was wrong and what to do, or nothing."""
+    import pyarrow.compute
+    import pyarrow.parquet  # noqa: F401  all that is needed, before the memory is limited
+
+    _limit(memory)
+    end: list[str] = []
+    try:
+        for row in unpack(path, limit):
+            sys.stdout.write(json.dumps(row) + "\n")
+    except DataError as error:
+        end = [error.message, error.hint]
+    sys.stdout.write(json.dumps(end) + "\n")
+
+
+if __name__ == "__main__":
+    _write(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -133,7 +133,7 @@ class ChatTemplate:
         if program.template is None:
             raise DataError(f"the chat template cannot be used: {program.problem}")
         account = Account(sum(len(turn.content) for turn in turns), len(turns))
-        chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+        chat = [{"role": turn.role, "content": turn.content, **(turn.extra or {})} for turn in turns]
         special = self._tokenizer.special_tokens_map.items()
         values = {
             **_FIXED,

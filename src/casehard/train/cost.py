@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from casehard.data.batches import IGNORE
-from casehard.train.protocol import Whole
 from casehard.train.guards import require_finite
+from casehard.train.protocol import Whole
 from casehard.types import Budget
 
 if TYPE_CHECKING:
