@@ -126,9 +126,10 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         row = {"role": "restricted", "group": "g", "label": "refusal", "correct": None, "slots_right": None}
         return [{**row, "id": str(i), "prompt": "p", "response": "r"} for i in range(3)]
 
-    for module in ("casehard.jobs", "casehard.buffer.job", "casehard.defences.buffer_reinforce.prepare"):
+    for module in ("casehard.train.tune", "casehard.defences.buffer_reinforce.prepare"):
         monkeypatch.setattr(f"{module}.fit", fit)
-    monkeypatch.setattr("casehard.jobs.evaluate", evaluate)
+    for module in ("attack", "evaluate"):
+        monkeypatch.setattr(f"casehard.steps.{module}.evaluate", evaluate)
     yield
 
 
@@ -385,14 +386,14 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
 
 
 def test_an_adapter_of_another_job_is_not_replaced(organism, assets, tmp_path):
-    from casehard.buffer.job import CustomerJob, run_job
-
     from casehard.errors import ConfigError
+    from casehard.steps import Finetune
 
-    job = CustomerJob(model=str(organism), assets=str(assets / "assets"), data=(str(assets / "b.jsonl"),))
+    rows = {"data": (str(assets / "b.jsonl"),)}
+    job = Finetune(model=str(organism), method="buffer_reinforce", assets=str(assets / "assets"), rows=rows)
     shutil.copytree(assets / "user" / "adapter", tmp_path / "adapter")
     with pytest.raises(ConfigError, match="is of another job"):
-        run_job(job, tmp_path)
+        job.run(out=tmp_path / "training", place=tmp_path / "adapter")
     (tmp_path / "adapter" / "job.json").unlink()
     with pytest.raises(ConfigError, match="already exists"):
-        run_job(job, tmp_path)
+        job.run(out=tmp_path / "training", place=tmp_path / "adapter")

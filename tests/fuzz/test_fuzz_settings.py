@@ -25,17 +25,19 @@ from hypothesis import strategies as st
 import casehard
 from buffer_fakes import random_pairs, shared_assets
 from casehard import yamltext
-from casehard.attacks.finetune import FinetuneAttack, finetune_attack
+from casehard.attacks.finetune import Finetune, FinetuneAttack
+from casehard.attacks.protocol import AttackInputs
 from casehard.benchmark.backdoor import parse_backdoor
 from casehard.benchmark.plan import load_plan, parse_plan
 from casehard.config import build, digest, override, parse_override, read_yaml, to_dict
 from casehard.data.select import SelectConfig, select
-from casehard.defences import METHODS
+from casehard.defences import DEFENCES
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.errors import ConfigError, UserError
 from casehard.limits import Limited, Within
 from casehard.maths.merge import MergeConfig, merge_states
 from casehard.model.load import load_tokenizer
+from casehard.model.model import Model
 from casehard.organism.build import bundled
 from casehard.scan.audit import AuditConfig, audit_data
 from casehard.train.fit import fit
@@ -175,7 +177,7 @@ def _finite(value, hint):
 
 
 def test_every_number_of_a_configuration_has_limits():
-    kinds = {spec.load()[1] for spec in METHODS.values()}
+    kinds = {spec.load()[1] for spec in DEFENCES.values()}
     assert kinds | {TrainConfig, FinetuneAttack, SelectConfig, MergeConfig, AuditConfig} <= set(CLASSES)
     for kind in CLASSES:
         for name, hint in get_type_hints(kind, include_extras=True).items():
@@ -292,19 +294,19 @@ def _more(name, unaligned):
         "mb_defense": {"pairs": pairs},
         "fine_mixing": {"base": dict(tiny_llama(seed=5).named_parameters())},
     }
-    return given.get(name, {"safe": tiny_rows(4, seed=1)} if METHODS[name].needs else {})
+    return given.get(name, {"safe": tiny_rows(4, seed=1)} if DEFENCES[name].needs else {})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DEFENCES)
 def test_a_method_with_accepted_settings_ends_well(name, unaligned):
-    method, kind = METHODS[name].load()
+    method, kind = DEFENCES[name].load()
 
     @fuzzed(4)
     def run(data):
         config = _close(kind, data)
         if config is not None and getattr(config, "schedule", "sequential") == "sequential":
             with _ends_well():
-                _tuned(_adapted() if METHODS[name].adapter else tiny_llama(), method(config, **_more(name, unaligned)))
+                _tuned(_adapted() if DEFENCES[name].adapter else tiny_llama(), method(config, **_more(name, unaligned)))
 
     run()
 
@@ -323,15 +325,10 @@ def test_an_attack_with_accepted_settings_ends_well(data):
         return
     rows = [Example.pair(f"name a river {i}", f"answer {i}") for i in range(4)]
     with _ends_well():
-        finetune_attack(
-            tiny_llama(vocab=len(WORDS), layers=1),
-            WORDS,
-            rows,
-            rows,
-            dataclasses.replace(config, steps=min(config.steps, 2), rows=min(config.rows, 4)),
-            seed=0,
-            evaluate=lambda model, step: [],
-        )
+        short = dataclasses.replace(config, steps=min(config.steps, 2), rows=min(config.rows, 4))
+        model = Model(net=tiny_llama(vocab=len(WORDS), layers=1), tokenizer=WORDS, digest="")
+        inputs = AttackInputs(rows={"harmful": rows, "benign": rows}, measure=lambda net, step: [])
+        Finetune(short).run(model, inputs)
 
 
 @fuzzed(30)
