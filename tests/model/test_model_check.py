@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_model_load import edit, words
 
+from casehard.cli import options
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
 from casehard.io.files import read_json
 from casehard.model import load as loading
@@ -149,6 +150,8 @@ def test_other_formats_say_what_to_do(folder: Path, name: str, config: bool) -> 
         loading.load(folder)
     with pytest.raises(Unsupported, match=r"only folders with .safetensors") as alone:
         loading.load(folder / name)
+    with pytest.raises(Unsupported, match=r"only folders with .safetensors"):
+        options.model_folder(str(folder / name))
     for error in (caught, alone):
         assert "convert it to safetensors in an environment you trust" in error.value.hint
 
@@ -203,6 +206,8 @@ VALUES: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, UserError, "config.json|cannot be"),
     ({"rms_norm_eps": float("nan")}, Corrupt, "its output is not finite, though its weights are"),
     ({"text_config": {"hidden_size": 32}}, DataError, "config.json"),
+    ({"is_encoder_decoder": True}, Unsupported, "an encoder-decoder model"),
+    ({"attention_dropout": None}, Unsupported, "loads, but cannot be run"),
 ]
 
 
@@ -228,6 +233,17 @@ def test_what_is_meant_for_one_call_is_not_kept(folder: Path) -> None:
         DataError, match=r"generation_config.json: eos_token_id is \[2, 64\], outside a vocabulary of 64"
     ):
         loading.load(folder)
+
+
+def test_ids_and_a_tokenizer_that_break_when_they_are_used(folder: Path) -> None:
+    edit(folder / "generation_config.json", eos_token_id=["x"])
+    with pytest.raises(DataError, match=r"eos_token_id is \['x'\], not the number of a token"):
+        loading.load(folder)
+    edit(folder / "generation_config.json", eos_token_id=2)
+    edit(folder / "tokenizer_config.json", model_max_length=[512])
+    for look in (loading.load, loading.load_tokenizer):
+        with pytest.raises(DataError, match="the tokenizer cannot be loaded or used"):
+            look(folder)
 
 
 def test_json_that_is_no_configuration(folder: Path) -> None:

@@ -234,7 +234,7 @@ def _values(config: dict[str, Any]) -> Iterator[Problem]:
     for key, value, _ in _walk(plain):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if key in ("dtype", "torch_dtype") and value is not None and not _is_float(value):
-            yield Problem(DataError, name, f"{key} is {_shown(value)}", "float32, bfloat16 or float16")
+            yield Problem(DataError, name, f"{key} is {shown(value)}", "float32, bfloat16 or float16")
         for pattern, most in _COUNTS:
             if whole and pattern.search(key) and abs(value) > most:
                 yield Problem(DataError, name, f"{key} is {value}, more than {most:,}", "no model has as many")
@@ -263,7 +263,8 @@ def _is_float(value: Any) -> bool:
     return isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as Python writes it, cut short."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -281,7 +282,7 @@ def _clean(value: Any, notes: dict[str, None]) -> Any:
                 notes[f"config.json: {key} {item!r} is not used; casehard chooses it"] = None
         elif key in _OF_A_CALL:
             if item is not None and item is not (key == "return_dict"):
-                notes[f"config.json: {key} {_shown(item)} is not used"] = None
+                notes[f"config.json: {key} {shown(item)} is not used"] = None
         elif key.endswith("_token_id") and isinstance(item, int) and item < 0:
             notes[f"config.json: {key} is {item}: there is no such token, and none is used"] = None
             out[key] = None

@@ -22,7 +22,7 @@ from torch import nn
 
 from casehard.errors import Corrupt, DataError, Unsupported
 from casehard.io.files import read_json
-from casehard.model.check import Problem, refuse
+from casehard.model.check import Problem, refuse, shown
 from casehard.model.digest import weight_files
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -165,10 +165,12 @@ def _tokens(folder: Path, config: Any) -> Iterator[Problem]:
         given["generation_config.json"] = read_json(folder / "generation_config.json")
     for where, settings in given.items():
         for key, value in settings.items():
-            ids = value if isinstance(value, list) else [value]
-            if (key.endswith(("_token_id", "_token_ids")) or key in _IDS) and any(
-                isinstance(i, int) and i >= rows for i in ids
-            ):
+            if not (key.endswith(("_token_id", "_token_ids")) or key in _IDS):
+                continue
+            ids = [i for i in (value if isinstance(value, list) else [value]) if i is not None]
+            if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+                yield Problem(DataError, where, f"{key} is {shown(value)}, not the number of a token")
+            elif any(i >= rows for i in ids):
                 hint = "the file belongs to another model, or the embeddings were cut"
                 yield Problem(DataError, where, f"{key} is {value}, outside a vocabulary of {rows}", hint)
 

@@ -42,10 +42,12 @@ def _tokenizer(folder: Path, config: Any = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+        found(["a", "Zz 9\n", "\u00e9\U0001f600"])
+        return found
     except Exception as error:  # tokenizers raises bare Exception on a damaged file
         raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {one_line(error)})",
+            f"{folder}: the tokenizer cannot be loaded or used ({type(error).__name__}: {one_line(error)})",
             hint="the folder needs tokenizer.json and tokenizer_config.json",
         ) from None
 
@@ -252,17 +254,22 @@ def _lineage(folder: Path) -> tuple[Made, ...]:
 
 @torch.no_grad()
 def _try(model: Any, folder: Path, rows: int) -> None:
-    """Run the model on four tokens, the last from its cache: what breaks it later breaks it here, with a name.
+    """Run the model on four tokens, the last from its cache, then as in training: what breaks it later breaks it here.
 
     Raises:
         Unsupported: it cannot be run.
         Corrupt: what it computes is not finite.
     """
+    if model.config.is_encoder_decoder:
+        raise Unsupported(f"{folder}: an encoder-decoder model", hint="use a causal language model")
     ids = torch.arange(4, device=embeddings(model).device).remainder(rows).unsqueeze(0)
     try:
         logits = [(first := model(input_ids=ids[:, :3], use_cache=True)).logits]
         if (cache := first.get("past_key_values")) is not None:
             logits.append(model(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).logits)
+        with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+            model.train()(input_ids=ids, use_cache=False)
+        model.eval()
         finite = all(bool(part.isfinite().all()) for part in logits)
     except Exception as error:  # whatever a value of config.json can make of a forward pass
         hint = "config.json was changed, or written for another version of transformers"
