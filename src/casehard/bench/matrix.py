@@ -32,6 +32,8 @@ _SHARED = (
     "jobs.py",
     "compat.py",
     "config.py",
+    "yamltext.py",
+    "limits.py",
     "files.py",
     "tensorfile.py",
     "bench/execute.py",
