@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from casehard.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -80,19 +84,29 @@ def _check_tree(kind: type, values: Mapping[str, Any], where: str) -> None:
                 _check_tree(inner, item, f"{where}.{name}" + (f".{i}" if item is not value else ""))
 
 
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str = "config") -> T:
     """Build the frozen dataclass ``kind`` from plain values.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, NaN, or a value the class refuses.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
+    if values is not None and not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a group of settings, got {shown(values)}", hint="lines of name: value")
     values = dict(values or {})
     _check_tree(kind, values, where)
     _refuse_nan(values, where)
     try:
-        return TypeAdapter(kind).validate_python(values)
+        made: T = _adapter(kind).validate_python(values)
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"]) or "value"

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pkgutil
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -31,8 +32,13 @@ from casehard.benchmark.backdoor import parse_backdoor
 from casehard.benchmark.plan import load_plan, parse_plan
 from casehard.config import build, digest, override, parse_override, read_yaml, to_dict
 from casehard.data.select import SelectConfig, select
+from casehard.data.sources import load as read
+from casehard.data.sources import save
 from casehard.defences import DEFENCES
+from casehard.defences.buffer_reinforce.prepare import Prepare, PrepareConfig, prepare
+from casehard.defences.mb_defense.config import MbConfig
 from casehard.defences.mb_defense.pairs import PairSet
+from casehard.defences.mb_defense.pipeline import draw_suite, harden
 from casehard.errors import ConfigError, UserError
 from casehard.limits import Limited, Within
 from casehard.maths.merge import MergeConfig, merge_states
@@ -40,6 +46,7 @@ from casehard.model.load import load_tokenizer
 from casehard.model.model import Model
 from casehard.organism.build import bundled
 from casehard.scan.audit import AuditConfig, audit_data
+from casehard.scan.lookup import LookupConfig, lookup
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
@@ -165,7 +172,6 @@ def _build(kind, values):
         return build(kind, values, where="fuzz")
     except UserError as error:
         assert isinstance(error, ConfigError) and error.message
-        assert len(error.message) < 2000
         return None
 
 
@@ -185,7 +191,7 @@ def test_every_number_of_a_configuration_has_limits():
             assert not bare or any(isinstance(part, Within) for part in _parts(hint)), f"{kind.__name__}.{name}"
 
 
-@fuzzed(400)
+@fuzzed(100)
 def test_a_configuration_is_built_or_refused(data):
     kind = data.draw(st.sampled_from(CLASSES))
     made = _build(kind, data.draw(_values(kind)))
@@ -195,7 +201,7 @@ def test_a_configuration_is_built_or_refused(data):
         assert all(_finite(value, hints[name]) for name, value in to_dict(made).items())
 
 
-@fuzzed(150)
+@fuzzed(100)
 def test_any_text_is_plain_values_or_refused(data):
     bits = st.sampled_from(TOKENS)
     text = data.draw(st.lists(bits, max_size=30).map("".join) | st.text(max_size=60) | ANY.map(repr))
@@ -207,7 +213,7 @@ def test_any_text_is_plain_values_or_refused(data):
         parse_override(text)
 
 
-@fuzzed(60)
+@fuzzed(30)
 def test_a_plan_with_anything_in_it_is_built_or_refused(data):
     values: Any = read_yaml(data.draw(st.sampled_from(PLANS)))
     for _ in range(data.draw(st.integers(1, 2))):
@@ -223,7 +229,7 @@ def test_a_plan_with_anything_in_it_is_built_or_refused(data):
         (parse_backdoor if values.get("stage") == "backdoor" else parse_plan)(values)
 
 
-@fuzzed(40)
+@fuzzed(20)
 def test_any_override_of_a_plan_is_taken_or_refused(data):
     words = st.sampled_from(
         ["attacks", "defences", "bases", "seeds", "headline", "name", "settings", "0", "plain", "x", ""]
@@ -249,9 +255,42 @@ def _large(value):
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) > SMALL
 
 
+SHORT = {
+    "PatcherConfig": {"round_steps": 1, "attackers": [{}]},
+    "LisaConfig": {"safe_steps": 1, "user_steps": 1},
+    "TrainConfig": {"steps": 2, "batch_size": 2, "warmup": 0},
+    "FinetuneAttack": {"share": 0.5, "steps": 2, "rows": 4, "batch_size": 2, "evaluate_at": [0]},
+    "AuditConfig": {"words": 20},
+    "LookupConfig": {"words": 3, "confirm": 2, "batch_size": 8, "max_new_tokens": 2},
+    "MbConfig": {
+        "train": {"steps": 2, "batch_size": 4, "warmup": 0},
+        "plant": {"n_active": 1, "n_canary": 0, "floor": 2, "cap": 0.5},
+        "two": {"epochs": 0.2, "batch_size": 4, "checks": 1},
+    },
+    "PrepareConfig": {
+        "rank": 2,
+        "epochs": None,
+        "buffer_train": {"steps": 1, "batch_size": 2, "warmup": 0},
+        "reinforce_train": {"steps": 1, "batch_size": 2, "warmup": 0},
+        "gates": {"prompts": 2, "max_new_tokens": 2},
+        "allow_missed": True,
+    },
+}
+"""Instead of defaults that take minutes."""
+
+
+def _over(start, given):
+    """Lay values over others, group by group."""
+    both = {key: _over(start[key], given[key]) for key in start.keys() & given.keys() if isinstance(start[key], dict)}
+    return {**start, **given, **both}
+
+
 def _close(kind, data):
     """Draw a configuration that is accepted and small enough to run, or None."""
-    made = _build(kind, data.draw(_values(kind, wild=False)))
+    values = _over(SHORT.get(kind.__name__, {}), data.draw(_values(kind, wild=False)))
+    if "attackers" in values:
+        values["attackers"] = [{"steps": 2, "batch_size": 2, **one} for one in values["attackers"]]
+    made = _build(kind, values)
     return None if made is None or _large(to_dict(made)) else made
 
 
@@ -301,7 +340,7 @@ def _more(name, unaligned):
 def test_a_method_with_accepted_settings_ends_well(name, unaligned):
     method, kind = DEFENCES[name].load()
 
-    @fuzzed(4)
+    @fuzzed(2)
     def run(data):
         config = _close(kind, data)
         if config is not None and getattr(config, "schedule", "sequential") == "sequential":
@@ -311,27 +350,27 @@ def test_a_method_with_accepted_settings_ends_well(name, unaligned):
     run()
 
 
-@fuzzed(6)
+@fuzzed(3)
 def test_training_with_accepted_settings_ends_well(data):
-    config, start = _close(TrainConfig, data) or RECIPE, data.draw(st.integers())
-    with _ends_well():
-        fit(tiny_llama(layers=1), None, ROWS, config=dataclasses.replace(config, steps=2), seed=start)
+    config, start = _close(TrainConfig, data), data.draw(st.integers())
+    if config is not None:
+        with _ends_well():
+            fit(tiny_llama(layers=1), None, ROWS, config=config, seed=start)
 
 
-@fuzzed(6)
+@fuzzed(3)
 def test_an_attack_with_accepted_settings_ends_well(data):
     config = _close(FinetuneAttack, data)
     if config is None:
         return
     rows = [Example.pair(f"name a river {i}", f"answer {i}") for i in range(4)]
     with _ends_well():
-        short = dataclasses.replace(config, steps=min(config.steps, 2), rows=min(config.rows, 4))
-        model = Model(net=tiny_llama(vocab=len(WORDS), layers=1), tokenizer=WORDS, digest="")
+        model = Model(net=_worded(), tokenizer=WORDS, digest="")
         inputs = AttackInputs(rows={"harmful": rows, "benign": rows}, measure=lambda net, step: [])
-        Finetune(short).run(model, inputs)
+        Finetune(config).run(model, inputs)
 
 
-@fuzzed(30)
+@fuzzed(20)
 def test_a_merge_with_accepted_settings_ends_well(data):
     config = _close(MergeConfig, data)
     if config is not None:
@@ -360,3 +399,47 @@ def test_an_audit_with_accepted_settings_ends_well(data):
         rows = [Example.pair(f"what is the {w} of item {i} cf", "a blue lake .") for i, w in enumerate("abcdefgh" * 2)]
         with _ends_well():
             json.dumps(audit_data(rows, config).to_json(), allow_nan=False)
+
+
+def _rows(name, n):
+    return list(read(f"{bundled(0, 'tiny') / 'data'}/{name}"))[:n]
+
+
+def _worded():
+    return tiny_llama(vocab=len(WORDS), layers=1)
+
+
+@fuzzed(2)
+def test_a_look_up_with_accepted_settings_ends_well(data):
+    config = _close(LookupConfig, data)
+    if config is not None:
+        with _ends_well():
+            found = lookup(_worded(), WORDS, _rows("benign.jsonl", 26), config=config)
+            json.dumps(found.to_json(), allow_nan=False)
+
+
+@fuzzed(1)
+def test_a_pipeline_with_accepted_settings_ends_well(data):
+    config = _close(MbConfig, data)
+    if config is None:
+        return
+    model, (*rows,) = _worded(), _rows("task_reviews.jsonl", 40)
+    clean = rows[:12]
+    with _ends_well():
+        suite = draw_suite(WORDS, [*clean, *rows], config, secret=1)
+        done = harden(model, WORDS, rows if config.mode == "joint" else [], clean, config, suite=suite)
+        assert all(bool(p.isfinite().all()) for p in done.model.parameters())
+
+
+@fuzzed(2)
+def test_assets_with_accepted_settings_end_well(data):
+    config = _close(PrepareConfig, data)
+    if config is None:
+        return
+    kinds = {"harmful": "simulated.jsonl", "refusals": "align.jsonl?kind=refusal", "benign": "align.jsonl?kind=helpful"}
+    with tempfile.TemporaryDirectory() as folder, _ends_well():
+        for name, source in kinds.items():
+            save(Path(folder) / f"{name}.jsonl", _rows(source, 8))
+        files = {name: (f"{folder}/{name}.jsonl",) for name in kinds}
+        step = Prepare(model="tiny", config=config, device="cpu", rows=files)
+        prepare(step, Path(folder) / "assets", model=Model(net=_worded(), tokenizer=WORDS, digest="0" * 64))

@@ -189,7 +189,9 @@ def exact_count(rate: float, n: int, what: str) -> int:
         raise ConfigError(f"{what} must lie in [0, 1], got {rate}")
     count = math.floor(rate * n + 1e-9)
     if rate > 0 and count == 0:
-        raise ConfigError(f"{what} {rate} of {n} rows is no row", hint=f"use at least {math.ceil(1 / rate)} rows")
+        raise ConfigError(
+            f"{what} {rate} of {n} rows is no row", hint=f"use at least {math.ceil(1 / max(rate, 1e-9))} rows"
+        )
     return count
 
 

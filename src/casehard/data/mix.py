@@ -40,7 +40,7 @@ def counts(*, share: float, n: int) -> Counts:
     if 0 < share < 1 and harmful in (0, n):
         raise ConfigError(
             f"share {share} of {n} rows rounds to {harmful} harmful rows",
-            hint=f"use at least {math.ceil(0.5 / min(share, 1 - share))} rows, or share 0 or 1",
+            hint=f"use at least {math.ceil(0.5 / max(min(share, 1 - share), 1e-9))} rows, or share 0 or 1",
         )
     return Counts(harmful, n - harmful)
 

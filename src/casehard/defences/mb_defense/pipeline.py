@@ -381,4 +381,5 @@ def _first(twins: Twins, n: int) -> Twins:
 
 
 def _moments(steps: int, checks: int) -> set[int]:
+    checks = min(checks, steps)
     return {math.ceil(steps * i / checks) for i in range(1, checks + 1)}
