@@ -34,7 +34,7 @@ def place(organism: Path) -> Iterator[Path]:
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan_values(seeds=[0])))
     lines = (organism / "data" / "align.jsonl").read_text().splitlines()
     (folder / "align.jsonl").write_text("\n".join(lines[:40:5]) + "\n")
-    from casehard.bench.run import run_plan
+    from casehard.benchmark.run import run_plan
 
     run_plan(plan(seeds=[0]), folder / "run", jobs=1, executor=Fake())
     (folder / "run" / "rows.jsonl").chmod(0o644)
@@ -101,8 +101,11 @@ def test_a_folder_nobody_may_write_to(place: Path, monkeypatch: pytest.MonkeyPat
         assert main([*command[:-1], command[-1].replace("out", "first")]) == 0
         Path(command[-1].replace("out", "first")).unlink()
     else:
-        from casehard.bench import run, store  # noqa: F401
         from casehard.jobs import load  # noqa: F401
+
+        from casehard.benchmark import (
+            store,  # noqa: F401
+        )
     before = tree(place)
     place.chmod(0o555)
     try:
@@ -149,7 +152,7 @@ def test_a_full_disk(place: Path, tmp_path: Path, monkeypatch, capsys, verb: str
 
 @pytest.mark.parametrize("size", [0, 400, 3000])
 def test_a_full_disk_leaves_a_finished_bench_as_it_was(place: Path, tmp_path: Path, size: int) -> None:
-    from casehard.bench.run import run_plan
+    from casehard.benchmark.run import run_plan
     from casehard.errors import StorageError
 
     out = tmp_path / "run"
