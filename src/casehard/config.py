@@ -105,7 +105,8 @@ def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str 
     _check_tree(kind, values, where)
     _refuse_nan(values, where)
     try:
-        made: T = _adapter(kind).validate_python(values)
+        cached: Any = kind
+        made: T = _adapter(cached).validate_python(values)
         return made
     except ValidationError as error:
         first = error.errors()[0]
