@@ -28,8 +28,10 @@ BASE = ("--model", "{model}", "--data", "{data}/task_reviews.jsonl")
 ATTACKER = "settings.attackers=[{steps: 3, batch_size: 4}]"
 METHODS: dict[str, tuple[str, ...]] = {
     "plain": BASE,
-    "patcher": (*BASE, "--unsafe", "{data}/simulated.jsonl", "--retain", "{data}/benign.jsonl")
-    + ("--set", "settings.round_steps=4", "--set", ATTACKER),
+    "patcher": (
+        *(*BASE, "--unsafe", "{data}/simulated.jsonl"),
+        *("--set", "settings.round_steps=4", "--set", ATTACKER),
+    ),
     "spard": (*BASE, *SAFE, "--set", "settings.tau_scale=0.5"),
     "safe_mixing": (*BASE, *SAFE),
     "lisa": (*BASE, *SAFE, "--set", "settings.safe_steps=3", "--set", "settings.user_steps=3"),
