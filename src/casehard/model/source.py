@@ -183,7 +183,7 @@ def _fetch(model: HubModel, tell: Tell | None) -> Path:
     key = (str(constants.HF_HUB_CACHE), model)
     if key in _fetched and _fetched[key].is_dir():
         return _fetched[key]
-    if tell:
+    if tell and not constants.is_offline_mode():
         tell(f"looking for {model} at {constants.ENDPOINT} ...")
     wanted: dict[str, Any] = {
         "revision": model.revision or None,
@@ -298,12 +298,11 @@ def _reason(model: HubModel, error: Exception) -> _Reason:
         )
     # By name: the module of the HTTP client is another one from version to version.
     kinds = {cls.__name__ for cls in type(error).__mro__}
+    hint = f"check the network and HF_ENDPOINT, or give {_FOLDER}"
     if "TimeoutException" in kinds:
-        why = f"{constants.ENDPOINT} does not answer"
-    elif kinds & {"ReadError", "WriteError", "RemoteProtocolError"}:
-        why = f"the transfer from {constants.ENDPOINT} broke off ({said})"
-    else:
-        why = f"{constants.ENDPOINT} cannot be reached" if "TransportError" in kinds else type(error).__name__
-        why += f" ({said})"
-    again = "check the network and HF_ENDPOINT, and run it again: a transfer goes on where it stopped"
-    return _Reason(why, f"{again}; or give {_FOLDER}")
+        return _Reason(f"{constants.ENDPOINT} does not answer", hint)
+    if kinds & {"ReadError", "WriteError", "RemoteProtocolError"}:
+        again = "run it again: a transfer goes on where it stopped"
+        return _Reason(f"the transfer from {constants.ENDPOINT} broke off ({said})", again)
+    why = f"{constants.ENDPOINT} cannot be reached" if "TransportError" in kinds else type(error).__name__
+    return _Reason(f"{why} ({said})", hint)
