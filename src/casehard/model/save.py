@@ -64,6 +64,17 @@ def _check_target(out: Path, parent: str) -> None:
         raise UserError(f"{out} is the model this one was made from", hint="choose another folder")
 
 
+def _check_finite(model: nn.Module, what: str) -> None:
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored and not bool(buffer.isfinite().all()):
+            raise Diverged(f"{what}: the buffer {name} holds NaN or Inf", hint="nothing was written")
+    try:
+        check_finite(model, what)
+    except Corrupt as error:
+        raise Diverged(error.message, hint="training diverged; nothing was written") from None
+
+
 def _versions() -> dict[str, str]:
     return {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers")}}
 
@@ -155,16 +166,7 @@ def save(
     check_values(provenance, "provenance")
     clean = _without_secrets(provenance)
     _check_target(out, parent)
-    stored = model.state_dict().keys()
-    for name, buffer in model.named_buffers():
-        if name in stored and not bool(buffer.isfinite().all()):
-            raise Diverged(
-                f"model to be saved to {out}: the buffer {name} holds NaN or Inf", hint="nothing was written"
-            )
-    try:
-        check_finite(model, f"model to be saved to {out}")
-    except Corrupt as error:
-        raise Diverged(error.message, hint="training diverged; nothing was written") from None
+    _check_finite(model, f"model to be saved to {out}")
     for note in mend_generation(model):
         warnings.warn(note, stacklevel=2)
     saver: Any = model
