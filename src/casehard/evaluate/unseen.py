@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from casehard.data.mix import mark
 from casehard.errors import DataError
 from casehard.evaluate.suite import Suite
-from casehard.files import read_json
 from casehard.model.provenance import read_provenance
+from casehard.stored import read
 
 KEY = "trained_prompts"
 RECORDS = ("job.json", "assets.json")
 """Where adapters and provider assets say what they were trained on; checkpoints do in ``casehard.json``."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    trained_prompts: list[str] = field(default_factory=list)
 
 
 def trained_prompts(*folders: Path | str) -> set[str]:
@@ -27,8 +32,7 @@ def trained_prompts(*folders: Path | str) -> set[str]:
     for folder in map(Path, folders):
         found.update(read_provenance(folder).get("provenance", {}).get(KEY, ()))
         for file in (folder / name for name in RECORDS):
-            record: Any = read_json(file) if file.is_file() else {}
-            found.update(record.get(KEY, ()) if isinstance(record, dict) else ())
+            found.update(read(file, _Record).get(KEY, ()) if file.is_file() else ())
     return found
 
 

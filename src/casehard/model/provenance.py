@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from casehard.errors import Corrupt
-from casehard.files import read_json
+from casehard.stored import read
 
 PROVENANCE = "casehard.json"
 SERVED = "serving_system"
 """Key under which a checkpoint records the system message that is its defence (PTST)."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is read of how a checkpoint was made."""
+
+    trained_prompts: list[str] = field(default_factory=list)
+    serving_system: str | None = None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of ``casehard.json``."""
+
+    digest: str
+    parent: str
+    method: str
+    provenance: _Made = field(default_factory=_Made)
 
 
 def read_provenance(path: str | Path) -> dict[str, Any]:
@@ -22,16 +41,12 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     file = Path(path) / PROVENANCE
     if not file.is_file():
         return {}
-    record = read_json(file)
-    texts = ("digest", "parent", "method")
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in texts):
-        raise Corrupt(f"{file}: digest, parent or method is missing")
-    return record
+    return read(file, _Record)
 
 
 def served_with(model: str | Path) -> str:
     """Return the system message without which a checkpoint is not the defence it was made as; empty for none."""
-    return str(read_provenance(model).get("provenance", {}).get(SERVED, ""))
+    return read_provenance(model).get("provenance", {}).get(SERVED) or ""
 
 
 def require_same_content(folder: Path, digest: str) -> None:
