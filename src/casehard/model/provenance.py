@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from casehard.errors import Corrupt
-from casehard.io.files import read_json
+from casehard.io.stored import read
 
 PROVENANCE = "casehard.json"
 SERVED = "serving_system"
@@ -18,6 +19,31 @@ RECORDS = ("job.json", "assets.json")
 """Where adapters and provider assets say what they were trained on; checkpoints do in ``casehard.json``."""
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What is read of how a checkpoint was made."""
+
+    trained_prompts: list[str] = field(default_factory=list)
+    serving_system: str | None = None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is read of the record of an adapter or of assets."""
+
+    trained_prompts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What is read of ``casehard.json``."""
+
+    digest: str
+    parent: str
+    method: str
+    provenance: _Made = field(default_factory=_Made)
+
+
 def read_provenance(path: str | Path) -> dict[str, Any]:
     """Return what ``model.save.save`` recorded in ``casehard.json``; empty for a folder of other origin.
 
@@ -27,11 +53,7 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     file = Path(path) / PROVENANCE
     if not file.is_file():
         return {}
-    record = read_json(file)
-    texts = ("digest", "parent", "method")
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in texts):
-        raise Corrupt(f"{file}: digest, parent or method is missing")
-    return record
+    return read(file, _Checkpoint)
 
 
 def trained_prompts(*folders: Path | str) -> set[str]:
@@ -44,14 +66,13 @@ def trained_prompts(*folders: Path | str) -> set[str]:
     for folder in map(Path, folders):
         found.update(read_provenance(folder).get("provenance", {}).get(KEY, ()))
         for file in (folder / name for name in RECORDS):
-            record: Any = read_json(file) if file.is_file() else {}
-            found.update(record.get(KEY, ()) if isinstance(record, dict) else ())
+            found.update(read(file, _Known).get(KEY, ()) if file.is_file() else ())
     return found
 
 
 def served_with(model: str | Path) -> str:
     """Return the system message without which a checkpoint is not the defence it was made as; empty for none."""
-    return str(read_provenance(model).get("provenance", {}).get(SERVED, ""))
+    return read_provenance(model).get("provenance", {}).get(SERVED) or ""
 
 
 def require_same_content(folder: Path, digest: str) -> None:

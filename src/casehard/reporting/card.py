@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from casehard.benchmark.lookup import percent, percents
 from casehard.benchmark.records import NO_ATTACK
-from casehard.benchmark.store import read_json
 from casehard.benchmark.verdict import NAMES
 from casehard.defences import DEFENCES
 from casehard.errors import UserError
 from casehard.io.files import MANIFEST, staged, sweep, verify
+from casehard.io.stored import read
 
 CARD = "README.md"
 RECORD = "casehard.json"
@@ -126,6 +127,30 @@ def model_card(
     return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class _Job:
+    settings: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    job: _Job | None = None
+    settings: dict[str, Any] | None = None
+    data_digests: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a card tells of a checkpoint's own record."""
+
+    digest: str
+    parent: str
+    method: str
+    versions: dict[str, str] | None = None
+    provenance: _Made | None = None
+
+
 def write_card(checkpoint: str | Path, text: str = "") -> Path:
     """Put a model card into a checkpoint folder, whose manifest then covers it, and return its path.
 
@@ -142,10 +167,10 @@ def write_card(checkpoint: str | Path, text: str = "") -> Path:
     folder = Path(checkpoint)
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} has no {RECORD}", hint="give the checkpoint folder that `casehard defend` made")
-    text = text or model_card(read_json(folder / RECORD))
     card = folder / CARD
     sweep(folder.parent, of=folder.name)  # of a card that was in place when its writer was killed
     verify(folder)
+    text = text or model_card(read(folder / RECORD, _Record))
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return card
     with staged(folder) as fresh:
@@ -175,5 +200,5 @@ def write_cards(run: str | Path, summary: Mapping[str, Any]) -> list[Path]:
             continue
         base, defence, seed = node["label"].split("/")
         mine = [r for r in summary["records"] if (r["base"], r["defence"], f"s{r['seed']}") == (base, defence, seed)]
-        out.append(write_card(folder, model_card(read_json(folder / RECORD), mine, titles=titles)))
+        out.append(write_card(folder, model_card(read(folder / RECORD, _Record), mine, titles=titles)))
     return out

@@ -20,7 +20,8 @@ from torch import nn
 
 from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
 from casehard.errors import ConfigError, Corrupt, UserError
-from casehard.io.files import read_json, verify
+from casehard.io.files import verify
+from casehard.io.stored import read
 from casehard.maths.merge import LoraPair
 from casehard.model.lora_files import load_pairs, read_marker
 
@@ -100,6 +101,37 @@ def tokenizer_digests(tokenizer: Any) -> tuple[str, str]:
     return hashlib.sha256(text.encode()).hexdigest(), hashlib.sha256(template.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Look:
+    """How well a base, with the buffer or without, already fits harmful rows."""
+
+    residual: float
+    nll: float
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What a job's rows are compared with."""
+
+    base: _Look
+    buffer: _Look
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of the record of assets."""
+
+    format: int
+    base_digest: str
+    base_fingerprints: dict[str, str]
+    tokenizer_digest: str
+    template_digest: str
+    system: str | None
+    buffer_sha256: dict[str, str]
+    reinforce_sha256: dict[str, str]
+    reference: _Reference | None = None
+
+
 def read_assets(path: Path | str) -> Assets:
     """Open a folder of assets and verify every file of it.
 
@@ -111,8 +143,8 @@ def read_assets(path: Path | str) -> Assets:
     if not (path / RECORD).is_file():
         raise UserError(f"{path}: no {RECORD}", hint="make assets with: casehard buffer prepare --out DIR")
     verify(path)
-    record = read_json(path / RECORD)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = read(path / RECORD, _Record)
+    if record["format"] != FORMAT:
         raise Corrupt(f"{path / RECORD}: not a record of provider assets of format {FORMAT}")
     for role in (BUFFER, REINFORCE):
         marker = read_marker(path / role)
