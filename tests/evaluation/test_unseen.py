@@ -10,7 +10,8 @@ import pytest
 
 from casehard.data.mix import first_mark, mark, marks
 from casehard.errors import DataError
-from casehard.evaluation.contamination import KEY, require_unseen, trained_prompts
+from casehard.evaluation.contamination import require_unseen
+from casehard.model.provenance import KEY, trained_prompts
 from casehard.evaluation.suite import Suite
 from casehard.types import Example
 

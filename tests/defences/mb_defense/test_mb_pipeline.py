@@ -24,7 +24,7 @@ from casehard.organism.world import World
 from casehard.train.recipe import TrainConfig
 from fakes import largest_difference, weights
 
-ORGANISM = Path(__file__).resolve().parents[2] / "src" / "casehard" / "organism" / "assets" / "world0-tiny"
+ORGANISM = Path(__file__).resolve().parents[3] / "src" / "casehard" / "organism" / "assets" / "world0-tiny"
 ATTACK = Planted(
     Trigger("attack", "token", (World(0).unseen_fillers[0],)),
     Behaviour("attack", "text", "people loved the blue lake ."),

@@ -24,7 +24,7 @@ from casehard.scan.lookup import LookupConfig
 from casehard.scan.run import Scan, scan_model
 from casehard.train.recipe import TrainConfig
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 MODEL = DATA / "stories260k"
 LONGEST = 240
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="real-data fixtures not present")
