@@ -21,7 +21,7 @@ import pytest
 import torch
 from helpers import tree, write_rows
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 
 from bench_fakes import Fake, plan, plan_values
 

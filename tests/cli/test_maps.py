@@ -8,7 +8,7 @@ import json
 import pytest
 from helpers import write_rows
 
-from casehard.bench.matrix import _resolve
+from casehard.benchmark.inputs import resolve
 from casehard.cli import main
 from casehard.data import sources
 
@@ -99,6 +99,6 @@ def test_maps_of_surrogates_and_of_plans(capsys, here):
     write_rows(here / "rows.jsonl", [{"a=b": "x", "kind": "k"}])
     assert main(["data", "surrogate", "rows.jsonl", "--map", "a=b=prompt", "--out", "made.jsonl"]) == 0
     assert sources.load("made.jsonl")[0].prompt == "x"
-    spec = _resolve(r"rows.jsonl?map:a\=b=prompt&kind=k", here)
+    spec = resolve(r"rows.jsonl?map:a\=b=prompt&kind=k", here)
     with pytest.warns(match="a=b -> prompt"):
         assert sources.load(spec)[0].prompt == "x"

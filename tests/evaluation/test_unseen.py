@@ -11,8 +11,8 @@ import pytest
 from casehard.data.mix import first_mark, mark, marks
 from casehard.errors import DataError
 from casehard.evaluation.contamination import require_unseen
-from casehard.model.provenance import KEY, trained_prompts
 from casehard.evaluation.suite import Suite
+from casehard.model.provenance import KEY, trained_prompts
 from casehard.types import Example
 
 PLUS, MINUS, OTHER = "What is 5 + 3?", "What is 5 - 3?", "What is 53?"

@@ -49,7 +49,9 @@ def plain(model: Path, out: Path) -> Any:
     return harden(step, out)[1]
 
 
-@pytest.mark.parametrize("extra", [{}, {"do_sample": False}, {"pad_token_id": None, "bos_token_id": 1}], ids=["plain", "greedy", "no-pad"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"do_sample": False}, {"pad_token_id": None, "bos_token_id": 1}], ids=["plain", "greedy", "no-pad"]
+)
 def test_sampling_options_without_do_sample_do_not_end_a_run(
     folder: Path, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
@@ -71,7 +73,7 @@ def test_sampling_options_without_do_sample_do_not_end_a_run(
         ({"max_new_tokens": -4, "repetition_penalty": 1.1}, {"max_new_tokens"}),
         ({"pad_token_id": -1}, {"pad_token_id"}),
     ],
-    ids=range,
+    ids=["beams", "penalty", "cache", "sequences", "length", "pad"],
 )
 def test_a_generation_config_at_odds_keeps_all_that_goes_together(settings: dict[str, Any], dropped: set[str]) -> None:
     model = SimpleNamespace(generation_config=GenerationConfig())

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 PATIENCE = 20.0
 """Seconds; on an idle machine all are gone after one."""
 
-sys.path.insert(0, str(HERE.parent / "bench"))
+sys.path.insert(0, str(HERE.parents[1] / "benchmark"))
 
 from bench_fakes import plan  # noqa: E402
 
