@@ -53,7 +53,8 @@ def take_apart(response: str) -> Parts:
 
     Text before a closing mark without an opening one was thought; so was text between two closing marks.
     """
-    said, thought = [], []
+    said: list[str] = []
+    thought: list[str] = []
     inside, place = False, 0
     for mark in _block_marks(response):
         (thought if inside else said).append(response[place : mark.start()])
