@@ -104,10 +104,9 @@ def finetune_on(
     assets = assets_digest(step.assets) if step.assets else ""
     identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}}
     identity |= {"assets": assets} if assets else {}
-    adapter = spec.adapter
-    lora = step.lora or (CUSTOMER if adapter else None)
+    lora = step.lora or (CUSTOMER if spec.adapter else None)
     trained = frozenset(marks(*roles.values()))
-    if assets and adapter:
+    if assets and spec.adapter:
         trained |= trained_prompts(find_any(step.assets))
     provenance = {
         **_provenance(step, method, {"data": data, **encoded}, start),
@@ -116,14 +115,14 @@ def finetune_on(
         KEY: sorted(trained | start.trained_prompts),
     }
     if place is not None:
-        _rehearse(start, place, provenance, adapter=adapter)
+        _rehearse(start, place, provenance, adapter=spec.adapter)
     with guarded(method, start, step.system), _attackers(step, method, start):
         done = tune(
             start,
             data,
             train=step.train,
             seed=step.seed,
-            purpose="customer" if adapter else "finetune",
+            purpose="customer" if spec.adapter else "finetune",
             method=method,
             lora=lora,
             in_place=model is None,
@@ -136,7 +135,7 @@ def finetune_on(
     if net is None:
         return Outcome(cost=cost, log=done.log)
     made = Made(method=step.method, provenance=provenance)
-    writer = adapter_writer(net, start, method, provenance) if adapter else None
+    writer = adapter_writer(net, start, method, provenance) if spec.adapter else None
     facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
     return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
 
