@@ -311,9 +311,8 @@ def run_plan(
                 run = _Run(matrix, out, place, threads, jobs, executor, tell, bar.busy, folder)
                 run.reuse(resume=resume)
                 if executor is execute:
-                    bar.busy(0, note="checking the settings")
+                    announce("checking the settings ...")
                     _check_jobs(run)
-                    bar.busy(0, note="")
                 _serial(run) if jobs == 1 else _parallel(run, jobs)
             return _conclude(plan, run)
         except KeyboardInterrupt:

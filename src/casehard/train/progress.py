@@ -76,10 +76,9 @@ class Progress:
             self._text = visible(" ".join(t for t in (f"loss {loss:.4g}" if loss is not None else "", note) if t))
         self._show()
 
-    def busy(self, running: int, *, note: str | None = None) -> None:
+    def busy(self, running: int) -> None:
         """Say how many units are being worked on at this moment; where this is known, it stands beside the count."""
         changed, self._running = running != self._running, running
-        self._text = self._text if note is None else note
         self._show(force=changed)
 
     def _show(self, *, force: bool = False) -> None:
