@@ -275,7 +275,7 @@ def _clean(value: Any, notes: dict[str, None]) -> Any:
         return [_clean(item, notes) for item in value]
     if not isinstance(value, dict):
         return value
-    out = {}
+    out: dict[str, Any] = {}
     for key, item in value.items():
         if _IMPLEMENTATION.fullmatch(key):
             if isinstance(item, str) and item not in ("eager", "sdpa"):

@@ -69,7 +69,8 @@ def attach(model: nn.Module, folder: str | Path, name: str = "default", *, train
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder, inner = Path(folder), model
+    folder = Path(folder)
+    inner: Any = model
     try:
         state = load_file(folder / WEIGHTS)
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -82,7 +83,7 @@ def attach(model: nn.Module, folder: str | Path, name: str = "default", *, train
                 inner.load_adapter(str(folder), name, peft_config=config, **options)
                 wrapped: Any = inner
             else:
-                wrapped = PeftModel.from_pretrained(inner, str(folder), name, config=config, **options)  # type: ignore[arg-type]
+                wrapped = PeftModel.from_pretrained(inner, str(folder), name, config=config, **options)
         plain = plain_names(state, folder)
         wanted = set(get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False))
         found = {key.replace(f".{name}.weight", ".weight"): value for key, value in plain.items()}
@@ -91,7 +92,8 @@ def attach(model: nn.Module, folder: str | Path, name: str = "default", *, train
             set_peft_model_state_dict(wrapped, {key: state[held] for key, held in found.items()}, adapter_name=name)
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Corrupt(f"{folder}: the adapter does not fit the model: {str(error)[:200]}") from None
-    return wrapped  # type: ignore[no-any-return]
+    ready: nn.Module = wrapped
+    return ready
 
 
 def _plain(value: Any) -> Any:
