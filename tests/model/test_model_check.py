@@ -241,6 +241,11 @@ def test_ids_and_a_tokenizer_that_break_when_they_are_used(folder: Path) -> None
     with pytest.raises(DataError, match=r"eos_token_id is \['x'\], not the number of a token"):
         loading.load(folder)
     edit(folder / "generation_config.json", eos_token_id=2)
+    before = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(re.sub(r'("w20": )20', r"\g<1>80", before))
+    with pytest.raises(DataError, match="ids up to 80, the model only 64 embeddings"):
+        loading.load(folder)
+    (folder / "tokenizer.json").write_text(before)
     edit(folder / "tokenizer_config.json", model_max_length=[512])
     for look in (loading.load, loading.load_tokenizer):
         with pytest.raises(DataError, match="the tokenizer cannot be loaded or used"):
