@@ -200,8 +200,9 @@ VALUES: list[tuple[dict[str, Any], type[UserError], str]] = [
     ({"dtype": "int8"}, DataError, "dtype is 'int8'"),
     ({"dtype": 5}, DataError, "dtype is 5"),
     ({"attention_dropout": 5.0}, DataError, r"attention_dropout is 5.0, not within 0..1"),
-    ({"model_type": 5}, Unsupported, "transformers knows no model_type 5"),
-    ({"model_type": None}, Unsupported, "transformers knows no model_type None"),
+    ({"model_type": 5}, Unsupported, "has model type `5` but"),
+    ({"model_type": None}, Unsupported, "has model type `None` but"),
+    ({"model_type": ["llama"]}, Unsupported, "cannot be loaded as a causal language model"),
     ({"hidden_act": "no-such-thing"}, Unsupported, "cannot be loaded as a causal language model"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, UserError, "config.json|cannot be"),
     ({"rms_norm_eps": float("nan")}, Corrupt, "its output is not finite, though its weights are"),
@@ -240,6 +241,11 @@ def test_ids_and_a_tokenizer_that_break_when_they_are_used(folder: Path) -> None
     with pytest.raises(DataError, match=r"eos_token_id is \['x'\], not the number of a token"):
         loading.load(folder)
     edit(folder / "generation_config.json", eos_token_id=2)
+    before = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(re.sub(r'("w20": )20', r"\g<1>80", before))
+    with pytest.raises(DataError, match="ids up to 80, the model only 64 embeddings"):
+        loading.load(folder)
+    (folder / "tokenizer.json").write_text(before)
     edit(folder / "tokenizer_config.json", model_max_length=[512])
     for look in (loading.load, loading.load_tokenizer):
         with pytest.raises(DataError, match="the tokenizer cannot be loaded or used"):

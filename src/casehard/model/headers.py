@@ -80,11 +80,6 @@ def build_config(folder: Path, values: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise Unsupported(
-            f"{folder}: cannot be loaded as a causal language model: transformers knows no model_type {kind!r}",
-            hint="update transformers, or use a checkpoint of an architecture that it has",
-        )
     with tempfile.TemporaryDirectory(prefix="casehard-config-") as place:
         # Through a file: reading one, transformers mends what older versions of it wrote.
         (Path(place) / "config.json").write_text(json.dumps(values), encoding="utf-8")
@@ -92,8 +87,11 @@ def build_config(folder: Path, values: Mapping[str, Any]) -> Any:
             config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
             config.get_text_config(decoder=True).to_dict()  # a part that is no configuration has none
         except Exception as error:  # validators and constructors of some hundred classes
+            told = one_line(error).replace(place, str(folder))
+            if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+                raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {told}") from None
             hint = "config.json was changed, or written for another version of transformers"
-            raise DataError(f"{folder / 'config.json'}: {one_line(error)}", hint=hint) from None
+            raise DataError(f"{folder / 'config.json'}: {told}", hint=hint) from None
     config._name_or_path = str(folder)
     return config
 
@@ -179,9 +177,9 @@ def _laid_out(folder: Path, config: Any) -> Any:
     """Return the model without memory for its tensors."""
     from transformers import AutoModelForCausalLM
 
+    make: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            make: Any = AutoModelForCausalLM.from_config
             return make(copy.deepcopy(config), trust_remote_code=False, attn_implementation="eager")
     except Exception as error:  # constructors of some hundred classes
         raise Unsupported(f"{folder}: cannot be loaded as a causal language model: {one_line(error)}") from None

@@ -69,7 +69,8 @@ def attach(model: nn.Module, folder: str | Path, name: str = "default", *, train
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder, inner = Path(folder), model
+    folder = Path(folder)
+    inner: Any = model
     try:
         state = load_file(folder / WEIGHTS)
         config: Any = PeftConfig.from_pretrained(str(folder))
@@ -91,7 +92,8 @@ def attach(model: nn.Module, folder: str | Path, name: str = "default", *, train
             set_peft_model_state_dict(wrapped, {key: state[held] for key, held in found.items()}, adapter_name=name)
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Corrupt(f"{folder}: the adapter does not fit the model: {str(error)[:200]}") from None
-    return wrapped  # type: ignore[no-any-return]
+    ready: nn.Module = wrapped
+    return ready
 
 
 def _plain(value: Any) -> Any:
