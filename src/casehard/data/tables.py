@@ -211,14 +211,16 @@ def _limit(size: int) -> None:
 
 def _write(path: Path, limit: int, memory: int) -> None:
     """Write the rows of a table as JSONL, and in the end a list: what was wrong and what to do, or nothing."""
-    import pyarrow.compute
-    import pyarrow.parquet  # noqa: F401  all that is needed, before the memory is limited
-
-    _limit(memory)
     end: list[str] = []
     try:
+        import pyarrow.compute
+        import pyarrow.parquet  # noqa: F401  all that is needed, before the memory is limited
+
+        _limit(memory)
         for row in unpack(path, limit):
             sys.stdout.write(json.dumps(row) + "\n")
+    except ImportError as error:
+        end = [f"{path}: pyarrow cannot be loaded: {error}", "pip install --force-reinstall pyarrow"]
     except DataError as error:
         end = [error.message, error.hint]
     sys.stdout.write(json.dumps(end) + "\n")
