@@ -102,6 +102,17 @@ def test_meant_column_is_named() -> None:
         read('{"instruction": "p"}')
 
 
+def test_values_of_the_file_are_shown_cut() -> None:
+    long = "x" * 100_000
+    messages = [[{"role": long, "content": "a"}], [{"role": "user", "content": "a", long: 1}]]
+    messages += [[{"role": "user", "content": [{"type": long}]}], [{"role": "user", "content": [{long: 1}]}]]
+    rows = [{"prompt": "p", "id": [long]}, {long: "p"}, *({"messages": turns} for turns in messages)]
+    for text in [*map(json.dumps, rows), f'{{"{long}": 1, "{long}": 2}}']:
+        with pytest.raises(DataError) as caught:
+            read(text)
+        assert "xxx" in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_depth_limit_is_exact() -> None:
     def nested(levels: int) -> str:
         return '{"prompt": "p", "x": ' + "[" * levels + "]" * levels + "}"

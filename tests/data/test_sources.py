@@ -228,6 +228,17 @@ def test_hub_rows_come_through_the_same_checks(monkeypatch: pytest.MonkeyPatch) 
         sources.load("hub:org/name/small:train[:2]")
     assert asked == [("org/name", "small", "train[:2]")]
 
+    def wild(value: object) -> None:
+        rows = [{"prompt": "p", "response": "r", "tag": value}]
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+
+    wild("x" * 1_000_001)
+    with pytest.raises(DataError, match=r"hub:org/name:train, row 1: longer than 1,000,000 bytes"):
+        sources.load("hub:org/name:train")
+    wild(b"picture")
+    with pytest.raises(DataError, match=r"row 1: a bytes is not a JSON value"):
+        sources.load("hub:org/name:train")
+
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network")
 

@@ -37,12 +37,18 @@ _MEANT = {
 }
 
 
+def shown(value: Any) -> str:
+    """Return a value of a file as messages show it: cut, as it may be a megabyte long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"duplicate key {twice!r}")
+        raise ValueError(f"duplicate key {shown(twice)}")
     return out
 
 
@@ -128,9 +134,10 @@ def _content(value: Any, where: str) -> str:
     for part in value:
         keys = {key: item for key, item in part.items() if item is not None} if isinstance(part, Mapping) else {}
         if keys.get("type") != "text" or set(keys) != {"type", "text"}:
-            kind = keys.get("type") or (f"with the keys {sorted(keys)}" if keys else type(part).__name__)
+            told = f"with the keys {shown(sorted(keys))}" if keys else f"a {type(part).__name__}"
+            kind = shown(keys["type"]) if keys.get("type") else told
             raise DataError(
-                f"{where}: a part of the content is {kind!r}, not text",
+                f"{where}: a part of the content is {kind}, not text",
                 hint="only text is trained: leave rows with images, audio or video out",
             )
         texts.append(_text(keys["text"], "a text part of the content", where))
@@ -150,10 +157,10 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{where}: a tool call without the name of a function: {str(call)[:60]!r}")
         given = function.get("arguments")
         if isinstance(given, str):
-            given = parse_line(given.encode(), f"{where}, arguments of {name!r}") if given.strip() else None
+            given = parse_line(given.encode(), f"{where}, arguments of {shown(name)}") if given.strip() else None
             check_values(given, where)
         if not isinstance(given, Mapping | None):
-            raise DataError(f"{where}: the arguments of {name!r} must be an object, got {type(given).__name__}")
+            raise DataError(f"{where}: the arguments of {shown(name)} must be an object, got {type(given).__name__}")
         outer = {key: item for key, item in kept.items() if key in ("id", "type")} if "function" in kept else {}
         calls.append({"type": "function", **outer, "function": {"name": name, "arguments": dict(given or {})}})
     return calls
@@ -166,10 +173,10 @@ def _turn(item: Any, where: str) -> Message:
     calls = "tool_calls" in extra
     needed = {"role"} if calls else {"role", "content"}
     if not isinstance(item, Mapping) or not needed <= set(item) or set(extra) - set(EXTRA.get(str(role), ())):
-        seen = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+        seen = shown(sorted(map(str, item))) if isinstance(item, Mapping) else type(item).__name__
         raise DataError(f"{where}: expected exactly the keys 'role' and 'content', got {seen}")
     if not known:
-        raise DataError(f"{where}: unknown role {role!r}", hint=f"roles: {', '.join(ROLES)}")
+        raise DataError(f"{where}: unknown role {shown(role)}", hint=f"roles: {', '.join(ROLES)}")
     content = item.get("content")
     if calls:
         extra["tool_calls"] = _calls(extra["tool_calls"], where)
@@ -239,14 +246,14 @@ def parse_row(row: Any, where: str, *, require_response: bool = False) -> Exampl
     else:
         meant = next((f"rename {key!r} to {_MEANT[key]!r}" for key in row if key in _MEANT), "")
         raise DataError(
-            f"{where}: neither 'prompt' nor 'messages'; keys: {', '.join(map(repr, list(row)[:8])) or 'none'}",
+            f"{where}: neither 'prompt' nor 'messages'; keys: {', '.join(map(shown, list(row)[:8])) or 'none'}",
             hint=meant or 'a row is {"prompt": ..., "response": ...} or {"messages": [...]}',
         )
     if require_response and messages[-1].role != "assistant":
         raise DataError(f"{where}: no response to learn from", hint='add "response", or end with an assistant turn')
     name = row.get("id", "")
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise DataError(f"{where}: 'id' must be text or a whole number, got {name!r}")
+        raise DataError(f"{where}: 'id' must be text or a whole number, got {shown(name)}")
     return Example(messages, str(name), {key: value for key, value in row.items() if key not in RESERVED})
 
 

@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-from casehard.data.formats import RESERVED
+from casehard.data.formats import RESERVED, shown
 from casehard.errors import ConfigError, DataError
 
 ASK = ("prompt", "instruction", "question", "query")
@@ -153,14 +153,14 @@ class Reader:
             return ""
         back = {key: column for column, key in self._columns.items()}
 
-        def shown(columns: Iterable[str]) -> str:
+        def joined(columns: Iterable[str]) -> str:
             return " + ".join(back.get(column, column) for column in columns)
 
         used = {part: sorted(columns) for part, columns in self._used.items() if columns}
-        said = [f"{shown([first.ask, *used.get('context', [])])} -> prompt"] if first.ask else []
-        said += [f"{shown(used['answer'])} -> response"] if "answer" in used else []
-        said += [f"{shown([first.chat])} -> messages"] if first.chat else []
-        said += [f"{shown(used['system'])} -> system message"] if "system" in used else []
+        said = [f"{joined([first.ask, *used.get('context', [])])} -> prompt"] if first.ask else []
+        said += [f"{joined(used['answer'])} -> response"] if "answer" in used else []
+        said += [f"{joined([first.chat])} -> messages"] if first.chat else []
+        said += [f"{joined(used['system'])} -> system message"] if "system" in used else []
         said += [f"{back['id']} -> id"] if "id" in back else []
         said += [f"left out: {', '.join(sorted(self._left))}"] if self._left else []
         return f"{self._name}: read as {first.name}: {', '.join(said)}"
@@ -306,7 +306,7 @@ class Reader:
         answers = [key for key in row if _plain(key) in ANSWER]
         told = f"--map {(asks or ['COLUMN'])[0]}=prompt --map {(answers or ['COLUMN'])[0]}=response"
         raise DataError(
-            f"{where}: neither 'prompt' nor 'messages'; keys: {', '.join(map(repr, list(row)[:8])) or 'none'}",
+            f"{where}: neither 'prompt' nor 'messages'; keys: {', '.join(map(shown, list(row)[:8])) or 'none'}",
             hint=f"say what is meant: {told}, or behind the file: FILE?map:COLUMN=prompt",
         )
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from casehard.data.formats import DECODER, MAX_DEPTH, MAX_LINE_BYTES, parse_line
+from casehard.data.formats import DECODER, MAX_DEPTH, MAX_LINE_BYTES, parse_line, shown
 from casehard.errors import DataError
 
 SMALL = 512 * 2**20
@@ -256,9 +256,11 @@ def _header(where: str, cells: list[str]) -> list[str]:
     names = [cell.strip() or "unnamed" for cell in cells]  # what pandas writes its index under
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"{where}: two columns are called {twice!r}", hint="rename one of them")
+        raise DataError(f"{where}: two columns are called {shown(twice)}", hint="rename one of them")
     if len(names) == 1 and ";" in names[0]:
-        raise DataError(f"{where}: one column {names[0]!r}", hint="columns are separated by commas, in .tsv by tabs")
+        raise DataError(
+            f"{where}: one column {shown(names[0])}", hint="columns are separated by commas, in .tsv by tabs"
+        )
     return names
 
 

@@ -96,7 +96,10 @@ def _hub(name: str) -> Iterator[Row]:
     from casehard.data.hub import rows
 
     for number, value in enumerate(rows(name), start=1):
-        yield Row(f"{name}, row {number}", value)
+        where = f"{name}, row {number}"
+        if len(json.dumps(value, default=str, ensure_ascii=False)) > MAX_LINE_BYTES:
+            raise DataError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes", hint="one row may hold at most 1 MB")
+        yield Row(where, value)
 
 
 def _rows(base: str) -> tuple[Iterator[Row], bool]:

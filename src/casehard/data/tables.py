@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from casehard.data.formats import MAX_LINE_BYTES, parse_line
+from casehard.data.formats import MAX_LINE_BYTES, parse_line, shown
 from casehard.data.rowfiles import ROW_COST, Allowance, Row
 from casehard.errors import DataError, MissingExtra
 
@@ -55,7 +55,7 @@ def _parts(folder: Path) -> list[Path]:
     names = [entry.get("filename") for entry in _listed(folder / STATE, "_data_files", dict)]
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise DataError(f"{folder / STATE}: {name!r} is no name of a file in this folder")
+            raise DataError(f"{folder / STATE}: {shown(name)} is no name of a file in this folder")
         if not (folder / name).is_file():
             raise DataError(f"{folder}: the file {name!r} is missing")
     return [folder / str(name) for name in names]
@@ -158,7 +158,7 @@ def _stream(path: Path, allowance: Allowance) -> Iterator[Any]:
 def _check_names(schema: Any, path: Path) -> None:
     twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"{path}: two columns are called {twice!r}", hint="rename one of them")
+        raise DataError(f"{path}: two columns are called {shown(twice)}", hint="rename one of them")
 
 
 def _known(batch: Any, path: Path) -> Any:
@@ -172,7 +172,7 @@ def _known(batch: Any, path: Path) -> Any:
             columns[field.name] = column
         elif column.null_count < len(column):
             raise DataError(
-                f"{path}: the column {field.name!r} holds {field.type}, which is no JSON value",
+                f"{path}: the column {shown(field.name)} holds {str(field.type)[:80]}, which is no JSON value",
                 hint="leave the column out, or write it as text",
             )
     return pyarrow.RecordBatch.from_pydict(columns) if columns else batch.select([])
@@ -211,14 +211,16 @@ def _limit(size: int) -> None:
 
 def _write(path: Path, limit: int, memory: int) -> None:
     """Write the rows of a table as JSONL, and in the end a list: what was wrong and what to do, or nothing."""
-    import pyarrow.compute
-    import pyarrow.parquet  # noqa: F401  all that is needed, before the memory is limited
-
-    _limit(memory)
     end: list[str] = []
     try:
+        import pyarrow.compute
+        import pyarrow.parquet  # noqa: F401  all that is needed, before the memory is limited
+
+        _limit(memory)
         for row in unpack(path, limit):
             sys.stdout.write(json.dumps(row) + "\n")
+    except ImportError as error:
+        end = [f"{path}: pyarrow cannot be loaded: {error}", "pip install --force-reinstall pyarrow"]
     except DataError as error:
         end = [error.message, error.hint]
     sys.stdout.write(json.dumps(end) + "\n")
