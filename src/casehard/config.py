@@ -85,7 +85,7 @@ def _check_tree(kind: type, values: Mapping[str, Any], where: str) -> None:
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
@@ -105,7 +105,8 @@ def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str 
     _check_tree(kind, values, where)
     _refuse_nan(values, where)
     try:
-        made: T = _adapter(kind).validate_python(values)
+        hashable: Any = kind  # as every class
+        made: T = _adapter(hashable).validate_python(values)
         return made
     except ValidationError as error:
         first = error.errors()[0]

@@ -89,7 +89,7 @@ Large = Annotated[float, Within(0, LARGEST)]
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
@@ -108,7 +108,8 @@ class Limited:
 
     def __post_init__(self) -> None:
         """Raise ConfigError at the first number outside."""
-        for name, hint in _hints(type(self)).items():
+        own: Any = type(self)
+        for name, hint in _hints(own).items():
             try:
                 _walk(hint, getattr(self, name))
             except ValueError as error:

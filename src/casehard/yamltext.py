@@ -44,7 +44,8 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}  # of a node by id, aliases expanded: values, levels
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event, self._depth = self.peek_event(), self._depth + 1
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        self._depth += 1
         self._bound(event.start_mark, self._count, self._depth)
         node: Any = super().compose_node(parent, index)
         alias = isinstance(event, yaml.AliasEvent)
@@ -97,7 +98,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep=deep)
         except (ValueError, KeyError, IndexError):
             kind = _KINDS.get(node.tag.removeprefix(_TAG), node.tag)
             raise _Refused(
@@ -105,7 +106,8 @@ class _Loader(yaml.SafeLoader):
             ) from None
 
 
-_Loader.add_constructor(f"{_TAG}timestamp", yaml.SafeLoader.construct_yaml_str)
+_as_text: Any = yaml.SafeLoader.construct_yaml_str
+_Loader.add_constructor(f"{_TAG}timestamp", _as_text)
 
 
 def parse(text: str, *, where: str) -> Any:

@@ -113,7 +113,8 @@ def model_folder(given: Any) -> str:
     Raises:
         ConfigError: no such folder.
     """
-    path = Path(given := _text(given, "model"))
+    folder = _text(given, "model")
+    path = Path(folder)
     hint = "give a local folder that holds config.json and *.safetensors"
     if not path.exists():
         raise ConfigError(f"no such model folder: {given}", hint=hint)
@@ -122,7 +123,7 @@ def model_folder(given: Any) -> str:
     inner = path / "checkpoint"
     if not (path / "config.json").exists() and (inner / "config.json").exists():
         return str(inner)
-    return given
+    return folder
 
 
 def device_text(name: str) -> str:
