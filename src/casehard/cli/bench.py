@@ -12,12 +12,13 @@ from casehard import secrets
 from casehard.cli import console, options
 from casehard.cli.runs import check_out
 from casehard.errors import ConfigError
+from casehard.limits import PROCESSES
 from casehard.locks import lock
 
 if TYPE_CHECKING:
     from casehard.bench.run import BenchResult, NodeEvent
 
-Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time, one CPU thread each.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, max=PROCESSES, help="Runs at the same time, one CPU thread each.")]
 
 
 def bench(

@@ -33,7 +33,8 @@ Device = Annotated[
     typer.Option("--device", metavar="auto|cpu|cuda", help="Where it runs; auto takes a GPU when there is one."),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
+    int | None,
+    typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result."),
 ]
 
 
