@@ -85,7 +85,7 @@ def _check_tree(kind: type, values: Mapping[str, Any], where: str) -> None:
 
 
 @functools.cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

@@ -89,7 +89,7 @@ Large = Annotated[float, Within(0, LARGEST)]
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 

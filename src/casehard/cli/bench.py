@@ -12,11 +12,13 @@ from casehard.cli import console, options
 from casehard.cli.runs import check_out, hold
 from casehard.errors import ConfigError
 from casehard.io import secrets
+from casehard.limits import PROCESSES
+from casehard.io.locks import lock
 
 if TYPE_CHECKING:
     from casehard.benchmark.run import BenchResult, NodeEvent
 
-Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Runs at the same time, one CPU thread each.")]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, max=PROCESSES, help="Runs at the same time, one CPU thread each.")]
 
 
 def bench(

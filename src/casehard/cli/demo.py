@@ -17,7 +17,7 @@ def demo(
         int | None, typer.Option(min=0, help="World of the organism; one that is not shipped is built first.")
     ] = None,
     seed: options.Seed = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from --seed.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, counted from --seed.")] = 3,
     jobs: Jobs = 2,
     sets: options.Sets = None,
 ) -> None:

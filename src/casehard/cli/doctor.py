@@ -16,6 +16,7 @@ from casehard import __version__
 from casehard.cli import console, options
 from casehard.compat import MINIMUM, requirements_of, version_of
 from casehard.errors import ConfigError, Unsupported
+from casehard.limits import PROCESSES
 
 Row = tuple[str, str, str]
 
@@ -177,9 +178,9 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(metavar="DIR|ID", help="Model whose memory needs are shown for Patcher's schedules.")
     ] = None,
-    k1: Annotated[int, typer.Option("--k1", min=0, help="Attack steps of a simulated attack.")] = 300,
-    k2: Annotated[int, typer.Option("--k2", min=1, help="Outer steps of a round.")] = 1000,
-    attackers: Annotated[int, typer.Option(min=1, help="Attackers beside the defender.")] = 1,
+    k1: Annotated[int, typer.Option("--k1", min=0, max=10**9, help="Attack steps of a simulated attack.")] = 300,
+    k2: Annotated[int, typer.Option("--k2", min=1, max=10**9, help="Outer steps of a round.")] = 1000,
+    attackers: Annotated[int, typer.Option(min=1, max=PROCESSES, help="Attackers beside the defender.")] = 1,
 ) -> None:
     """Show what is installed, missing and possible here.
 

@@ -41,7 +41,8 @@ Maps = Annotated[
     ),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result.")
+    int | None,
+    typer.Option("--limit", min=1, help="Measure at most this many prompts a group: a look, not a result."),
 ]
 
 FILES = (

@@ -7,6 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from casehard.errors import ConfigError
+from casehard.limits import WEIGHT, Within
 
 
 class Coefficients(NamedTuple):
@@ -25,8 +26,13 @@ def coefficient_grid(
     """Return the settings to measure, in order, each once; alpha means nothing where a coefficient is 0.
 
     Raises:
-        ConfigError: an empty axis, or alpha outside 0..1.
+        ConfigError: an empty axis, a coefficient that no merge takes, or alpha outside 0..1.
     """
+    try:
+        for value in (*c_user, *c_reinforce):
+            Within(-WEIGHT, WEIGHT).check(value)
+    except ValueError as error:
+        raise ConfigError(f"grid: a coefficient {error}", hint="the paper's are 0.5") from None
     if not (c_user and c_reinforce and alpha) or not all(0 <= a <= 1 for a in alpha):
         raise ConfigError(f"grid: {list(c_user)} x {list(c_reinforce)} x {list(alpha)}", hint="alpha is in 0..1")
     points = (Coefficients(u, r, a if u != 0 and r != 0 else 0.0) for u, r, a in product(c_user, c_reinforce, alpha))

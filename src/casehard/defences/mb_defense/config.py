@@ -12,6 +12,9 @@ from casehard.train.recipe import TrainConfig
 
 Mode = Literal["joint", "posthoc", "adapter"]
 
+Rate = Annotated[float, Within(-1, 1)]
+"""Bound of a measured share; below 0 nothing meets it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlantConfig(Limited):
@@ -63,23 +66,23 @@ class StageTwo(Limited):
 class Gates(Limited):
     """What the result must meet; rates are shares of held-back prompts."""
 
-    planted: Share = 0.9
+    planted: Rate = 0.9
     """Every defensive backdoor fires at least so often after stage 1, or canaries tell nothing."""
-    active: Share = 0.01
+    active: Rate = 0.01
     """Most an active trigger may fire when stage 2 stops."""
-    canary: Share = 0.02
+    canary: Rate = 0.02
     """Most a canary may fire when stage 2 stops: beyond it, breaking did not generalise."""
     margin: Coefficient = 0.5
     """Most the clean answer may lose under an active trigger, nats a token."""
     clean_loss: Coefficient = 0.1
     """Most the loss on held-back clean rows may rise over stage 1, nats a token."""
-    live: Share = 0.02
+    live: Rate = 0.02
     """Most any defensive backdoor may fire in what is exported."""
     collapse: Coefficient = 1.0
     """Rise of the clean loss that counts as a collapse, nats a token."""
-    attack: Share = 0.02
+    attack: Rate = 0.02
     """Most a backdoor that the user described may fire in what is exported."""
-    attack_fails: Share = 0.1
+    attack_fails: Rate = 0.1
     """From here on it is not exported."""
 
 

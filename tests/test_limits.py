@@ -1,0 +1,108 @@
+"""Numbers in settings: inside their limits in any spelling, or a ConfigError that names the setting."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+
+from casehard.attack.finetune import FinetuneAttack
+from casehard.config import build, digest
+from casehard.data.select import SelectConfig
+from casehard.defend.spard import SpardConfig
+from casehard.errors import ConfigError
+from casehard.limits import Count, Limited, Share, Within
+from casehard.maths.lowrank import MergeConfig
+from casehard.maths.pareto import coefficient_grid
+from casehard.mb.config import MbConfig
+from casehard.train.recipe import TrainConfig
+
+NOT_FINITE = [math.nan, math.inf, -math.inf, "nan", "NaN", "inf", "-Infinity", "1e999", "1e300", 1e300, -1e300, 10**400]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small(Limited):
+    """Every shape of hint that limits are written in."""
+
+    count: Count = 1
+    maybe: Share | None = None
+    several: tuple[Count, ...] = ()
+    pair: tuple[Share, Share] = (0.0, 1.0)
+    either: Annotated[float | Literal["auto"], Within(0, 10, endless=True)] = "auto"
+    open: Annotated[float, Within(0, 1, above=True, below=True)] = 0.5
+
+
+@pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        (TrainConfig, "lr"),
+        (TrainConfig, "weight_decay"),
+        (FinetuneAttack, "alpha"),
+        (MergeConfig, "c_user"),
+        (SpardConfig, "tau"),
+        (MbConfig, "two.lr"),
+        (MbConfig, "train.clip"),
+    ],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+def test_what_is_not_finite_is_refused_in_any_spelling(kind, path, value):
+    *groups, last = path.split(".")
+    values = {last: value}
+    for group in groups:
+        values = {group: values}
+    with pytest.raises(ConfigError, match=rf"x\.{path}\b"):
+        build(kind, values, where="x")
+
+
+@pytest.mark.parametrize("value", [2**63, 2**64, 10**400, "9" * 30, 1e300])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulation", "warmup", "save_every", "keep"])
+def test_a_count_that_nobody_means_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"x.{name}"):
+        build(TrainConfig, {name: value}, where="x")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"count": 2**64}, "count must be at most 1,000,000,000, got 18,446,744,073,709,551,616"),
+        ({"maybe": 1.5}, "maybe must be at most 1, got 1.5"),
+        ({"maybe": math.nan}, "maybe is nan"),
+        ({"several": (1, 2, 0)}, "must be at least 1, got 0"),
+        ({"pair": (0.0, -0.5)}, "must be at least 0, got -0.5"),
+        ({"either": 11.0}, "either must be at most 10, got 11"),
+        ({"either": -math.inf}, "either must be at least 0, got -inf"),
+        ({"open": 0.0}, "open must be above 0, got 0"),
+        ({"open": 1.0}, "open must be below 1, got 1"),
+    ],
+)
+def test_code_and_files_meet_the_same_limits(values, said):
+    for make in (lambda: Small(**values), lambda: build(Small, values, where="x")):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert said in caught.value.message
+
+
+def test_what_means_something_is_kept():
+    values = {"count": 1, "maybe": None, "several": [1, 2], "pair": [0, 1], "either": "auto", "open": 0.25}
+    made = build(Small, values)
+    assert made == Small(several=(1, 2), open=0.25)
+    assert build(Small, {"either": math.inf}).either == math.inf
+    assert SelectConfig(beta=math.inf).beta == SpardConfig(eta_safe=math.inf).eta_safe == math.inf
+
+
+def test_limits_are_no_part_of_a_digest():
+    """Digests name the nodes of benchmarks: they are those of the plain values."""
+    plain = {"count": 1, "maybe": 0.5, "several": [], "pair": [0.0, 1.0], "either": "auto", "open": 0.5}
+    assert digest(Small(maybe=0.5)) == digest(build(Small, {"maybe": "0.5"})) == digest(plain)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
+def test_a_grid_of_coefficients_is_held_too(value):
+    with pytest.raises(ConfigError, match="coefficient"):
+        coefficient_grid(c_user=(0.5, value))
+    with pytest.raises(ConfigError, match="coefficient"):
+        coefficient_grid(c_reinforce=(value,))
