@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 
 import pytest
 
-from casehard.attack.finetune import FinetuneAttack
+from casehard.attacks.finetune import FinetuneAttack
 from casehard.config import build, digest
 from casehard.data.select import SelectConfig
-from casehard.defend.spard import SpardConfig
+from casehard.defences.mb_defense.config import MbConfig
+from casehard.defences.spard import SpardConfig
 from casehard.errors import ConfigError
 from casehard.limits import Count, Limited, Share, Within
-from casehard.maths.lowrank import MergeConfig
+from casehard.maths.merge import MergeConfig
 from casehard.maths.pareto import coefficient_grid
-from casehard.mb.config import MbConfig
 from casehard.train.recipe import TrainConfig
 
 NOT_FINITE = [math.nan, math.inf, -math.inf, "nan", "NaN", "inf", "-Infinity", "1e999", "1e300", 1e300, -1e300, 10**400]

@@ -13,7 +13,6 @@ from casehard.cli.runs import check_out, hold
 from casehard.errors import ConfigError
 from casehard.io import secrets
 from casehard.limits import PROCESSES
-from casehard.io.locks import lock
 
 if TYPE_CHECKING:
     from casehard.benchmark.run import BenchResult, NodeEvent
