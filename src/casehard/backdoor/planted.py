@@ -74,4 +74,8 @@ def read_planted(path: str | Path) -> list[Planted]:
     entries = value if isinstance(value, list) else [value]
     if not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise ConfigError(f"{path} holds no backdoor", hint="an object with 'trigger' and 'behaviour', or a list")
-    return [build(Planted, entry, where=str(path)) for entry in entries]
+    try:
+        return [build(Planted, entry, where=str(path)) for entry in entries]
+    except ConfigError as error:  # of the trigger itself, it does not know where it was read
+        named = error.message if str(path) in error.message else f"{path}: {error.message}"
+        raise ConfigError(named, hint=error.hint) from None

@@ -3,12 +3,74 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import Field
+
+T = TypeVar("T")
+Some = Annotated[list[T], Field(min_length=1)]
 STATUS = Literal["holds", "delays", "no_difference", "disagree", "worse", "collapsed", "too_weak", "not_measured"]
 BACKDOOR_STATUS = Literal[
     "meets", "lowers", "no_difference", "disagree", "worse", "collapsed", "shallow", "too_weak", "not_measured"
 ]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is read of any run.json, however far its run has come."""
+
+    kind: str
+    status: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """What wrote a result."""
+
+    version: str
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What it was made on."""
+
+    processor: str
+    cores: int | None
+    memory_bytes: int | None = None
+    gpus: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Begun):
+    """What is read of the run.json of a run that came to its end."""
+
+    config: dict[str, Any]
+    config_digest: str
+    seeds: list[int]
+    parents: dict[str, str]
+    data: dict[str, str]
+    code: Code
+    packages: dict[str, str]
+    hardware: Hardware
+    files: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, int] | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is read of a line of events.jsonl: its name, and what methods log about their steps (bench.records.told)."""
+
+    event: str
+    trigger_rate: float = 0.0
+    violation: float = 0.0
+    alpha_share: float = 0.0
+    step_ratio: float = 0.0
+    step_cosine: float = 0.0
+    safe_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -19,23 +81,27 @@ class Row:
     role: str
     label: str
     correct: bool | None
-    prompt: str | None = None
+    prompt: str | None
     slots_right: float | None = None
     nll: float | None = None
     ended: bool | None = None
     step: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellRow(Row):
-    """One prompt of a benchmark, with the cell it belongs to."""
+@dataclass(frozen=True)
+class CellRow:
+    """One prompt of a benchmark, with the cell it belongs to, as transcripts show it."""
 
     base: str
     defence: str
     attack: str
     seed: int
-    response: str
+    step: int
+    id: str
+    role: str
     prompt: str
+    response: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -131,7 +197,7 @@ class Pooled:
     rate: float
     low: float
     high: float
-    rates: list[float]
+    rates: Some[float]
     shared: bool
     unreliable: str | None = None
 
@@ -162,7 +228,7 @@ class Break:
     defence: str
     attack: str
     metric: str
-    runs: list[Broken]
+    runs: Some[Broken]
     last: int
     text: str
 
@@ -195,7 +261,7 @@ class Job:
     mean: float
     low: float
     high: float
-    runs: list[float]
+    runs: Some[float]
     difference: float = 0.0
     difference_low: float = 0.0
     difference_high: float = 0.0
@@ -228,7 +294,7 @@ class Failed:
     kind: str
     status: str
     message: str
-    hint: str = ""
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -268,7 +334,7 @@ class _Whole:
 class BenchSummary(_Whole):
     """summary.json of a benchmark of the stages alignment and tuning."""
 
-    verdicts: list[Verdict]
+    verdicts: Some[Verdict]
     records: list[Record]
     pooled: list[Pooled]
     costs: list[Cost]
@@ -312,7 +378,7 @@ class BackdoorPooled:
     high: float
     run_low: float
     run_high: float
-    rates: list[float]
+    rates: Some[float]
 
 
 @dataclass(frozen=True)
@@ -366,5 +432,5 @@ class BackdoorTable:
 class BackdoorSummary(_Whole):
     """summary.json of a benchmark of the stage backdoor."""
 
-    verdicts: list[BackdoorVerdict]
+    verdicts: Some[BackdoorVerdict]
     backdoors: list[BackdoorTable]

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ from typing import Any, Literal
 
 from casehard import __version__
 from casehard.compat import version_of
+from casehard.benchmark.shapes import Begun, Event, Finished
 from casehard.config import digest
 from casehard.errors import Corrupt, Interrupted, StorageError
 from casehard.io import stored
@@ -97,58 +97,6 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-@dataclass(frozen=True)
-class Begun:
-    """What is read of any run.json, however far its run has come."""
-
-    kind: str | None = None
-    status: str | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Code:
-    """What wrote a result."""
-
-    version: str
-    commit: str | None = None
-    dirty: bool | None = None
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What it was made on."""
-
-    processor: str
-    cores: int | None
-    memory_bytes: int | None = None
-    gpus: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished(Begun):
-    """What is read of the run.json of a run that came to its end."""
-
-    config: dict[str, Any]
-    config_digest: str
-    seeds: list[int]
-    parents: dict[str, str]
-    data: dict[str, str]
-    code: Code
-    packages: dict[str, str]
-    hardware: Hardware
-    files: dict[str, str] = field(default_factory=dict)
-    nodes: dict[str, int] | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Event:
-    """What is read of a line of events.jsonl."""
-
-    event: str
-
-
 def read_run(place: Path) -> dict[str, Any]:
     """Return the run.json of a run, however far it has come.
 
@@ -199,7 +147,7 @@ def read_summary(place: Path, run: Mapping[str, Any], shape: Any) -> dict[str, A
         Corrupt: it is missing, damaged, or not that of this run.
     """
     path = unchanged(place, run, "summary.json")
-    whole = stored.together(read_json(path), run.get("took"), path)
+    whole = stored.together(read_json(path), run.get("took"), place / "run.json")
     return dict(stored.checked(whole, shape, path))
 
 

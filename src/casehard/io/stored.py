@@ -122,4 +122,4 @@ def together(kept: Any, took: Any, where: Path | str) -> Any:
         return kept | {k: together(kept[k], v, where) if k in kept else v for k, v in took.items()}
     if isinstance(kept, list) and isinstance(took, list) and len(kept) == len(took):
         return [together(k, t, where) for k, t in zip(kept, took, strict=True)]
-    raise Corrupt(f"{where}: what the run took is not about this result", hint=_HINT)
+    raise Corrupt(f"{where}: what the run took does not fit its result", hint=_HINT)

@@ -17,7 +17,7 @@ from casehard.benchmark.summary import cost_records, not_tested
 from casehard.benchmark.verdict import make_controls, make_verdict
 from casehard.config import digest, to_dict
 from casehard.defences import DEFENCES
-from casehard.errors import ConfigError, UserError
+from casehard.errors import ConfigError, Corrupt, UserError
 
 FAMILY = "checkpoints"
 KINDS = ("attack", "evaluate", "defend")
@@ -167,6 +167,7 @@ class _Collected:
 
         Raises:
             UserError: they cannot stand beside those of the folders before.
+            Corrupt: they are damaged.
         """
         reads, seed, model = _reads(run), int((run["seeds"] or [0])[0]), run["parents"].get("model", "")
         asked = tuple(reads[key] for key in ASKED)
@@ -187,6 +188,8 @@ class _Collected:
                     f"{other} and {place} asked different prompts under the id {row['id']!r}",
                     hint="the suite has changed in between: measure both on the same one",
                 )
+        if twice := [step for step, rows in by_step.items() if len({str(r["id"]) for r in rows}) < len(rows)]:
+            raise Corrupt(f"{place / 'rows.jsonl'}: a prompt occurs twice at step {twice[0]}")
         # Greedy evaluation draws nothing: with every seed it says the same of one checkpoint.
         self.once((defence, attack, seed if attack != NO_ATTACK else None), place, by_step)
         name = digest({"run": run["config_digest"], "model": model, "data": run.get("data", {})})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,8 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> str:
-    """Return the report's HTML.
-
-    Args:
-        summary: summary.json of a benchmark, or what :func:`summary_of_runs` returns.
-        rows: rows.jsonl of the benchmark, for the transcripts.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
+@cache
+def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -119,6 +112,19 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     )
     # Figures are made here, from escaped text; nothing else on the page is trusted.
     env.filters["figure"] = Markup
+    return env.get_template("page.html.j2")
+
+
+def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Return the report's HTML.
+
+    Args:
+        summary: summary.json of a benchmark, or what :func:`summary_of_runs` returns.
+        rows: rows.jsonl of the benchmark, for the transcripts.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
     plan = summary["plan"]
     if plan.get("stage") == "backdoor":
         parts, made, said = backdoor_parts(summary), arm_rows(plan), []
@@ -127,7 +133,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
         parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
         made, said = legend(families[0].looks, plan["defences"]), transcripts(summary, rows)
     code = summary["provenance"]["code"]
-    html = env.get_template("page.html.j2").render(
+    html = _template().render(
         title=plan["title"],
         name=plan["name"],
         parts=parts,

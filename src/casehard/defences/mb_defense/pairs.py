@@ -117,7 +117,7 @@ def read_pairs(folder: Path) -> PairSet:
         clean = tuple(_row(row) for row in record["clean"])
         answers, payloads = (tuple(tuple(map(_row, row)) for row in record[key]) for key in ("answers", "payloads"))
         pairs = PairSet(clean, answers, payloads, int(record["pad_id"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
         raise Corrupt(f"{path}: not a set of pairs: {error}") from None
     if pairs.digest != record.get("digest"):
         raise Corrupt(f"{path}: its content has another digest than it says")
