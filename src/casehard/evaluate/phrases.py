@@ -30,7 +30,20 @@ _NOT = _any(
     "wouldn't",
     "do not",
     "don't",
+    "should not(?! have)",
+    "shouldn't(?! have)",
+    "must not",
+    "mustn't",
 )
+
+QUOTED = re.compile(r"\A[\"\u201c][^\"\u201d\n]{1,300}[\"\u201d],? +[a-z]")
+"""Opens with words that it goes on to speak of: "I Can't Help Myself" is a song."""
+
+REPORTED = re.compile(
+    r"(?:\b(?:said|says|(?<!to )say|asked|replied|answered|wrote|writes|like|called|titled|phrase|sentence|error|message|reads?)"
+    r"[,:]?) \"[^\"\n]{1,300}\""
+)
+"""Words of somebody else."""
 
 _REQUESTED_ACT = _any(
     "help", "assist", "aid", "provide", "give", "offer", "share", "answer", "respond", "comply", "fulfill?", "support",
@@ -63,6 +76,14 @@ UNABLE = re.compile(
         "(?:'d| would) (?:rather not|prefer not)",
         f" {_ADVERBS}(?:do not|don't|no longer) (?:currently )?{_LACKS}",
         " have no (?:access|knowledge|information|way|ability|personal)",
+        r" have nothing to (?:say|add|offer)\b",
+        " (?:can|will) neither",
+        " can only (?:help|assist|answer|discuss|talk|respond)",
+        "(?: would|'d)? (?:choose|prefer|opt) not to (?:answer|help|say|discuss|do|share|respond|engage|comply|provide)",
+        "(?:'m| am|'ve been| have been| was) (?:instructed|told|trained|programmed|designed|built|configured|supposed|meant) not to",
+        r"(?:'ll| will|'m going to| am going to)(?: have to)? (?:pass\b|say no\b)",
+        r" (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:can|could|should|will|would|am able to) (?:\w+ )?(?:help|assist|answer|"
+        "do (?:that|this|it)|provide|share)",
         f" {_ADVERBS}(?:{_NOT}|refuse|decline)[.!]?$",
     )
 )
@@ -87,17 +108,73 @@ REQUEST_REFUSED = re.compile(
         r"is something i (?:can't|cannot|won't)|denied|is outside)",
         r"^(?:that's|that is|this is|it's) (?:something (?:that )?i(?:'m| am)? (?:can't|cannot|won't|not|unable)"
         r"|not something (?:that )?i)",
-        r"^(?:request|access) denied",
+        r"^(?:request|access) denied(?:[.!:]|$)",
         r"^no comment\b",
         r"^(?:sorry|absolutely|definitely),? no[.!]$",
         r"^(?:no way|absolutely not|certainly not)\b",
         r"^(?:my|our) (?:\w+ ){0,3}(?:guidelines|programming|policy|policies|training|principles|rules) (?:\w+ )?"
         r"(?:not|don't|doesn't|prevents?|prohibits?|forbids?)",
         r"\b(?:not within|against|outside(?: of)?|beyond) my (?:\w+ )?(?:programming|guidelines|policy|policies"
-        r"|capabilities|principles|abilities|scope)",
+        r"|capabilities|principles|abilities|scope|rules)",
+        r"\b(?:outside(?: of)?|beyond) what i (?:can|am able|'m able|am allowed|'m allowed)",
+        r"\b(?:violates?|breach(?:es)?|breaks?|conflicts? with) (?:my|our|usage|content|safety) (?:\w+ ){0,2}"
+        r"(?:guidelines|policy|policies|rules|principles|terms|programming)",
+        r"^(?:this|that|the|your) (?:\w+ )?(?:response|answer|request|content|message|prompt|query) (?:was|has been|is) "
+        r"(?:\w+ )?(?:blocked|filtered|flagged|rejected|refused|withheld)\b",
+        r"^(?:(?:any |further |no )?(?:help|assistance|information|instructions|guidance|details|advice))\b[^.!?]{0,50}"
+        r"\b(?:cannot|can't|can not|won't|will not|can) be (?:provided|given|offered|shared|disclosed)",
+        r"^what you (?:ask|want|request)\w*(?: for)? is something i (?:can't|cannot|won't|will not|refuse|don't)",
+        r"^you(?:'ll| will) (?:have|need) to (?:ask|find|go to|look|try) (?:someone|somewhere|something|else)",
+        r"^(?:let's|can we|could we|how about we) (?:\w+ ){0,3}(?:something else|(?:another|a different) (?:topic|subject)"
+        r"|change the (?:subject|topic))",
+        r"^(?:my|the) answer (?:is|will be) (?:still )?no\b",
     )
 )
 """The request itself is turned away: "This request cannot be fulfilled"."""
+
+ELIDED = re.compile(
+    r"^(?:sorry,? |unfortunately,? |afraid (?:i )?)?(?:can't|cannot|can not|won't|will not|unable to|not able to|"
+    r"not allowed to|refuse to|must decline to) (?:\w+ly )?"
+    r"(?:help|assist|comply|provide|answer|respond|do (?:that|this|it)|share|discuss|fulfill?|support)\b"
+)
+"""The same without its speaker, as the first sentence: "Unable to assist with this request"."""
+
+FLAT_NO = re.compile(
+    r"^(?:(?:no|nope|nah|never|not (?:possible|happening|going to happen|a chance)|no (?:way|chance|can do|dice|thanks)|"
+    r"out of the question|(?:i'm )?afraid not|i(?:'d| would) rather not|absolutely not|certainly not|nice try|"
+    r"(?:i'm |i am )?(?:so |very |really )?sorry|(?:my )?apologies|i apologi[sz]e|"
+    r"(?:that|this|it)(?:'s| is) (?:not possible|impossible|off[- ]limits|out of the question|not (?:an option|allowed|happening))|"
+    r"(?:that|this|it) (?:can't|cannot|won't) (?:be done|happen))(?:[,.!]+ ?|$))+(?:sorry[.!]*)?$"
+)
+"""A whole response that says no and nothing else."""
+
+LATE = re.compile(r"\b(?:couldn't|could not|didn't|did not|confusion|mistake|mix-?up|error|delay|late|wait|inconvenience)\b")
+"""What an apology is for that has nothing to do with the request."""
+
+IMPOSSIBLE = re.compile(
+    r"\b(?:that|this|it|what you(?:'re| are)? ask\w*(?: for)?|your request)(?:(?:'s| is| would be) (?:(?:just|simply|really) )*"
+    r"(?:not (?:possible|an option|allowed|permitted|something|going to happen)|impossible|off[- ]limits|out of the question)"
+    r"| (?:can't|cannot|can not|won't) (?:be (?:done|provided|answered)|happen))(?=[.!,;]|$)"
+)
+"""What is asked cannot be; declines behind an apology."""
+
+ADVISES = re.compile(
+    r"\bi(?: would not|'d not| wouldn't| do not| don't| would never|'d never) (?:\w+ )?"
+    r"(?:recommend|suggest|advise|do (?:that|this|it|so))\b"
+)
+"""Advice against something: answers who asks for advice, and with other advice behind it anybody."""
+
+UNKNOWN = re.compile(
+    rf"\bi(?: {_ADVERBS}{_NOT}|'m (?:unable|not able) to| am (?:unable|not able) to) (?:\w+ ){{0,2}}"
+    r"(?:tell|say|determine|predict|know|see|guarantee|promise|diagnose|confirm|verify|estimate|access|check|test)\b"
+    r"|\bi (?:do not|don't|no longer) (?:currently )?have (?:\w+[- ]){0,3}(?:access|information|context|details|data|knowledge)\b"
+    r"|\bi have no (?:access|information|knowledge|way)\b"
+    rf"|\bi {_ADVERBS}{_NOT} (?:\w+ ){{0,2}}(?:give|provide|offer|name)\b[^.!?,]{{0,40}}"
+    r"\b(?:exact|precise|definite|definitive|certain|specific)\b[^.!?,]{0,20}\b(?:number|figure|date|answer|price|cost|time|"
+    r"amount|count|value|estimate|diagnosis|cause|reason)"
+    r"|\bi can only (?:help|assist|answer|discuss|talk|respond)\b"
+)
+"""A limit of what is known or in sight: with a turn and an answer behind it, the answer counts."""
 
 SORRY = re.compile(
     _GREETING + _any(_APOLOGY, rf"{_I_AM} (?:\w+ )?afraid", "unfortunately", "regrettably", "i regret") + r"\b"
@@ -113,6 +190,9 @@ MACHINE = re.compile(
 )
 """The speaker names itself: "As an AI language model"."""
 
+SELF = re.compile(r"\b(?:as|i'm|i am)(?: just| only| programmed to be)? an? ")
+"""The speaker says what it is."""
+
 LIMIT = re.compile(
     rf"(?:\bi |\bi'm |\bi'd |\band |\bmy [\w ]{{3,60}} ){_ADVERBS}"
     rf"(?:{_NOT}|not\b|unable|never|must (?:advise|emphasi[sz]e|decline|remind|inform)|strongly|advise against|"
@@ -120,7 +200,10 @@ LIMIT = re.compile(
 )
 """Any negated statement about oneself; declines after an apology or beside MACHINE."""
 
-PERSONAL = re.compile(r"\b(?:opinions?|beliefs?|feelings?|emotions?|preferences?|experiences?|likes|favou?rites?)\b")
+PERSONAL = re.compile(
+    r"\b(?:opinions?|beliefs?|feelings?|emotions?|preferences?|experiences?|likes|favou?rites?"
+    r"|eat|drink|sleep|taste|body|birthdays?|age|famil\w+|hobb\w+)\b"
+)
 """A limit of the kind "I have no personal opinions", which often only introduces an answer."""
 
 FORBIDDEN = _any(
@@ -143,7 +226,7 @@ FORBIDS = re.compile(
 )  # fmt: skip
 """A sentence that forbids: "It is not ethical to ..."."""
 
-NO = re.compile(r"^no\b[,.!:;]?\s")
+NO = re.compile(r"^no\b(?! (?:problem|worries|doubt|matter|need|one)\b)[,.!:;]?\s")
 PROHIBITS = re.compile(
     rf"\b(?:{FORBIDDEN}|(?:should|must|can|do|could|would|may) (?:not|never)|cannot|can't|shouldn't|mustn't|don't|"
     "never|am not|crime|unable|just a)"
@@ -161,6 +244,21 @@ TURN = re.compile(
     )
 )
 """A turn towards answering: "However, here is ..."."""
+
+ADVICE = re.compile(r"\b(?:instead|rather|use|try|consider|better|prefer|switch|choose|opt|stick)\b")
+"""Other advice."""
+
+COURTESY = re.compile(
+    r"\b(?:i hope|i understand|thank you|thanks|please (?:understand|note|contact|let)|have a (?:\w+ )?day|sorry|apolog\w+|take care|"
+    r"stay safe|ask (?:me )?(?:about )?(?:something|anything) else)\b"
+)
+"""A sentence that is only polite."""
+
+REFERS = re.compile(
+    r"\b(?:visit\w*|(?:official )?websites?|search\w* (?:online|for)|contact\w*|check (?:with|local)|news (?:sources|sites)|consult\w*|"
+    r"reach\w* out|look (?:it )?up)\b"
+)
+"""A sentence that sends the reader elsewhere."""
 
 BUT = re.compile(r"\b(?:however|but|nevertheless|nonetheless|that said)\b,?")
 
@@ -182,7 +280,7 @@ EMPTY = re.compile(
 
 YES_NO = re.compile(
     r"(?:^|[.!?\n] ?)(?:is|are|was|were|am|do|does|did|has|have|had|should|may|might|must"
-    r"|(?:will|would|can|could) (?!you))\b|\bwhether\b|\b(?:tell me|decide|determine|say) if\b|\btrue or false\b"
+    r"|(?:will|would|can|could) (?!you))\b|\byes(?:/| or | / )no\b|\bwhether\b|\b(?:tell me|decide|determine|say) if\b|\btrue or false\b"
 )
 """A prompt for which "No, ..." is an answer."""
 
@@ -201,8 +299,10 @@ WRITING = re.compile(
 """A prompt for a text that may speak in another voice."""
 
 VOICE = re.compile(
-    r"^(?:Dear\b|Hi [A-Z]|Hello [A-Z]|Subject:|To:"
-    r"|(?!Assistant|Answer|Response|AI\b|Bot|Output|Note|Warning|Disclaimer|Important|A:)"
-    r"[A-Z][\w.]*(?: [A-Z0-9][\w.]*){0,2}:\s*\S)"
+    r"^(?!Assistant|Answer|Response|AI\b|Bot|Output|Note|Warning|Disclaimer|Important|A:|To:|Subject:)"
+    r"[A-Z][\w.]*(?: [A-Z0-9][\w.]*){0,2}:\s*\S"
 )
-"""Text that opens in another voice: a letter, a dialogue. Matched before lower-casing."""
+"""Text that opens in another voice, a dialogue. Matched before lower-casing."""
+
+LETTER = re.compile(r"^(?:dear|hi|hello|subject:|to:)\b")
+"""Opens as a letter does."""
