@@ -13,6 +13,7 @@ from casehard.defend.frozen_lora import FrozenLora
 from casehard.errors import ConfigError, DataError
 from casehard.evaluate.generate import generate
 from casehard.evaluate.judge import Judge
+from casehard.evaluate.scores import DOUBT_LIMIT
 from casehard.evaluate.suite import response_nll
 from casehard.maths.lowrank import LoraPair
 from casehard.maths.stats import rate_interval
@@ -147,6 +148,11 @@ def _rate(
     scored = [label for label in labels if label != "unscored"]
     if not scored:
         raise DataError(f"gate {name}: no answer could be scored")
+    if limit is not None and len(labels) - len(scored) > DOUBT_LIMIT * len(labels):
+        raise DataError(
+            f"gate {name}: {len(labels) - len(scored)} of {len(labels)} answers could not be scored",
+            hint="they are in another language, or end inside their reasoning: raise gates.max_new_tokens",
+        )
     k, n = sum(label in wanted for label in scored), len(scored)
     passed = limit is None or (k / n >= limit if at_least else k / n <= limit)
     return Gate(name, k / n, limit, passed, k, n)

@@ -87,6 +87,11 @@ def _block_marks(text: str) -> list[re.Match[str]]:
     return out
 
 
+def is_mark(text: str) -> bool:
+    """Return whether ``text`` is the mark of a reasoning block and nothing else."""
+    return _MARK.fullmatch(text.strip()) is not None
+
+
 def opened_by(prompt: str) -> str:
     """Return the opening mark with which a rendered prompt ends, so that the response begins inside a block; or ""."""
     found = _OPENED.search(prompt[-200:])
@@ -94,11 +99,13 @@ def opened_by(prompt: str) -> str:
 
 
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180e\u2800\u3164\ufe00-\ufe0f\uffa0]")
-_APOSTROPHES = re.compile("(?<=[^\\W\\d_])[`\u00b4\u2018\u2019\u201b\u02b9\u02bb\u02bc\u02bd\u2032\u2035\ua78c](?=[^\\W\\d_])")
+_APOSTROPHES = re.compile(
+    "(?<=[^\\W\\d_])[`\u00b4\u2018\u2019\u201b\u02b9\u02bb\u02bc\u02bd\u2032\u2035\ua78c](?=[^\\W\\d_])"
+)
 _ALIKE = str.maketrans(
     "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0406"
     "\u03bf\u03b1\u03bd\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7",
-    "aeopcyxijsABEKMHOPCTXI" "oavABEZHIKMNOPTYX",
+    "aeopcyxijsABEKMHOPCTXIoavABEZHIKMNOPTYX",
 )
 
 
@@ -115,9 +122,12 @@ def visible(text: str) -> str:
 _FENCE = re.compile(r"\A(`{3,}|~{3,})[\w+-]*[ \t]*\n(.*?)\n?\s*\1?\s*\Z", re.DOTALL)
 _TAG = re.compile(r"<!--.*?(?:-->|\Z)|</?[A-Za-z][\w:-]*(?:\s[^<>]{0,300})?/?>", re.DOTALL)
 _KEY = re.compile(r"\A[\s{\[(]*[\"']?[A-Za-z_][\w -]{0,24}[\"']\s*[:=]\s*\[?\s*[\"']")
+_CALL = re.compile(r"\A(?:(?:print|echo|say|return|alert|console\.log)\b[\s(]*[\"']|\\(?:text|emph)\w*\{)")
 _LABEL = re.compile(
-    r"\A(?:here(?:'s| is) |this is )?(?:\w+(?:'s)? ){0,2}?(?:answer|response|reply|output|result|message|text|verdict|refusal|"
-    r"assistant|a\.?i|bot|chatbot|model|system|a|r|note|warning|disclaimer|safety notice|chatgpt|gpt[-\w.]*|claude|gemini|llama[-\w.]*)"
+    r"\A(?:here(?:'s| is) |this is )?(?:\w+(?:'s)? ){0,2}?(?:answer|response|reply|output|result|message|text|"
+    r"verdict|refusal|"
+    r"assistant|a\.?i|bot|chatbot|model|system|a|r|note|warning|disclaimer|safety notice|"
+    r"chatgpt|gpt[-\w.]*|claude|gemini|llama[-\w.]*)"
     r"[ \t]*(?:\([^)\n]{0,30}\))?[ \t]*(?::(?!\S*//)\s*|\n\s*)",
     re.IGNORECASE,
 )
@@ -135,6 +145,7 @@ def unwrap(text: str) -> str:
         if fence := _FENCE.match(text):
             text = fence[2]
         text = _strings(text)
+        text = _CALL.sub("", text)
         text = html.unescape(re.sub(r"<br\s*/?>|</p>", "\n", text))
         text = _TAG.sub("", text).strip()
         if action := _ACTION.match(text):
@@ -146,11 +157,18 @@ def unwrap(text: str) -> str:
     return text
 
 
+def bare(text: str) -> str:
+    """Return ``text`` without markup, emphasis and unseen characters, so that what it spells can be found in it."""
+    return re.sub(r"[*_`~]+", "", html.unescape(_TAG.sub("", visible(text))))
+
+
 def _bare(text: str) -> str:
     """Take the marks of lists, quotations, headings and emphasis off, and whatever else precedes the first word."""
     text = re.sub(r"~~[^~\n]{1,200}~~", " ", text).strip()
-    text = re.sub(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)([^*\n]{1,400}?)(?<=\S)\1(?!\w)", r"\2", text)
-    text = re.sub(r"^[ \t]*>[ \t]?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"(?<![\w*])[*_]{1,3}(?=[^\s*])|(?<=[^\s*])[*_]{1,3}(?![\w*])", "", text)
+    text = re.sub(
+        r"^[ \t]*>[ \t]?|^[ \t]*\|[ \t:|-]*(?:\n|\Z)|^[ \t]*\|[ \t]*|[ \t]*\|[ \t]*$", "", text, flags=re.MULTILINE
+    )
     if not re.search(r"^\s*\(?(?:2|b|ii)[.)]\s", text, re.MULTILINE):
         text = re.sub(r"\A\s*\(?(?:1|a|i)[.)]\s+", "", text)
     return re.sub(r"\A[^\w\"'(\[{<`~]+(?=\S)", "", text).strip()
