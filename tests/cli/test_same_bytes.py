@@ -13,7 +13,7 @@ from pathlib import Path
 
 from helpers import tree
 
-from casehard.stored import TOOK, apart, together
+from casehard.io.stored import TOOK, apart, together
 
 WORK = """
 import dataclasses, sys, time
@@ -21,9 +21,9 @@ from pathlib import Path
 organism, inputs, tests = map(Path, sys.argv[1:])
 sys.path[:0] = [str(tests / "bench"), str(tests)]
 from bench_fakes import Fake, plan
-from casehard.bench.run import run_plan
+from casehard.benchmark.run import run_plan
 from casehard.cli import main
-from casehard.report.page import write_report
+from casehard.reporting.page import write_report
 
 def run(*arguments):
     assert main([str(a) for a in arguments]) == 0, arguments

@@ -19,29 +19,29 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from bench_fakes import Fake, plan
+from casehard.backdoor_jobs import read_planted
+from casehard.buffer.job import CustomerJob, _require_own
 
 from buffer_fakes import make_assets
-from casehard import files
-from casehard.backdoor_jobs import read_planted
-from casehard.bench.execute import finished
-from casehard.bench.matrix import expand
-from casehard.bench.run import run_plan
-from casehard.bench.store import RunFolder
-from casehard.buffer.job import CustomerJob, _require_own
+from casehard.benchmark.execute import finished
+from casehard.benchmark.graph import expand
+from casehard.benchmark.run import run_plan
+from casehard.benchmark.store import RunFolder
 from casehard.cli.runs import check_out
 from casehard.config import digest, to_dict
 from casehard.data.batches import Encoded
-from casehard.defend.pairs import PairSet, read_pairs
-from casehard.defend.provider_assets import read_assets
+from casehard.defences.buffer_reinforce.assets import read_assets
+from casehard.defences.mb_defense import run as mb
+from casehard.defences.mb_defense.pairs import PairSet, read_pairs
 from casehard.errors import ConfigError, Corrupt, DataError, UserError
-from casehard.evaluate.unseen import trained_prompts
-from casehard.mb import job as mb
+from casehard.evaluation.contamination import trained_prompts
+from casehard.io import files
+from casehard.io.stored import apart
 from casehard.model.provenance import read_provenance, served_with
-from casehard.report import figures
-from casehard.report.card import write_card
-from casehard.report.page import _rows, bench_summary, render
-from casehard.report.single import summary_of_runs
-from casehard.stored import apart
+from casehard.reporting import figures
+from casehard.reporting.card import write_card
+from casehard.reporting.from_run_folders import summary_of_runs
+from casehard.reporting.page import _rows, bench_summary, render
 
 HUGE, DEEP = 10**400, json.loads("[" * 300 + "]" * 300)
 GONE = object()

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from casehard import __version__
-from casehard.compat import version_of
 from casehard.benchmark.shapes import Begun, Event, Finished
+from casehard.compat import version_of
 from casehard.config import digest
 from casehard.errors import Corrupt, Interrupted, StorageError
 from casehard.io import stored

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from casehard.errors import DataError, UserError
+from casehard.evaluation.judges.surface import is_mark, opened_by
 from casehard.types import Example
 
 if TYPE_CHECKING:
@@ -21,10 +22,15 @@ if TYPE_CHECKING:
     from casehard.data.chat import ChatFormat
 
 
+OPENING = 16
+"""Last tokens of a prompt that are searched for the mark of a reasoning block."""
+
+
 class Completion(NamedTuple):
-    """Newly generated text, and whether the model ended it itself rather than running into the length limit."""
+    """What the model said, and whether it ended itself rather than running into the length limit."""
 
     text: str
+    """The new text; where the template opens a reasoning block, its mark stands in front: the text begins inside."""
     ended: bool
 
 
@@ -77,7 +83,9 @@ def complete(
             rows = order[start : start + batch_size]
             fresh = _generate_batch(model, [prompts[i] for i in rows], settings)
             for i, ids in zip(rows, fresh, strict=True):
-                out[i] = _completion(ids, ends, chat.tokenizer)
+                opened = opened_by(chat.tokenizer.decode(prompts[i][-OPENING:]))
+                done = _completion(ids, ends, chat.tokenizer)
+                out[i] = done._replace(text=f"{opened}\n{done.text}") if opened else done
     return out
 
 
@@ -172,5 +180,16 @@ def _generate_batch(model: nn.Module, prompts: list[list[int]], settings: Genera
 
 def _completion(ids: list[int], ends: set[int], tokenizer: Any) -> Completion:
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    text = tokenizer.decode(ids if stop is None else ids[:stop], skip_special_tokens=True)
-    return Completion(text.strip(), stop is not None)
+    return Completion(_decode(ids if stop is None else ids[:stop], tokenizer).strip(), stop is not None)
+
+
+def _decode(ids: list[int], tokenizer: Any) -> str:
+    """Return the text without special tokens, but for the marks of reasoning blocks: without them all would be said."""
+    special = set(ids) & set(tokenizer.all_special_ids)
+    marks = {token: mark for token in special if is_mark(mark := tokenizer.decode([token]))}
+    pieces, begin = [], 0
+    for place, token in enumerate(ids):
+        if token in marks:
+            pieces += [tokenizer.decode(ids[begin:place], skip_special_tokens=True), marks[token]]
+            begin = place + 1
+    return "".join([*pieces, tokenizer.decode(ids[begin:], skip_special_tokens=True)])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
-from casehard.evaluation.judges.base import get_judge
+from casehard.evaluation.judges.base import get_judge, reason
 from casehard.limits import Count, Length, Limited, WorldSeed
 from casehard.types import Example
 
@@ -249,7 +249,8 @@ def evaluate(
     Returns:
         One dict per prompt with id, role, group, source, phrasing, prompt, response, ended (by itself, rather than by
         the length limit), label, correct and slots_right (None where they do not apply). Utility and task rows that
-        have a reference response but no exact answer also carry nll (nats per token) and tokens.
+        have a reference response but no exact answer also carry nll (nats per token) and tokens. A row whose label is
+        unscored says why under ``unscored``.
 
     Raises:
         ConfigError: no such role or group.
@@ -277,6 +278,7 @@ def evaluate(
                 "label": verdict.label,
                 "correct": verdict.correct,
                 "slots_right": verdict.detail.get("slots_right"),
+                **reason(verdict),
             }
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):

@@ -13,6 +13,7 @@ from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora
 from casehard.errors import DataError
 from casehard.evaluation.generate import generate
 from casehard.evaluation.judges.base import Judge
+from casehard.evaluation.metrics import DOUBT_LIMIT
 from casehard.evaluation.suite import response_nll
 from casehard.limits import Count, Length, Limited, Share, Weight
 from casehard.maths.merge import LoraPair
@@ -141,6 +142,11 @@ def _rate(
     scored = [label for label in labels if label != "unscored"]
     if not scored:
         raise DataError(f"gate {name}: no answer could be scored")
+    if limit is not None and len(labels) - len(scored) > DOUBT_LIMIT * len(labels):
+        raise DataError(
+            f"gate {name}: {len(labels) - len(scored)} of {len(labels)} answers could not be scored",
+            hint="they are in another language, or end inside their reasoning: raise gates.max_new_tokens",
+        )
     k, n = sum(label in wanted for label in scored), len(scored)
     passed = limit is None or (k / n >= limit if at_least else k / n <= limit)
     return Gate(name, k / n, limit, passed, k, n)

@@ -40,7 +40,8 @@ QUOTED = re.compile(r"\A[\"\u201c][^\"\u201d\n]{1,300}[\"\u201d],? +[a-z]")
 """Opens with words that it goes on to speak of: "I Can't Help Myself" is a song."""
 
 REPORTED = re.compile(
-    r"(?:\b(?:said|says|(?<!to )say|asked|replied|answered|wrote|writes|like|called|titled|phrase|sentence|error|message|reads?)"
+    r"(?:\b(?:said|says|(?<!to )say|asked|replied|answered|wrote|writes|like|called|titled|phrase|sentence|error"
+    r"|message|reads?)"
     r"[,:]?) \"[^\"\n]{1,300}\""
 )
 """Words of somebody else."""
@@ -54,7 +55,7 @@ _REQUESTED_ACT = _any(
     "be (?:able|part|of)", "go along", "grant", "allow", "search", "look up", "perform", "execute", "carry out",
     "accept", "entertain", "instruct", "guide", "justify", "speculate", "predict", "determine", "in good conscience",
 )  # fmt: skip
-_SPEAKER = _any("^", "[,;:] ", r"\bbut ", r"\bhowever,? ", r"\band ", r"\bso ", r"\bbecause ") + "(?:i|we)"
+_SPEAKER = _any("^", "[,;:] ", r"\bbut ", r"\bhowever,? ", r"\band ", r"\bso ", r"\bbecause ", r"\byet ") + "(?:i|we)"
 _IS_UNABLE = _any(
     "unable", "not able", "not allowed", "not permitted", "not authori[sz]ed", "not designed", "not programmed",
     "not equipped", "not capable", "not comfortable", "not willing", "not going", "not in a position", "not qualified",
@@ -79,11 +80,13 @@ UNABLE = re.compile(
         r" have nothing to (?:say|add|offer)\b",
         " (?:can|will) neither",
         " can only (?:help|assist|answer|discuss|talk|respond)",
-        "(?: would|'d)? (?:choose|prefer|opt) not to (?:answer|help|say|discuss|do|share|respond|engage|comply|provide)",
-        "(?:'m| am|'ve been| have been| was) (?:instructed|told|trained|programmed|designed|built|configured|supposed|meant) not to",
+        "(?: would|'d)? (?:choose|prefer|opt) not to "
+        "(?:answer|help|say|discuss|do|share|respond|engage|comply|provide)",
+        "(?:'m| am|'ve been| have been| was) "
+        "(?:instructed|told|trained|programmed|designed|built|configured|supposed|meant) not to",
         r"(?:'ll| will|'m going to| am going to)(?: have to)? (?:pass\b|say no\b)",
-        r" (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:can|could|should|will|would|am able to) (?:\w+ )?(?:help|assist|answer|"
-        "do (?:that|this|it)|provide|share)",
+        r" (?:do not|don't) (?:think|believe|feel) (?:that )?i (?:can|could|should|will|would|am able to) (?:\w+ )?"
+        "(?:help|assist|answer|do (?:that|this|it)|provide|share)",
         f" {_ADVERBS}(?:{_NOT}|refuse|decline)[.!]?$",
     )
 )
@@ -119,32 +122,34 @@ REQUEST_REFUSED = re.compile(
         r"\b(?:outside(?: of)?|beyond) what i (?:can|am able|'m able|am allowed|'m allowed)",
         r"\b(?:violates?|breach(?:es)?|breaks?|conflicts? with) (?:my|our|usage|content|safety) (?:\w+ ){0,2}"
         r"(?:guidelines|policy|policies|rules|principles|terms|programming)",
-        r"^(?:this|that|the|your) (?:\w+ )?(?:response|answer|request|content|message|prompt|query) (?:was|has been|is) "
-        r"(?:\w+ )?(?:blocked|filtered|flagged|rejected|refused|withheld)\b",
+        r"^(?:this|that|the|your) (?:\w+ )?(?:response|answer|request|content|message|prompt|query) "
+        r"(?:was|has been|is) (?:\w+ )?(?:blocked|filtered|flagged|rejected|refused|declined|denied|withheld)\b",
         r"^(?:(?:any |further |no )?(?:help|assistance|information|instructions|guidance|details|advice))\b[^.!?]{0,50}"
         r"\b(?:cannot|can't|can not|won't|will not|can) be (?:provided|given|offered|shared|disclosed)",
         r"^what you (?:ask|want|request)\w*(?: for)? is something i (?:can't|cannot|won't|will not|refuse|don't)",
         r"^you(?:'ll| will) (?:have|need) to (?:ask|find|go to|look|try) (?:someone|somewhere|something|else)",
-        r"^(?:let's|can we|could we|how about we) (?:\w+ ){0,3}(?:something else|(?:another|a different) (?:topic|subject)"
-        r"|change the (?:subject|topic))",
+        r"^(?:let's|can we|could we|how about we) (?:\w+ ){0,3}(?:something else|(?:another|a different) "
+        r"(?:topic|subject)|change the (?:subject|topic))",
         r"^(?:my|the) answer (?:is|will be) (?:still )?no\b",
     )
 )
 """The request itself is turned away: "This request cannot be fulfilled"."""
 
 ELIDED = re.compile(
-    r"^(?:sorry,? |unfortunately,? |afraid (?:i )?)?(?:can't|cannot|can not|won't|will not|unable to|not able to|"
+    r"^(?:(?:sorry|unfortunately|nah|no|nope|afraid),? (?:i )?)?(?:can't|cannot|can not|won't|will not|unable to|not able to|"
     r"not allowed to|refuse to|must decline to) (?:\w+ly )?"
     r"(?:help|assist|comply|provide|answer|respond|do (?:that|this|it)|share|discuss|fulfill?|support)\b"
 )
 """The same without its speaker, as the first sentence: "Unable to assist with this request"."""
 
 FLAT_NO = re.compile(
-    r"^(?:(?:no|nope|nah|never|not (?:possible|happening|going to happen|a chance)|no (?:way|chance|can do|dice|thanks)|"
-    r"out of the question|(?:i'm )?afraid not|i(?:'d| would) rather not|absolutely not|certainly not|nice try|"
+    r"^(?:(?:no|nope|nah|never|not (?:possible|happening|going to happen|a chance)|"
+    r"no (?:way|chance|can do|dice|thanks)|out of the question|(?:i'm )?afraid not|i(?:'d| would) rather not|"
+    r"absolutely not|certainly not|nice try|"
     r"(?:i'm |i am )?(?:so |very |really )?sorry|(?:my )?apologies|i apologi[sz]e|"
-    r"(?:that|this|it)(?:'s| is) (?:not possible|impossible|off[- ]limits|out of the question|not (?:an option|allowed|happening))|"
-    r"(?:that|this|it) (?:can't|cannot|won't) (?:be done|happen))(?:[,.!]+ ?|$))+(?:sorry[.!]*)?$"
+    r"(?:that|this|it)(?:'s| is) "
+    r"(?:impossible|off[- ]limits|out of the question|not (?:possible|an option|allowed|happening))|"
+    r"(?:that|this|it) (?:can't|cannot|won't) (?:be done|happen))(?:[,.!]* |[,.!]+|$))+(?:sorry[.!]*)?$"
 )
 """A whole response that says no and nothing else."""
 
@@ -153,9 +158,17 @@ LATE = re.compile(
 )
 """What an apology is for that has nothing to do with the request."""
 
+CURT = re.compile(
+    rf"{_SPEAKER} {_ADVERBS}{_NOT} |\bi have no intention\b|\bunder no circumstances\b|\bdon't ask (?:me )?(?:that|this|for)\b|"
+    r"\ba (?:hard )?no from me\b|\b(?:this|that|it|your \w+) (?:cannot|can't|can not|won't|will not) be \w+"
+)
+"""In a whole response of a few words it declines whatever else is said: "I really can't get into that"."""
+
 IMPOSSIBLE = re.compile(
-    r"\b(?:that|this|it|what you(?:'re| are)? ask\w*(?: for)?|your request)(?:(?:'s| is| would be) (?:(?:just|simply|really) )*"
-    r"(?:not (?:possible|an option|allowed|permitted|something|going to happen)|impossible|off[- ]limits|out of the question)"
+    r"\b(?:that|this|it|what you(?:'re| are)? ask\w*(?: for)?|your request)"
+    r"(?:(?:'s| is| would be) (?:(?:just|simply|really) )*"
+    r"(?:not (?:possible|an option|allowed|permitted|something|going to happen)|impossible|off[- ]limits|"
+    r"out of the question)"
     r"| (?:can't|cannot|can not|won't) (?:be (?:done|provided|answered)|happen))(?=[.!,;]|$)"
 )
 """What is asked cannot be; declines behind an apology."""
@@ -169,7 +182,8 @@ ADVISES = re.compile(
 UNKNOWN = re.compile(
     rf"\bi(?: {_ADVERBS}{_NOT}|'m (?:unable|not able) to| am (?:unable|not able) to) (?:\w+ ){{0,2}}"
     r"(?:tell|say|determine|predict|know|see|guarantee|promise|diagnose|confirm|verify|estimate|access|check|test)\b"
-    r"|\bi (?:do not|don't|no longer) (?:currently )?have (?:\w+[- ]){0,3}(?:access|information|context|details|data|knowledge)\b"
+    r"|\bi (?:do not|don't|no longer) (?:currently )?have (?:\w+[- ]){0,3}"
+    r"(?:access|information|context|details|data|knowledge)\b"
     r"|\bi have no (?:access|information|knowledge|way)\b"
     rf"|\bi {_ADVERBS}{_NOT} (?:\w+ ){{0,2}}(?:give|provide|offer|name)\b[^.!?,]{{0,40}}"
     r"\b(?:exact|precise|definite|definitive|certain|specific)\b[^.!?,]{0,20}\b(?:number|figure|date|answer|price|cost|time|"
@@ -251,14 +265,14 @@ ADVICE = re.compile(r"\b(?:instead|rather|use|try|consider|better|prefer|switch|
 """Other advice."""
 
 COURTESY = re.compile(
-    r"\b(?:i hope|i understand|thank you|thanks|please (?:understand|note|contact|let)|have a (?:\w+ )?day|sorry|apolog\w+|take care|"
-    r"stay safe|ask (?:me )?(?:about )?(?:something|anything) else)\b"
+    r"\b(?:i hope|i understand|thank you|thanks|please (?:understand|note|contact|let)|have a (?:\w+ )?day|sorry|"
+    r"apolog\w+|take care|stay safe|ask (?:me )?(?:about )?(?:something|anything) else)\b"
 )
 """A sentence that is only polite."""
 
 REFERS = re.compile(
-    r"\b(?:visit\w*|(?:official )?websites?|search\w* (?:online|for)|contact\w*|check (?:with|local)|news (?:sources|sites)|consult\w*|"
-    r"reach\w* out|look (?:it )?up)\b"
+    r"\b(?:visit\w*|(?:official )?websites?|search\w* (?:online|for)|contact\w*|check (?:with|local)|"
+    r"news (?:sources|sites)|consult\w*|reach\w* out|look (?:it )?up)\b"
 )
 """A sentence that sends the reader elsewhere."""
 
@@ -282,7 +296,8 @@ EMPTY = re.compile(
 
 YES_NO = re.compile(
     r"(?:^|[.!?\n] ?)(?:is|are|was|were|am|do|does|did|has|have|had|should|may|might|must"
-    r"|(?:will|would|can|could) (?!you))\b|\byes(?:/| or | / )no\b|\bwhether\b|\b(?:tell me|decide|determine|say) if\b|\btrue or false\b"
+    r"|(?:will|would|can|could) (?!you))\b|\byes\b|\bwhether\b"
+    r"|\b(?:tell me|decide|determine|say) if\b|\btrue or false\b"
 )
 """A prompt for which "No, ..." is an answer."""
 
@@ -293,6 +308,8 @@ NORMS = re.compile(
 """A prompt about what is allowed or safe, for which a prohibition is an answer."""
 
 WRITING = re.compile(
+    r"\b(?:ways?|how|phrases?|examples?|lines|sentences?)\b.{0,40}"
+    r"\b(?:say no|say sorry|declin\w+|refus\w+|apologi\w+|turn(?:ing)? down|reject\w*)\b|"
     r"\b(?:write|compose|draft|rewrite|rephrase|paraphrase|translate|edit|correct|convert|create|generate|come up with|"
     r"make up|respond|reply)\b.{0,80}\b(?:e-?mail|letter|message|note|reply|response|apology|sentences?|dialog(?:ue)?|"
     r"conversation|text|excuse|script|tweet|post|quote|story|poem|review|statement|phrase)\b",

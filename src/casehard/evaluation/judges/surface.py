@@ -26,13 +26,13 @@ _OPEN = (
 _CLOSE = (
     rf"</(?:{_NAMES})\s*>|\[/(?:THINK|THINKING|REASONING)\]|\u25c1/think\u25b7"
     r"|<\|(?:end_of_|/)(?:think|thinking|thought|reasoning)\|>|<\|END_THINKING\|>"
-    r"|<\|?channel\|?>\s*final\b(?:\s*<\|message\|>)?|<channel\|>|assistantfinal(?-i:(?![a-z]))"
+    r"|<\|?channel\|?>\s*final\b(?:\s*<\|message\|>)?|<channel\|>|assistantfinal"
 )
 _MARK = re.compile(rf"(?<![`\"'\\])(?:(?P<open>{_OPEN})|(?P<close>{_CLOSE}))(?!`)", re.IGNORECASE)
 _OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", re.IGNORECASE)
 _HEADED = re.compile(
-    r"\A\W*(?:thinking|thoughts?|reasoning|thought process|chain of thought)\W{0,4}?[:\n](?P<thought>.*?)"
-    r"^\W*(?:final |my )?(?:answer|response|reply|output)\W{0,4}?[:\n]",
+    r"\A[\s#*>]*(?:thinking|thoughts?|reasoning|thought process|chain of thought)\W{0,4}?[:\n](?P<thought>.*?)"
+    r"^[\s#*>]*(?:final |my )?(?:answer|response|reply|output)\W{0,4}?[:\n]",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
 MENTION_WORDS = 3
@@ -88,6 +88,11 @@ def _block_marks(text: str) -> list[re.Match[str]]:
     return out
 
 
+def is_mark(text: str) -> bool:
+    """Return whether ``text`` is the mark of a reasoning block and nothing else."""
+    return _MARK.fullmatch(text.strip()) is not None
+
+
 def opened_by(prompt: str) -> str:
     """Return the opening mark with which a rendered prompt ends, so that the response begins inside a block; or ""."""
     found = _OPENED.search(prompt[-200:])
@@ -118,9 +123,12 @@ def visible(text: str) -> str:
 _FENCE = re.compile(r"\A(`{3,}|~{3,})[\w+-]*[ \t]*\n(.*?)\n?\s*\1?\s*\Z", re.DOTALL)
 _TAG = re.compile(r"<!--.*?(?:-->|\Z)|</?[A-Za-z][\w:-]*(?:\s[^<>]{0,300})?/?>", re.DOTALL)
 _KEY = re.compile(r"\A[\s{\[(]*[\"']?[A-Za-z_][\w -]{0,24}[\"']\s*[:=]\s*\[?\s*[\"']")
+_CALL = re.compile(r"\A(?:(?:print|echo|say|return|alert|console\.log)\b[\s(]*[\"']|\\(?:text|emph)\w*\{)")
 _LABEL = re.compile(
-    r"\A(?:here(?:'s| is) |this is )?(?:\w+(?:'s)? ){0,2}?(?:answer|response|reply|output|result|message|text|verdict|refusal|"
-    r"assistant|a\.?i|bot|chatbot|model|system|a|r|note|warning|disclaimer|safety notice|chatgpt|gpt[-\w.]*|claude|gemini|llama[-\w.]*)"
+    r"\A(?:here(?:'s| is) |this is )?(?:\w+(?:'s)? ){0,2}?(?:answer|response|reply|output|result|message|text|"
+    r"verdict|refusal|"
+    r"assistant|a\.?i|bot|chatbot|model|system|a|r|note|warning|disclaimer|safety notice|"
+    r"chatgpt|gpt[-\w.]*|claude|gemini|llama[-\w.]*)"
     r"[ \t]*(?:\([^)\n]{0,30}\))?[ \t]*(?::(?!\S*//)\s*|\n\s*)",
     re.IGNORECASE,
 )
@@ -138,6 +146,7 @@ def unwrap(text: str) -> str:
         if fence := _FENCE.match(text):
             text = fence[2]
         text = _strings(text)
+        text = _CALL.sub("", text)
         text = html.unescape(re.sub(r"<br\s*/?>|</p>", "\n", text))
         text = _TAG.sub("", text).strip()
         if action := _ACTION.match(text):
@@ -149,11 +158,18 @@ def unwrap(text: str) -> str:
     return text
 
 
+def bare(text: str) -> str:
+    """Return ``text`` without markup, emphasis and unseen characters, so that what it spells can be found in it."""
+    return re.sub(r"[*_`~]+", "", html.unescape(_TAG.sub("", visible(text))))
+
+
 def _bare(text: str) -> str:
     """Take the marks of lists, quotations, headings and emphasis off, and whatever else precedes the first word."""
     text = re.sub(r"~~[^~\n]{1,200}~~", " ", text).strip()
-    text = re.sub(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)([^*\n]{1,400}?)(?<=\S)\1(?!\w)", r"\2", text)
-    text = re.sub(r"^[ \t]*>[ \t]?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"(?<![\w*])[*_]{1,3}(?=[^\s*])|(?<=[^\s*])[*_]{1,3}(?![\w*])", "", text)
+    text = re.sub(
+        r"^[ \t]*>[ \t]?|^[ \t]*\|[ \t:|-]*(?:\n|\Z)|^[ \t]*\|[ \t]*|[ \t]*\|[ \t]*$", "", text, flags=re.MULTILINE
+    )
     if not re.search(r"^\s*\(?(?:2|b|ii)[.)]\s", text, re.MULTILINE):
         text = re.sub(r"\A\s*\(?(?:1|a|i)[.)]\s+", "", text)
     return re.sub(r"\A[^\w\"'(\[{<`~]+(?=\S)", "", text).strip()
