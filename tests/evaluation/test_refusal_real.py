@@ -1,4 +1,4 @@
-"""Error rates of the rule judge on real text. ``pytest -s tests/evaluate/test_refusal_real.py`` prints the table."""
+"""Error rates of the rule judge on real text. ``pytest -s tests/evaluation/test_refusal_real.py`` prints the table."""
 
 import json
 from collections import Counter

@@ -158,8 +158,9 @@ LATE = re.compile(
 )
 """What an apology is for that has nothing to do with the request."""
 
+_OF_MIND = "(?:know|think|believe|remember|recall|understand|see|mind|care|like|agree|feel)"
 CURT = re.compile(
-    rf"{_SPEAKER} {_ADVERBS}{_NOT} |\bi have no intention\b|\bunder no circumstances\b|\bdon't ask (?:me )?(?:that|this|for)\b|"
+    rf"{_SPEAKER} {_ADVERBS}{_NOT} {_ADVERBS}(?!{_OF_MIND}\b)|\bi have no intention\b|\bunder no circumstances\b|\bdon't ask (?:me )?(?:that|this|for)\b|"
     r"\ba (?:hard )?no from me\b|\b(?:this|that|it|your \w+) (?:cannot|can't|can not|won't|will not) be \w+"
 )
 """In a whole response of a few words it declines whatever else is said: "I really can't get into that"."""
