@@ -80,10 +80,10 @@ TABLE = (
     Row("ptst", Ptst),
     Row("shrink", Shrink),
     Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),
-    # tests/defend/test_buffer_baselines.py kills and resumes it.
+    # tests/defences/test_buffer_baselines.py kills and resumes it.
     Row("security_vector", lambda: SecurityVector(assets=shared_assets().path), (), adapter=True),
     Row("antidote", lambda: Antidote(AntidoteConfig(mask_ratio=0.2), unsafe=tiny_rows(6, seed=1))),
-    # tests/defend/test_buffer_reinforce.py resumes it.
+    # tests/defences/test_buffer_reinforce.py resumes it.
     Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), (), adapter=True),
     # Its pairs are made of the very rows that the shared tests train on.
     Row("mb_defense", lambda: MbDefense(MbDefenseConfig(top_k=8), pairs=tiny_pairs())),
