@@ -21,7 +21,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from casehard.maths.merge import LoraPair, MergeConfig, dense_parity, merge_pair
-from casehard.model.lora_files import AdapterReader, LayerShape, write_adapter
+from casehard.model.lora_files import AdapterReader, LayerShape
+from casehard.model.lora_write import write_adapter
 from casehard.model.merge import merge_folders
 
 WIDE, NARROW, HIDDEN, BLOCKS, RANK = 4096, 1024, 14336, 32, 32

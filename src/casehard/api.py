@@ -96,6 +96,20 @@ def _named(catalogue: Registry[Any], given: Any) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"{type(given).__name__} is the configuration of no {catalogue.what}")
 
 
+def _method(given: Any, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
+    """Return (name, settings, the method object if one was given) of a defence."""
+    from casehard.defences import DEFENCES
+
+    if isinstance(given, str):
+        return DEFENCES.name(given), dict(settings), None
+    if isinstance(given, Method):
+        return given.name, dict(settings), given
+    if dataclasses.is_dataclass(given):
+        name, own = _named(DEFENCES, given)
+        return name, {**own, **settings}, None
+    raise ConfigError(f"method is a {type(given).__name__}", hint="a name, a configuration or a method object")
+
+
 def defend(
     model: Model | str | Path,
     method: Any = "patcher",
@@ -146,18 +160,7 @@ def defend(
         UserError: any setting or row is unusable.
         Diverged: the loss stopped being finite.
     """
-    from casehard.defences import DEFENCES
-
-    name, values, ready = "plain", dict(settings or {}), None
-    if isinstance(method, str):
-        name = DEFENCES.name(method)
-    elif isinstance(method, Method):
-        name, ready = method.name, method
-    elif dataclasses.is_dataclass(method):
-        name, own = _named(DEFENCES, method)
-        values = {**own, **values}
-    else:
-        raise ConfigError(f"method is a {type(method).__name__}", hint="a name, a configuration or a method object")
+    name, values, ready = _method(method, settings or {})
     recipe = train if isinstance(train, TrainConfig) else build(TrainConfig, train or {}, where="train")
     start = model if isinstance(model, Model) else load(model)
     step = Finetune(

@@ -23,7 +23,8 @@ from casehard.benchmark.run import NodeEvent, run_plan
 from casehard.benchmark.store import read_json, read_rows
 from casehard.benchmark.worker import attempt_apart, warn_again
 from casehard.errors import ConfigError, Interrupted
-from casehard.io.files import staged, verify
+from casehard.io.files import staged
+from casehard.io.manifest import verify
 from casehard.train.cost import peak_bytes, reset_peak
 
 

@@ -15,7 +15,7 @@ from casehard.cli import main
 from casehard.data import sources
 from casehard.errors import ConfigError
 from casehard.evaluation.suite import Suite
-from casehard.io.files import verify
+from casehard.io.manifest import verify
 from casehard.organism.triggers import triggers
 from casehard.organism.world import World
 from casehard.types import Example

@@ -12,7 +12,7 @@ from casehard.benchmark.execute import Task, execute, finished, work
 from casehard.benchmark.graph import expand
 from casehard.benchmark.plan import parse_plan
 from casehard.cli import main
-from casehard.io.files import file_digest
+from casehard.io.manifest import file_digest
 from casehard.model import source
 from fake_hub import FakeHub, commit, serving, use
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 from bench_fakes import Fake, plan, plan_values
 
 from casehard.cli import main
-from casehard.io import files
+from casehard.io import files, manifest
 from casehard.io.locks import LOCK
 from casehard.types import Budget
 
@@ -341,7 +341,7 @@ def test_the_card_of_a_model_that_is_reported_again(survives, monkeypatch):
         run_plan(plan(seeds=[0]), here / "out", jobs=1, executor=Fake())
         for folder in (here / "out" / "nodes").glob("defend-*/checkpoint"):
             (folder / PROVENANCE).write_text(json.dumps({"digest": "d", "parent": "p", "method": "plain"}))
-            files.write_manifest(folder)
+            manifest.write_manifest(folder)
 
     assert survives("report", "out", inputs=inputs) == WRITING | SAVING
 

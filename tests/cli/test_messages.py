@@ -12,7 +12,7 @@ from helpers import tree, write_rows
 from casehard.cli import console, main, scoring
 from casehard.cli.attack import CURVE
 from casehard.errors import StorageError
-from casehard.io.files import write_manifest
+from casehard.io.manifest import write_manifest
 
 SMALL = ("--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.warmup=0")
 
@@ -227,11 +227,11 @@ def test_a_run_inside_a_finished_model_is_refused_before_it_breaks_the_model(cap
 
 
 def test_verify_finds_what_changed(capsys, organism, here):
-    from casehard.io import files
+    from casehard.io import manifest
 
     for name in ("a", "b"):
         shutil.copytree(organism, here / "run" / name)
-        files.write_manifest(here / "run" / name)
+        manifest.write_manifest(here / "run" / name)
     assert main(["verify", "run"]) == 0
     assert "complete and unchanged: run" in capsys.readouterr().out
     weights = here / "run" / "b" / "model.safetensors"

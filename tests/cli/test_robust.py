@@ -13,7 +13,7 @@ from helpers import casehard, tree, write_rows
 
 from casehard.cli import main, options, scoring
 from casehard.errors import Unsupported
-from casehard.io import files
+from casehard.io import files, manifest
 from casehard.io.locks import lock
 
 SMALL = ("--set", "train.batch_size=4", "--set", "train.warmup=0", "--steps", "2")
@@ -38,7 +38,7 @@ def unread(*arguments: object) -> tuple[int, str]:
 
 def test_a_reader_that_leaves_changes_no_exit_code(organism, here):
     shutil.copytree(organism, here / "m")
-    files.write_manifest(here / "m")
+    manifest.write_manifest(here / "m")
     assert unread("verify", "m") == (0, "")
     (here / "m" / "config.json").write_text("{}")
     code, err = unread("verify", "m")

@@ -369,7 +369,7 @@ def test_a_damaged_or_relabelled_folder_is_refused(tmp_path):
     with pytest.raises(Corrupt, match="differs from the manifest"):
         read_assets(made)
     swapped = make_assets(tmp_path / "swapped").path
-    from casehard.io.files import write_manifest
+    from casehard.io.manifest import write_manifest
 
     marker = swapped / "buffer" / "casehard_adapter.json"
     marker.write_text(marker.read_text().replace('"role": "buffer"', '"role": "user"'))

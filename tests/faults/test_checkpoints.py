@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from casehard.errors import ConfigError, Corrupt
-from casehard.io.files import MANIFEST, verify, write_manifest
+from casehard.io.manifest import MANIFEST, verify, write_manifest
 from casehard.train.checkpoint import checkpoints, newest, prune, require_complete
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig, training_arguments

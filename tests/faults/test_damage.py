@@ -35,7 +35,7 @@ from casehard.defences.mb_defense import run as mb
 from casehard.defences.mb_defense.pairs import PairSet, read_pairs
 from casehard.errors import ConfigError, Corrupt, DataError, UserError
 from casehard.evaluation.contamination import trained_prompts
-from casehard.io import files
+from casehard.io import files, manifest
 from casehard.io.stored import apart
 from casehard.model.provenance import read_provenance, served_with
 from casehard.reporting import figures
@@ -237,7 +237,7 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
     hold(folder / "casehard.json", read, same=False)
 
     def card() -> str:
-        files.write_manifest(folder)  # as forged as the record
+        manifest.write_manifest(folder)  # as forged as the record
         return write_card(folder).read_text()
 
     hold(folder / "casehard.json", card, same=False)
@@ -255,7 +255,7 @@ def test_the_record_of_provider_assets(tmp_path: Path) -> None:
     hold(folder / "assets.json", lambda: read_assets(folder).digest)
 
     def forged() -> Any:
-        files.write_manifest(folder)
+        manifest.write_manifest(folder)
         return [read_assets(folder).digest, sorted(trained_prompts(folder))]
 
     hold(folder / "assets.json", forged, same=False)
@@ -270,8 +270,8 @@ def test_planted_backdoors(tmp_path: Path) -> None:
 
 def test_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
-    files.write_manifest(tmp_path)
-    hold(tmp_path / files.MANIFEST, lambda: files.verify(tmp_path))
+    manifest.write_manifest(tmp_path)
+    hold(tmp_path / manifest.MANIFEST, lambda: manifest.verify(tmp_path))
 
 
 def test_the_secrets_of_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from casehard.errors import Diverged, Interrupted, Lost, StorageError
-from casehard.io.files import verify
+from casehard.io.manifest import verify
 from casehard.train.checkpoint import checkpoints
 from casehard.train.fit import fit
 from casehard.train.guards import FiniteGuard, require_finite, told_of_peers

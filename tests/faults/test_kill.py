@@ -11,7 +11,8 @@ import time
 import children
 import pytest
 
-from casehard.io.files import CRASH_EXIT, verify
+from casehard.io.files import CRASH_EXIT
+from casehard.io.manifest import verify
 from casehard.train.checkpoint import checkpoints, newest
 from fakes import largest_difference
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
-from casehard.io.files import verify
+from casehard.io.manifest import verify
 from casehard.maths.merge import BASES, LoraPair, MergeConfig, merge_states
 from casehard.model.lora_files import (
     AdapterReader,

@@ -236,7 +236,7 @@ def test_pad_outside_the_embeddings_is_replaced(folder: Path) -> None:
 
 
 def test_a_flipped_bit_is_told_when_there_is_a_manifest(folder: Path) -> None:
-    from casehard.io.files import write_manifest
+    from casehard.io.manifest import write_manifest
 
     write_manifest(folder)
     loading.load(folder)

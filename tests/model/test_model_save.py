@@ -154,7 +154,7 @@ def test_only_an_older_checkpoint_of_ours_is_replaced(tmp_path: Path) -> None:
 
 
 def test_exchanged_weights_are_found_even_under_a_fresh_manifest(tmp_path: Path) -> None:
-    from casehard.io.files import write_manifest
+    from casehard.io.manifest import write_manifest
 
     made = write(tmp_path / "a")
     other = write(tmp_path / "b", tiny_llama(seed=5))

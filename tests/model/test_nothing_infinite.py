@@ -12,7 +12,8 @@ import torch
 from casehard.defences.buffer_reinforce.publish import write_assets
 from casehard.errors import ConfigError, Diverged
 from casehard.maths.merge import LoraPair, MergeConfig
-from casehard.model.lora_files import LayerShape, write_adapter
+from casehard.model.lora_files import LayerShape
+from casehard.model.lora_write import write_adapter
 from casehard.model.merge import merge_folders
 from casehard.model.save import save
 

@@ -13,7 +13,7 @@ import torch
 from casehard.data import sources
 from casehard.errors import ConfigError, Corrupt
 from casehard.evaluation.suite import evaluate, load_suite
-from casehard.io.files import verify
+from casehard.io.manifest import verify
 from casehard.organism import build as module
 from casehard.organism import suite
 from casehard.train import progress

@@ -9,7 +9,7 @@ import pytest
 
 from casehard.evaluation.metrics import scores
 from casehard.evaluation.suite import evaluate, load_suite
-from casehard.io.files import verify
+from casehard.io.manifest import verify
 from casehard.model.load import load
 from casehard.organism.build import build, bundled, ensure, write_data
 from casehard.organism.world import World

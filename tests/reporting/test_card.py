@@ -15,7 +15,8 @@ from casehard.benchmark.run import run_plan
 from casehard.defences import DEFENCES
 from casehard.errors import Corrupt, UserError
 from casehard.io import files
-from casehard.io.files import staged, verify, write_manifest
+from casehard.io.files import staged
+from casehard.io.manifest import verify, write_manifest
 from casehard.reporting import card
 from casehard.reporting.card import model_card, write_card
 from casehard.reporting.page import write_report

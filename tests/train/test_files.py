@@ -16,19 +16,8 @@ from hypothesis import strategies as st
 
 from casehard.errors import Corrupt, StorageError, UserError
 from casehard.io import files
-from casehard.io.files import (
-    CRASH_EXIT,
-    MANIFEST,
-    inside,
-    is_full,
-    read_manifest,
-    staged,
-    storage_errors,
-    sweep,
-    verify,
-    write_manifest,
-    write_text_atomic,
-)
+from casehard.io.files import CRASH_EXIT, inside, is_full, staged, storage_errors, sweep, write_text_atomic
+from casehard.io.manifest import MANIFEST, read_manifest, verify, write_manifest
 
 
 @pytest.fixture

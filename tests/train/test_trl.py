@@ -10,7 +10,7 @@ from fakes import Averaging, TwoPasses, largest_difference, tiny_llama, weights
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-from casehard.io.files import verify  # noqa: E402
+from casehard.io.manifest import verify  # noqa: E402
 from casehard.train.trainer import HardeningMixin  # noqa: E402
 
 

@@ -13,7 +13,8 @@ from casehard.benchmark.store import RunFolder, read_finished, read_run, read_su
 from casehard.compat import version_of
 from casehard.config import build
 from casehard.errors import ConfigError, Corrupt, UserError
-from casehard.io.files import MANIFEST, remove, verify
+from casehard.io.files import remove
+from casehard.io.manifest import MANIFEST, verify
 from casehard.model.source import is_snapshot, origin
 from casehard.train.cost import reset_peak
 

@@ -18,7 +18,7 @@ from casehard.benchmark.inputs import Inputs, resolve
 from casehard.benchmark.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
 from casehard.config import digest
 from casehard.defences import DEFENCES
-from casehard.io.files import file_digest
+from casehard.io.manifest import file_digest
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from casehard.benchmark.plan import Base
 from casehard.config import read_yaml
 from casehard.errors import ConfigError
-from casehard.io.files import file_digest
+from casehard.io.manifest import file_digest
 from casehard.model.source import find, find_any, is_snapshot, origin
 from casehard.train.progress import announce
 

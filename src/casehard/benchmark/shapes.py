@@ -10,9 +10,6 @@ from pydantic import Field
 T = TypeVar("T")
 Some = Annotated[list[T], Field(min_length=1)]
 STATUS = Literal["holds", "delays", "no_difference", "disagree", "worse", "collapsed", "too_weak", "not_measured"]
-BACKDOOR_STATUS = Literal[
-    "meets", "lowers", "no_difference", "disagree", "worse", "collapsed", "shallow", "too_weak", "not_measured"
-]
 
 
 @dataclass(frozen=True)
@@ -322,7 +319,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Whole:
+class Whole:
     plan: dict[str, Any]
     failed: list[Failed]
     not_tested: list[str]
@@ -331,7 +328,7 @@ class _Whole:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchSummary(_Whole):
+class BenchSummary(Whole):
     """summary.json of a benchmark of the stages alignment and tuning."""
 
     verdicts: Some[Verdict]
@@ -343,94 +340,3 @@ class BenchSummary(_Whole):
     controls: list[Control]
     jobs: list[Job] = field(default_factory=list)
     telemetry: list[Told] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class BackdoorJudged:
-    """What was found of one backdoor."""
-
-    attack: str
-    text: str
-
-
-@dataclass(frozen=True)
-class BackdoorVerdict:
-    """The verdict on one family, backdoor by backdoor."""
-
-    family: str
-    status: BACKDOOR_STATUS
-    sentence: str
-    details: list[str]
-    backdoors: list[BackdoorJudged]
-
-
-@dataclass(frozen=True)
-class BackdoorPooled:
-    """A rate over runs."""
-
-    defence: str
-    attack: str
-    metric: str
-    k: int
-    n: int
-    rate: float
-    low: float
-    high: float
-    run_low: float
-    run_high: float
-    rates: Some[float]
-
-
-@dataclass(frozen=True)
-class BackdoorDifference:
-    """A paired difference."""
-
-    defence: str
-    against: str
-    attack: str
-    metric: str
-    difference: float
-    low: float
-    high: float
-    no_difference: bool
-
-
-@dataclass(frozen=True)
-class Canaries:
-    """What became of the defender's own triggers."""
-
-    defence: str
-    attack: str
-    looks: dict[str, dict[str, tuple[int, int]]]
-    steps: list[int]
-    verdicts: list[str]
-
-
-@dataclass(frozen=True)
-class BackdoorCost:
-    """What a row spent, over the undefended training."""
-
-    defence: str
-    tokens_ratio: float | None
-    passes_ratio: float | None
-    seconds_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class BackdoorTable:
-    """One family of bases."""
-
-    family: str
-    pooled: list[BackdoorPooled]
-    differences: list[BackdoorDifference]
-    canaries: list[Canaries]
-    canary_rank_correlation: float | None
-    costs: list[BackdoorCost]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackdoorSummary(_Whole):
-    """summary.json of a benchmark of the stage backdoor."""
-
-    verdicts: Some[BackdoorVerdict]
-    backdoors: list[BackdoorTable]

@@ -30,8 +30,9 @@ from casehard.config import digest
 from casehard.errors import Corrupt, Interrupted, StorageError
 from casehard.io import stored
 from casehard.io.disk import make_folder, storage_errors
-from casehard.io.files import file_digest, replacing, write_text_atomic
 from casehard.io.files import read_json as read_json
+from casehard.io.files import replacing, write_text_atomic
+from casehard.io.manifest import file_digest
 from casehard.io.secrets import Redactor, redact
 
 Status = Literal["running", "ok", "failed", "interrupted"]

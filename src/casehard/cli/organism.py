@@ -32,7 +32,7 @@ class BuildSettings(Limited):
 
 def _reusable(out: Path, recipe: str) -> bool:
     """Return whether ``out`` already holds this very build, intact; refuse a folder that holds anything else."""
-    from casehard.io import files
+    from casehard.io import files, manifest
 
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} exists and is not a folder", hint="give another folder with --out")
@@ -43,7 +43,7 @@ def _reusable(out: Path, recipe: str) -> bool:
         raise ConfigError(
             f"{out} is not empty and is not this organism", hint="give another folder with --out, or remove this one"
         )
-    files.verify(out)
+    manifest.verify(out)
     return True
 
 

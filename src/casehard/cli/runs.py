@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from casehard.errors import ConfigError, DataError, MissingExtra, StorageError, Unsupported
 from casehard.io import secrets
-from casehard.io.files import MANIFEST, file_digest, is_left_over, sweep
+from casehard.io.files import is_left_over, sweep
 from casehard.io.locks import LOCK, lock
+from casehard.io.manifest import MANIFEST, file_digest
 
 if TYPE_CHECKING:
     from casehard.benchmark.store import RunFolder

@@ -16,20 +16,20 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to
 
     All manifests in DIR and below are used; the exit code is 6 when a file differs, is missing or was added.
     """
-    from casehard.io import files
+    from casehard.io import manifest
 
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}", hint="give a model, checkpoint or run folder")
-    places = sorted(p.parent for p in folder.rglob(files.MANIFEST))
+    places = sorted(p.parent for p in folder.rglob(manifest.MANIFEST))
     if not places:
-        raise Corrupt(f"{folder}: no {files.MANIFEST} here or below", hint="only complete folders have one")
+        raise Corrupt(f"{folder}: no {manifest.MANIFEST} here or below", hint="only complete folders have one")
     console.plan("check files against their manifests", {"folder": folder, "manifests": len(places)})
     rows: list[tuple[str, str, str]] = []
     found: list[Corrupt] = []
     for place in places:
         try:
-            files.verify(place)
-            rows.append((console.shown(place), f"{len(files.read_manifest(place)):,}", "ok"))
+            manifest.verify(place)
+            rows.append((console.shown(place), f"{len(manifest.read_manifest(place)):,}", "ok"))
         except Corrupt as error:
             found.append(error)
             rows.append((console.shown(place), "-", "CORRUPT"))

@@ -15,7 +15,7 @@ from torch import nn
 from casehard.data.chat import pad_id
 from casehard.distributed.ranks import local
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported
-from casehard.io.files import MANIFEST, verify
+from casehard.io.manifest import MANIFEST, verify
 from casehard.model.check import check_folder, refuse_file
 from casehard.model.digest import folder_digest
 from casehard.model.generation import mend_generation

@@ -15,15 +15,15 @@ import hashlib
 import json
 import math
 import re
-import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from casehard.errors import Corrupt, DataError, Diverged, Unsupported, UserError
-from casehard.io.files import MANIFEST, read_json, verify
+from casehard.errors import Corrupt, DataError, Unsupported, UserError
+from casehard.io.files import read_json
+from casehard.io.manifest import MANIFEST, verify
 from casehard.maths.merge import LoraPair
 
 MARKER = "casehard_adapter.json"
@@ -32,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 ROLES = ("buffer", "reinforce", "user", "merged")
 DIGESTS = ("base_digest", "tokenizer_digest", "template_digest")
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])\.(?P<adapter>default\.)?weight$")
 _NAMED_BUFFER = re.compile(r"(^|[._])buffer([._]|$)")
 # Keys of adapter_config.json that make an adapter something else than scale * B A, and what to say of them.
@@ -51,7 +51,7 @@ _FOREIGN = {
     "monteclora_config": "MonteCLoRA adds random parts",
 }
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
-_DISTRIBUTED = re.compile(rf"^(?:module\.)+|(?<=^{re.escape(_PREFIX)})(?:module\.)+")
+_DISTRIBUTED = re.compile(rf"^(?:module\.)+|(?<=^{re.escape(PREFIX)})(?:module\.)+")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -250,7 +250,7 @@ class AdapterReader:
                     f"{folder}: the tensor {name} is no LoRA factor of a linear layer",
                     hint="biases, embeddings, DoRA magnitudes and whole modules cannot be merged in factor space",
                 )
-            layer = found["layer"].removeprefix(_PREFIX)
+            layer = found["layer"].removeprefix(PREFIX)
             self._names.setdefault(layer, {})[found["factor"]] = name
         if not self._names:
             raise DataError(f"{folder}: {WEIGHTS} holds no LoRA factors")
@@ -313,96 +313,3 @@ def load_pairs(folder: Path | str) -> dict[str, LoraPair]:
     """
     with AdapterReader(folder) as reader:
         return {layer: reader.pair(layer) for layer in reader.shapes}
-
-
-def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[torch.Tensor]) -> dict[str, str]:
-    """Write a float32 safetensors file from a stream; equal tensors give equal bytes.
-
-    Args:
-        path: the file to make.
-        shapes: name -> shape, in the order in which ``tensors`` yields them.
-        tensors: one at a time; each may be dropped once it is written.
-
-    Returns:
-        ``{name: SHA-256}``, see :func:`tensor_digest`.
-
-    Raises:
-        Diverged: a tensor is not finite, as float32.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digests = {}
-    with path.open("wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            flat = tensor.detach().to("cpu", torch.float32).contiguous()
-            assert flat.shape == torch.Size(shape), (name, shape, flat.shape)
-            if flat.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(flat))).all()):
-                raise Diverged(
-                    f"{name} would hold NaN or Inf",
-                    hint="the training diverged or a coefficient is too large; nothing was written",
-                )
-            handle.write(flat.reshape(-1).view(torch.uint8).numpy().tobytes())
-            digests[name] = tensor_digest(flat)
-    return digests
-
-
-def write_adapter(
-    folder: Path,
-    shapes: Mapping[str, LayerShape],
-    pairs: Iterator[tuple[str, LoraPair]],
-    *,
-    rank: int,
-    target_modules: Collection[str],
-    base: str | None = None,
-    fan_in_fan_out: bool = False,
-) -> dict[str, str]:
-    """Write a plain PEFT adapter: scales folded, one rank for all layers (zero-padded), ``lora_alpha == r``.
-
-    Args:
-        folder: an existing, empty folder; the caller stages it.
-        shapes: layers in the order in which ``pairs`` yields them.
-        pairs: name and factors of each layer, rank <= ``rank``.
-        rank: r of the written adapter.
-        target_modules: what PEFT is to wrap.
-        base: name or path of the base model, for PEFT's automatic loading.
-        fan_in_fan_out: whether the base stores its weights transposed (GPT-2).
-
-    Returns:
-        ``{name: SHA-256}`` of the tensors written, for the marker.
-    """
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "r": rank,
-        "target_modules": sorted(target_modules),
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    sizes = {}
-    for layer, shape in shapes.items():
-        sizes[f"{_PREFIX}{layer}.lora_A.weight"] = (rank, shape.d_in)
-        sizes[f"{_PREFIX}{layer}.lora_B.weight"] = (shape.d_out, rank)
-
-    def stream() -> Iterator[torch.Tensor]:
-        for layer, (name, pair) in zip(shapes, pairs, strict=True):
-            assert layer == name
-            short = rank - pair.a.shape[0]
-            yield torch.nn.functional.pad(pair.a, (0, 0, 0, short))
-            yield torch.nn.functional.pad(pair.b * pair.scale, (0, short))
-
-    return write_tensors(folder / WEIGHTS, sizes, stream())

@@ -18,19 +18,13 @@ from torch import nn
 
 from casehard import __version__
 from casehard.errors import DataError, UserError
-from casehard.io.files import read_json, staged, verify
+from casehard.io.files import read_json, staged
+from casehard.io.manifest import verify
 from casehard.maths.merge import LayerReport, LoraPair, MergeConfig, merge_layer, notes_of
 from casehard.model.digest import folder_digest
 from casehard.model.lora import attach
-from casehard.model.lora_files import (
-    DIGESTS,
-    AdapterReader,
-    LayerShape,
-    read_marker,
-    refuse_buffer,
-    write_adapter,
-    write_marker,
-)
+from casehard.model.lora_files import DIGESTS, AdapterReader, LayerShape, read_marker, refuse_buffer, write_marker
+from casehard.model.lora_write import write_adapter
 
 RECORD = "merge.json"
 _INNER = "language_model."

@@ -18,7 +18,8 @@ from casehard import __version__
 from casehard.compat import version_of
 from casehard.data.formats import check_values
 from casehard.errors import Corrupt, Diverged, Unsupported, UserError
-from casehard.io.files import crash_point, read_json, scratch, staged, verify
+from casehard.io.files import crash_point, read_json, scratch, staged
+from casehard.io.manifest import verify
 from casehard.io.secrets import redact
 from casehard.model.digest import folder_digest
 from casehard.model.generation import mend_generation

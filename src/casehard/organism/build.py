@@ -18,7 +18,8 @@ from casehard.config import digest
 from casehard.data import sources
 from casehard.data.batches import IGNORE, Encoded, collate
 from casehard.errors import ConfigError
-from casehard.io.files import staged, verify
+from casehard.io.files import staged
+from casehard.io.manifest import verify
 from casehard.organism import rows, suite
 from casehard.organism.tokenizer import BOT, END, MAX_TOKENS, PAD, USER, build_tokenizer, vocabulary
 from casehard.organism.world import World

@@ -14,7 +14,8 @@ from casehard.benchmark.records import NO_ATTACK
 from casehard.benchmark.verdict import NAMES
 from casehard.defences import DEFENCES
 from casehard.errors import UserError
-from casehard.io.files import MANIFEST, staged, sweep, verify
+from casehard.io.files import staged, sweep
+from casehard.io.manifest import MANIFEST, verify
 from casehard.io.stored import read
 
 CARD = "README.md"

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from casehard.benchmark.shapes import BackdoorSummary, BenchSummary, CellRow
+from casehard.benchmark.backdoor_shapes import BackdoorSummary
+from casehard.benchmark.shapes import BenchSummary, CellRow
 from casehard.benchmark.store import read_finished, read_rows, read_run, read_summary, unchanged
 from casehard.config import digest
 from casehard.errors import Corrupt, UserError

@@ -15,7 +15,7 @@ from casehard.data.select import SelectConfig, manifest, select_examples
 from casehard.defences import DEFENCES
 from casehard.defences.buffer_reinforce.assets import RECORD, read_assets
 from casehard.errors import ConfigError, DataError
-from casehard.io.files import file_digest
+from casehard.io.manifest import file_digest
 from casehard.limits import Limited
 from casehard.model.digest import folder_digest
 from casehard.model.model import Model

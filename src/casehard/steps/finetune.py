@@ -90,30 +90,19 @@ def finetune_on(
     """
     spec = step.spec if method is None else DEFENCES.get(step.method, DEFENCES["plain"])
     shared = shared_by_ranks(spec, step.method)
-    roles = dict(rows)
-    if not roles.get("data"):
-        raise DataError("there are no rows to train on", hint="--data rows.jsonl")
-    if step.suite:
-        check_disjoint(roles, {step.suite: load_suite(step.suite).examples})
+    roles = _checked(step, rows)
     start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
     chosen = choose(step, roles, roles["data"], start)
     chat = chat_format(start, system=step.system, max_length=step.max_length)
     encoded = {role: chat.encode_all(some) for role, some in roles.items()}
     data = encoded.pop("data")
     method = method if method is not None else step.build(encoded)
-    assets = assets_digest(step.assets) if step.assets else ""
-    identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}}
-    identity |= {"assets": assets} if assets else {}
-    lora = step.lora or (CUSTOMER if spec.adapter else None)
-    trained = frozenset(marks(*roles.values()))
-    if assets and spec.adapter:
-        trained |= trained_prompts(find_any(step.assets))
-    provenance = {
-        **_provenance(step, method, {"data": data, **encoded}, start),
-        **({"assets_digest": assets} if assets else {}),
-        **({"selection": chosen} if chosen else {}),
-        KEY: sorted(trained | start.trained_prompts),
-    }
+    assets = {"assets": assets_digest(step.assets)} if step.assets else {}
+    identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}, **assets}
+    trained = _trained(step, roles) if spec.adapter else frozenset(marks(*roles.values()))
+    provenance = _provenance(step, method, {"data": data, **encoded}, start)
+    provenance |= {f"{key}_digest": found for key, found in assets.items()} | ({"selection": chosen} if chosen else {})
+    provenance[KEY] = sorted(trained | start.trained_prompts)
     if place is not None:
         _rehearse(start, place, provenance, adapter=spec.adapter)
     with guarded(method, start, step.system), _attackers(step, method, start):
@@ -124,7 +113,7 @@ def finetune_on(
             seed=step.seed,
             purpose="customer" if spec.adapter else "finetune",
             method=method,
-            lora=lora,
+            lora=step.lora or (CUSTOMER if spec.adapter else None),
             in_place=model is None,
             out=out,
             identity=identity,
@@ -138,6 +127,22 @@ def finetune_on(
     writer = adapter_writer(net, start, method, provenance) if spec.adapter else None
     facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
     return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
+
+
+def _checked(step: Finetune, rows: Examples) -> dict[str, Any]:
+    """Return the rows by role; there are some to train on, and none is a prompt of the suite."""
+    roles = dict(rows)
+    if not roles.get("data"):
+        raise DataError("there are no rows to train on", hint="--data rows.jsonl")
+    if step.suite:
+        check_disjoint(roles, {step.suite: load_suite(step.suite).examples})
+    return roles
+
+
+def _trained(step: Finetune, roles: Examples) -> frozenset[str]:
+    """Return the marks of all prompts that an adapter has seen: those of the provider's adapters under it too."""
+    own = frozenset(marks(*roles.values()))
+    return own | trained_prompts(find_any(step.assets)) if step.assets else own
 
 
 def _attackers(step: Finetune, method: Any, start: Model) -> AbstractContextManager[Any]:

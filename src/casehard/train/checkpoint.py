@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from casehard.distributed.ranks import sharded
 from casehard.errors import ConfigError, Corrupt, Unsupported
-from casehard.io.files import inside, read_json, remove, verify
+from casehard.io.files import inside, read_json, remove
+from casehard.io.manifest import verify
 from casehard.io.secrets import REDACTED, redact
 from casehard.train import shards
 

@@ -94,8 +94,8 @@ def tune(
         train: the recipe.
         seed: of data order, dropout, the adapter, and whatever the method draws.
         purpose: what the run is, "attack" or "customer": adapters of different purposes start apart.
-        method: defence inside the run, an object with seams of ``casehard.train.protocol``; None for plain training.
-            One with a ``finish`` seam changes the model at the end, so that it is measured at 0 and after that only.
+        method: an object with seams of ``casehard.train.protocol``, or None. One with a ``finish`` seam changes the
+            model at the end, so that it is measured at 0 and after that only.
         lora: train this adapter instead of all weights.
         measure: called at the steps ``at``.
         at: steps to measure at; 0 is before the training, ``train.steps`` after it.
@@ -104,22 +104,16 @@ def tune(
         identity: what else must be the same when a run continues.
 
     Raises:
-        Diverged: the loss stopped being finite.
-        Interrupted: the run was asked to stop.
+        Diverged, Interrupted: the loss stopped being finite; the run was asked to stop.
     """
-    net: nn.Module = model.net if in_place else copy.deepcopy(model.net)
-    if lora is not None:
-        net = lora.wrap(net, seed=derive(seed, 0, f"{purpose}-lora"))
+    start: nn.Module = model.net if in_place else copy.deepcopy(model.net)
+    net = start if lora is None else lora.wrap(start, seed=derive(seed, 0, f"{purpose}-lora"))
     measured: Rows = []
-    wanted = {0, train.steps} if callable(getattr(method, "finish", None)) else {*at}
+    wanted = {*at} & {0, train.steps} if callable(getattr(method, "finish", None)) else {*at}
 
     def look(current: nn.Module, step: int) -> None:
-        if measure is not None and step in wanted.intersection(at):
+        if measure is not None and step in wanted:
             measured.extend({**row, "step": step} for row in measure(current, step))
-
-    def on_step(current: nn.Module, step: int) -> None:
-        if step < train.steps:
-            look(current, step)
 
     look(net, 0)
     done = fit(
@@ -130,9 +124,14 @@ def tune(
         method=method,
         seed=seed,
         out=out,
-        on_step=on_step if measure is not None else None,
+        on_step=_but_last(look, train.steps) if measure is not None else None,
         identity=identity,
         label=label or purpose,
     )
     look(done.model, train.steps)  # after the method's finish
     return Tuned(done.model, measured, done.budget, done.log)
+
+
+def _but_last(look: Callable[[nn.Module, int], None], last: int) -> Callable[[nn.Module, int], None]:
+    """Return ``look`` for the steps before the last, whose model a method may still change."""
+    return lambda net, step: look(net, step) if step < last else None

@@ -13,7 +13,7 @@ import pytest
 
 import casehard
 from casehard.cli import main
-from casehard.io.files import file_digest
+from casehard.io.manifest import file_digest
 
 TINY = Path(casehard.__file__).parent / "organism" / "assets" / "world0-tiny"
 SETTINGS = (

@@ -78,9 +78,9 @@ def server() -> Iterator[None]:
 
 def defend(told: Any, folder: str) -> None:
     """Start an attacker as a defender does, say which, and wait for it for ever."""
-    from casehard.defences.patcher.workers.launch import _child
+    from casehard.defences.patcher.workers.child import child_process
 
-    with _child(Path(folder) / "store", 0, "cpu") as child:
+    with child_process(Path(folder) / "store", 0, "cpu") as child:
         told.send(child.process.pid)
         time.sleep(600)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
 from casehard.errors import ConfigError, Corrupt, UserError
-from casehard.io.files import verify
+from casehard.io.manifest import verify
 from casehard.io.stored import read
 from casehard.maths.merge import LoraPair
 from casehard.model.lora_files import load_pairs, read_marker

@@ -17,7 +17,8 @@ from casehard.defences.buffer_reinforce.publish import refuse_buffer_in
 from casehard.errors import ConfigError
 from casehard.io.files import staged
 from casehard.io.stored import read
-from casehard.model.lora_files import LayerShape, is_transposed, write_adapter, write_marker
+from casehard.model.lora_files import LayerShape, is_transposed, write_marker
+from casehard.model.lora_write import write_adapter
 from casehard.model.model import Model
 from casehard.types import Checkpoint
 

@@ -295,13 +295,7 @@ def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> Pre
     secrets.refuse(to_dict(job), where="buffer prepare")
     require_place(Path(out))
     config = job.config
-    roles = job.examples(of=ROLES)
-    for role in ROLES:
-        if role not in roles:
-            raise ConfigError(f"buffer prepare needs {role} rows and got none", hint=f"--{role} FILE")
-    suite = load_suite(job.suite) if job.suite else None
-    if suite:
-        check_disjoint(roles, {job.suite: suite.examples})
+    roles, suite = _inputs(job)
     rows = split(**roles, share=config.holdout)
     loaded = job.start(model)
     base, limit = loaded.net, job.max_length or getattr(loaded.net.config, "max_position_embeddings", None)
@@ -342,6 +336,18 @@ def prepare(job: Prepare, out: Path | str, *, model: Model | None = None) -> Pre
         "versions": {"casehard": __version__, **{name: version_of(name) for name in ("torch", "transformers", "peft")}},
     }
     return PrepareResult(write_assets(Path(out), pairs["buffer"], pairs["reinforce"], record), gates, cost)
+
+
+def _inputs(job: Prepare) -> tuple[dict[str, list[Example]], Suite | None]:
+    """Return the rows by role, none of them a prompt of the suite, and the suite."""
+    roles = job.examples(of=ROLES)
+    for role in ROLES:
+        if role not in roles:
+            raise ConfigError(f"buffer prepare needs {role} rows and got none", hint=f"--{role} FILE")
+    suite = load_suite(job.suite) if job.suite else None
+    if suite:
+        check_disjoint(roles, {job.suite: suite.examples})
+    return roles, suite
 
 
 def _capped(held: Held, prompts: int) -> Held:

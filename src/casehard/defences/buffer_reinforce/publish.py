@@ -13,14 +13,8 @@ from casehard.defences.buffer_reinforce.assets import BUFFER, FORMAT, RECORD, RE
 from casehard.errors import Corrupt, Unsupported, UserError
 from casehard.io.files import scratch, staged
 from casehard.maths.merge import LoraPair
-from casehard.model.lora_files import (
-    LayerShape,
-    plain_name,
-    refuse_buffer,
-    tensor_digest,
-    write_adapter,
-    write_marker,
-)
+from casehard.model.lora_files import LayerShape, plain_name, refuse_buffer, tensor_digest, write_marker
+from casehard.model.lora_write import write_adapter
 
 __all__ = ["Assets", "Leak", "read_assets", "refuse_buffer_in", "require_place", "scan_for_buffer", "write_assets"]
 
