@@ -77,8 +77,12 @@ class Spec:
         return config
 
     def accepts(self) -> tuple[str, ...]:
-        """Return every data role it needs or takes."""
+        """Return every data role it needs or takes; ``assets``, a folder and no rows, among them."""
         return tuple(dict.fromkeys((*self.needs, *self.takes)))
+
+    def row_roles(self) -> tuple[str, ...]:
+        """Return those of :meth:`accepts` that are rows."""
+        return tuple(role for role in self.accepts() if role != "assets")
 
     def mean_telemetry(self, log: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         """Return the mean over a run's log rows of each quantity in ``telemetry`` that the run logged."""

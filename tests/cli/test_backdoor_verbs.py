@@ -122,8 +122,8 @@ def test_mistakes_are_told(organism, tmp_path, capsys):
         ((*base, *rows, "--trigger", "tokens"), 2, "did you mean 'token'"),
         ((*base, *rows, "--behaviour", "shout"), 2, "behaviours: refuse"),
         ((*base, *rows, "--rate", "0.001"), 2, "is no row"),
-        ((*base, *rows, "--rate", "2"), 2, "within 0..1"),
-        ((*base, *rows, "--set", "config.trigger=x"), 2, "--trigger and --behaviour"),
+        ((*base, *rows, "--rate", "2"), 2, "rate must be at most 1, got 2"),
+        ((*base, *rows, "--set", "config.trigger=x"), 2, "no trigger is called 'x'"),
         ((*base, "--data", tmp_path / "none.jsonl"), 3, "no such file"),
         (
             (*base, *rows, "--trigger", tmp_path / "cut.json"),

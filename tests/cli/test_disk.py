@@ -101,11 +101,8 @@ def test_a_folder_nobody_may_write_to(place: Path, monkeypatch: pytest.MonkeyPat
         assert main([*command[:-1], command[-1].replace("out", "first")]) == 0
         Path(command[-1].replace("out", "first")).unlink()
     else:
-        from casehard.jobs import load  # noqa: F401
-
-        from casehard.benchmark import (
-            store,  # noqa: F401
-        )
+        import casehard.benchmark.store
+        import casehard.steps  # noqa: F401
     before = tree(place)
     place.chmod(0o555)
     try:

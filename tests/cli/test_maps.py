@@ -65,10 +65,10 @@ def test_a_defence_trains_the_same_rows_whatever_their_layout(capsys, here, orga
     assert len(digests) == 1
     run = json.loads((here / "out-table.csv" / "run.json").read_text())
     spec = "table.csv?map:Frage=prompt&map:Antwort=response"
-    assert run["config"]["data"] == [spec] and list(run["data"]) == [spec]
+    assert run["config"]["rows"]["data"] == [spec] and list(run["data"]) == [spec]
     again = ["defend", "plain", "--config", "out-table.csv/run.json", "--out", "again", "--map", "Frage=prompt"]
     assert main(again) == 0
-    assert json.loads((here / "again" / "run.json").read_text())["config"]["data"] == [spec]
+    assert json.loads((here / "again" / "run.json").read_text())["config"]["rows"]["data"] == [spec]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)

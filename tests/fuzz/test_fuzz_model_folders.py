@@ -259,5 +259,5 @@ def test_a_folder_loads_or_has_an_error(made: Path, base: str, several: list[Cha
                 assert error.message and "\n" not in error.message
                 return
             with torch.no_grad():
-                assert bool(got.model(torch.tensor([[5, 6, 3]])).logits.isfinite().all())
+                assert bool(got.net(torch.tensor([[5, 6, 3]])).logits.isfinite().all())
             assert len(got.digest) == 64

@@ -216,7 +216,7 @@ def test_lora_works_on_transposed_layers_from_training_to_merging(tmp_path: Path
     folded = read_lora(gpt2(), user).merge_and_unload()
     saved = save(folded, words(), tmp_path / "whole", parent="", method="", provenance={})
     again = load(saved.path)
-    assert again.digest == saved.digest and torch.allclose(logits(again.model), expected, atol=1e-5)
+    assert again.digest == saved.digest and torch.allclose(logits(again.net), expected, atol=1e-5)
 
 
 def test_an_older_record_of_the_orientation_does_not_keep_two_adapters_apart(tmp_path: Path) -> None:

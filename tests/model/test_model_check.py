@@ -70,8 +70,8 @@ def test_the_implementation_in_the_file_is_never_used(folder: Path, key: str, va
     else:
         with pytest.warns(UserWarning, match=re.escape(f"config.json: {key} {value!r} is not used")):
             got = loading.load(folder)
-    assert got.model.config._attn_implementation == "eager"
-    assert torch.equal(logits(got.model), logits(tiny_llama().eval()))
+    assert got.net.config._attn_implementation == "eager"
+    assert torch.equal(logits(got.net), logits(tiny_llama().eval()))
 
 
 def test_nor_that_of_a_part(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_nor_that_of_a_part(tmp_path: Path) -> None:
     asked["text_config"]["_attn_implementation"] = "flex_attention"
     asked["vision_config"]["_attn_implementation"] = "flash_attention_2"
     (tmp_path / "config.json").write_text(json.dumps(asked))
-    got = loading.load(tmp_path).model.config
+    got = loading.load(tmp_path).net.config
     assert {c._attn_implementation for c in (got, got.text_config, got.vision_config)} == {"eager"}
 
 
@@ -225,10 +225,10 @@ def test_what_is_meant_for_one_call_is_not_kept(folder: Path) -> None:
     told = "\n".join(got.notes)
     assert "return_dict False is not used" in told and "output_attentions True is not used" in told
     assert "pad_token_id is -1: there is no such token" in told
-    assert got.model.config.return_dict and not got.model.config.output_attentions
-    assert torch.equal(logits(got.model), logits(tiny_llama().eval()))
+    assert got.net.config.return_dict and not got.net.config.output_attentions
+    assert torch.equal(logits(got.net), logits(tiny_llama().eval()))
     edit(folder / "generation_config.json", max_new_tokens=4096, suppress_tokens=[63])
-    assert loading.load(folder).model.generation_config.max_new_tokens == 4096  # many tokens, none of them by number
+    assert loading.load(folder).net.generation_config.max_new_tokens == 4096  # many tokens, none of them by number
     edit(folder / "generation_config.json", eos_token_id=[2, 64])
     with pytest.raises(
         DataError, match=r"generation_config.json: eos_token_id is \[2, 64\], outside a vocabulary of 64"
@@ -291,11 +291,11 @@ def test_two_tables_that_are_said_to_be_one(folder: Path, tmp_path: Path) -> Non
     edit(folder / "config.json", tie_word_embeddings=True)
     got = loading.load(folder)
     assert "config.json ties input and output embedding (tie_word_embeddings), the files hold two" in got.notes[0]
-    got.model.tie_weights()
-    assert torch.equal(logits(got.model), logits(tiny_llama().eval()))
-    made = save(got.model, got.tokenizer, tmp_path / "out", parent="", method="", provenance={})
+    got.net.tie_weights()
+    assert torch.equal(logits(got.net), logits(tiny_llama().eval()))
+    made = save(got.net, got.tokenizer, tmp_path / "out", parent="", method="", provenance={})
     again = loading.load(made.path)
-    assert again.notes == () and torch.equal(logits(again.model), logits(got.model))
+    assert again.notes == () and torch.equal(logits(again.net), logits(got.net))
 
 
 def header(folder: Path, change: Callable[[dict[str, Any]], Any], *, claim: int | None = None) -> None:

@@ -63,13 +63,13 @@ def test_load_gives_the_saved_model(folder: Path) -> None:
     got = loading.load(folder)
     ids = torch.tensor([[5, 6, 3]])
     with torch.no_grad():
-        assert torch.equal(got.model(ids).logits, tiny_llama().eval()(ids).logits)
-    assert not got.model.training
-    assert got.model.config._attn_implementation == "eager"
+        assert torch.equal(got.net(ids).logits, tiny_llama().eval()(ids).logits)
+    assert not got.net.training
+    assert got.net.config._attn_implementation == "eager"
     assert got.path == folder and len(got.digest) == 64
     assert got.tokenizer.pad_token_id == 0
     assert "padding with '<unk>' (id 0)" in got.notes[0]
-    assert got.model.get_input_embeddings().weight.shape[0] == 64
+    assert got.net.get_input_embeddings().weight.shape[0] == 64
     row = ChatFormat(got.tokenizer).encode(Example.pair("hello", "world"))
     assert row.input_ids == [3, 5, 4, 6, 2] and row.labels == [-100, -100, -100, 6, 2]
 
@@ -253,10 +253,10 @@ STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k
 @pytest.mark.skipif(not STORIES.is_dir(), reason="real-data fixtures not present")
 def test_a_published_checkpoint_loads_and_speaks() -> None:
     got = loading.load(STORIES)
-    assert sum(p.numel() for p in got.model.parameters()) == 260_032
+    assert sum(p.numel() for p in got.net.parameters()) == 260_032
     ids = got.tokenizer("Once upon a time", return_tensors="pt")
     with torch.no_grad():
-        out = got.model.generate(**ids, do_sample=False, max_new_tokens=40)
+        out = got.net.generate(**ids, do_sample=False, max_new_tokens=40)
     assert got.tokenizer.decode(out[0], skip_special_tokens=True).startswith(
         "Once upon a time, there was a little girl named Lily."
     )

@@ -136,7 +136,8 @@ class Backdoor:
             label=inputs.label,
         )
         planted = {key: manifest[key] for key in ("trigger", "behaviour")}
-        made = Made(method=self.name, provenance={"settings": to_dict(config), "seed": inputs.seed, "planted": planted})
+        provenance = {"settings": to_dict(config), "seed": inputs.seed, "planted": planted}
+        made = Made(method=f"{self.name}-attack", provenance=provenance)
         attacked = model.after(done.net, made, trained=frozenset(marks(data)), may_leave=False)
         facts = {"planted": planted}
         return Planted(

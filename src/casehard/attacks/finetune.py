@@ -126,6 +126,7 @@ class Finetune:
         drawn = counts(share=config.share, n=config.rows)
         known = sum(is_marked(row, model.trained_prompts) for some in inputs.rows.values() for row in some)
         facts = {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign, "known_rows": known}
-        made = Made(method=self.name, provenance={"settings": to_dict(config), "seed": inputs.seed, **facts})
+        provenance = {"settings": to_dict(config), "seed": inputs.seed, **facts}
+        made = Made(method=f"{self.name}-attack", provenance=provenance)
         attacked = model.after(done.net, made, trained=frozenset(marks(mixture)), may_leave=False)
         return Attacked(model=attacked, rows=done.rows, budget=done.budget, facts=facts, log=done.log)

@@ -106,10 +106,10 @@ def _check(values: dict[str, Any]) -> bool:
     values["method"] = DEFENCES.name(str(values["method"]))
     spec = DEFENCES.find(values["method"])
     options.need(values, "model", "--model")
-    options.take_rows(values, ("data", *ROLES, *spec.accepts()))
+    options.take_rows(values, ("data", *ROLES, *spec.row_roles()))
     options.need(values["rows"], "data", "--data")
     for role in values["rows"]:
-        if role != "data" and role not in spec.accepts():
+        if role != "data" and role not in spec.row_roles():
             raise ConfigError(
                 f"{values['method']} takes no --{role} rows", hint="leave them out: they would be ignored"
             )

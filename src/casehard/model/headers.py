@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from casehard.errors import Corrupt, DataError, Unsupported
+from casehard.io.disk import storage_errors
 from casehard.io.files import read_json
 from casehard.model.check import Problem, refuse, shown
 from casehard.model.digest import weight_files
@@ -80,9 +81,10 @@ def build_config(folder: Path, values: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = values.get("model_type")
-    with tempfile.TemporaryDirectory(prefix="casehard-config-") as place:
+    text, temp = json.dumps(values), Path(tempfile.gettempdir())
+    with storage_errors(temp, needs=len(text)), tempfile.TemporaryDirectory(prefix="casehard-config-") as place:
         # Through a file: reading one, transformers mends what older versions of it wrote.
-        (Path(place) / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        (Path(place) / "config.json").write_text(text, encoding="utf-8")
         try:
             config: Any = AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
             config.get_text_config(decoder=True).to_dict()  # a part that is no configuration has none
