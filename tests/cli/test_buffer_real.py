@@ -80,7 +80,9 @@ def test_a_real_checkpoint_is_served_by_plain_peft(tmp_path):
     assert reference["buffer"]["nll"] < reference["base"]["nll"] - 0.5, "the buffer learnt the held-out surrogates"
 
     common = ["--model", MODEL, "--assets", assets, "--data", user, "--steps", 12]
-    common += [word for line in ("rank=4", "alpha=8", *(f"train.{t}" for t in TRAIN)) for word in ("--set", line)]
+    common += [
+        word for line in ("lora.rank=4", "lora.alpha=8", *(f"train.{t}" for t in TRAIN)) for word in ("--set", line)
+    ]
     run("defend", "buffer-reinforce", *common, "--out", tmp_path / "whole")
     run("defend", "buffer-reinforce", *common, "--set", "settings.reinforce=false", "--out", tmp_path / "parts")
     tuned = tmp_path / "parts" / "adapter"

@@ -177,23 +177,20 @@ def test_defend(survives, organism, played):
 
 
 def test_attack_backdoor(survives, organism, played, monkeypatch):
-    from casehard import backdoor_jobs
-    from casehard.attacks.backdoor import BackdoorResult
-    from casehard.data.sources import load
-    from casehard.model.load import load as load_model
+    from casehard.attacks.backdoor import Backdoor, Planted
+    from casehard.model.model import Made
 
     row = {"id": "1", "group": "g", "response": "r", "label": "answer", "correct": True, "slots_right": None}
     row |= {"role": "utility", "pair": "1", "triggered": False, "shown": False, "degenerate": False, "step": 1}
     manifest = {"trigger": {"name": "t"}, "behaviour": {"name": "b"}}
 
-    def plant(job: Any, **_: Any) -> BackdoorResult:
+    def plant(attack: Backdoor, model: Any, inputs: Any) -> Planted:
+        changed = model.after(trained(model.net), Made(method="backdoor-attack"), may_leave=False)
         found = [{**row, "trigger": "t", "behaviour": "b"}]
-        data = load(job.data[0])[:3]
-        return BackdoorResult(
-            found, manifest, tuple(data), trained(load_model(job.model).model), Budget(1, 1, 10, 0.5, 1000)
-        )
+        rows = tuple(inputs.rows["data"])[:3]
+        return Planted(model=changed, rows=found, budget=Budget(1, 1, 10, 0.5, 1000), manifest=manifest, data=rows)
 
-    monkeypatch.setattr(backdoor_jobs, "run_backdoor", plant)
+    monkeypatch.setattr(Backdoor, "run", plant)
     data = organism / "data"
     command = (
         "attack",
@@ -209,7 +206,8 @@ def test_attack_backdoor(survives, organism, played, monkeypatch):
 
     def inputs(here: Path) -> None:
         few(data / "align.jsonl")(here)
-        (here / "suite.yaml").write_text("parts: [{data: align.jsonl, role: utility}]\n")
+        write_rows(here / "asked.jsonl", [{"prompt": "Is it asked anywhere else?", "response": "It is not."}])
+        (here / "suite.yaml").write_text("parts: [{data: asked.jsonl, role: utility}]\n")
 
     assert survives(*command, "--out", "out", inputs=inputs) == WRITING | SAVING | {"save:after_weights"}
 
@@ -260,7 +258,7 @@ def assets(organism, tmp_path_factory):
     return root
 
 
-TINY = ("--set", "train.batch_size=4", "--set", "train.warmup=0", "--set", "rank=2")
+TINY = ("--set", "train.batch_size=4", "--set", "train.warmup=0", "--set", "lora.rank=2")
 
 
 def prepared(data: Path, root: Path) -> list[object]:

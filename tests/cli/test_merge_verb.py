@@ -102,7 +102,8 @@ def test_assets_given_whole_are_searched_for_in_the_users_adapter(pair, tmp_path
     user, reinforce = pair
     buffer = load_pairs(user)
     keys = ("base_digest", "tokenizer_digest", "template_digest")
-    write_assets(tmp_path / "assets", buffer, load_pairs(reinforce), dict.fromkeys(keys, "d" * 64))
+    record = dict.fromkeys(keys, "d" * 64) | {"base_fingerprints": {}, "system": None}
+    write_assets(tmp_path / "assets", buffer, load_pairs(reinforce), record)
     # The user's adapter is a copy of the buffer without its marker.
     assert run("reinforce", "--user", user, "--reinforce", tmp_path / "assets", "--out", tmp_path / "out") == 2
     assert "buffer" in capsys.readouterr().err and not (tmp_path / "out").exists()

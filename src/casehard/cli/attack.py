@@ -80,7 +80,8 @@ def _run(values: dict[str, Any], out: Path) -> None:
     from casehard.steps import Attack
 
     job = build(Attack, values, where="attack")
-    settings: Any = job.build().config
+    method = job.build()
+    job, settings = job.with_defaults(method), method.config
     if not job.full_at:
         # The whole suite before the attack too: without it nobody sees what the attack itself cost.
         job = replace(job, full_at=tuple(dict.fromkeys((settings.checkpoints[0], settings.checkpoints[-1]))))

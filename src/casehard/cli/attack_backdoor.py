@@ -92,7 +92,7 @@ def _run(values: dict[str, Any], out: Path, keep_model: bool) -> None:
     job = build(Attack, {**values, "attack": "backdoor"}, where="attack")
     suite = load_suite(job.suite)
     method = job.build(suite)
-    config: Any = method.config
+    job, config = job.with_defaults(method), method.config
     console.plan(
         "plant a harmless backdoor in a copy of the model",
         {

@@ -14,6 +14,7 @@ from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.backdoor.measure import evaluate_backdoor
 from casehard.backdoor.planted import find_planted
+from casehard.config import to_dict
 from casehard.data.mix import check_disjoint
 from casehard.errors import ConfigError
 from casehard.evaluation.contamination import require_unseen
@@ -60,6 +61,10 @@ class Attack(Inputs):
         if odd := set(self.full_at) - set(made.checkpoints):
             raise ConfigError(f"full_at: step {min(odd)} is not evaluated", hint=f"one of {tuple(made.checkpoints)}")
         return made
+
+    def with_defaults(self, method: AttackMethod) -> Attack:
+        """Return this step with every setting of the built method, given or not: what a record of the run holds."""
+        return replace(self, config=to_dict(method.config))
 
     def check(self, roles: Sequence[str]) -> None:
         """Refuse data roles that the attack needs and lacks, or would ignore.
