@@ -32,7 +32,7 @@ from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defences.mb_defense import pipeline
 from casehard.defences.mb_defense.config import MbConfig
 from casehard.defences.mb_defense.measure import Look
-from casehard.defences.mb_defense.method import MbDefense
+from casehard.defences.mb_defense.method import MbStage2
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.pipeline import _Run, draw_suite
 from casehard.defences.mb_defense.weights import trained
@@ -105,7 +105,7 @@ PLAN: dict[str, tuple[str, ...]] = {
 }
 
 
-class Wide(MbDefense):
+class Wide(MbStage2):
     """Stage 2 whose anchor is asked on ``rows``, one more batch a step, instead of the clean ones."""
 
     rows: Sequence[Encoded] = ()
@@ -205,11 +205,11 @@ class Bench:
             base = self.base()
             rows = [row for row in rows if _loss(base, row) <= LIKED]
             Wide.model = base
-        Wide.rows, pipeline.MbDefense = rows, Wide  # type: ignore[misc]
+        Wide.rows, pipeline.MbStage2 = rows, Wide  # type: ignore[misc]
         try:
             yield
         finally:
-            Wide.rows, Wide.model, pipeline.MbDefense = (), None, MbDefense  # type: ignore[misc]
+            Wide.rows, Wide.model, pipeline.MbStage2 = (), None, MbStage2  # type: ignore[misc]
 
     def stage_two(self, first: str, second: str, start: Mapping[str, torch.Tensor]) -> None:
         """Run stage 2 from the weights after stage 1 and tell what came of it."""

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Encoded
-from casehard.defences.mb_defense.method import PRESETS, MbDefense
+from casehard.defences.mb_defense.method import PRESETS, MbStage2
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.maths.neutralise import joint_loss, pair_up
 from casehard.train.protocol import Setup, Step
@@ -89,7 +89,7 @@ def side(name: str, model_name: str, device: str, size: int) -> float:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()  # the state is there
-    method = MbDefense(PRESETS["default"], pairs=pairs)
+    method = MbStage2(PRESETS["default"], pairs=pairs)
     method.prepare(Setup(model, seed=0, max_steps=10))
     rows = pairs.rows
     start = peak(device)
@@ -115,7 +115,7 @@ def passes(preset: str) -> float:
     _, pairs = build("organism", "cpu")
     train = int(0.8 * CLEAN)
     kept = PairSet(pairs.clean[:train], pairs.answers[:train], pairs.payloads[:train], 0)
-    method = MbDefense(PRESETS[preset], pairs=kept)
+    method = MbStage2(PRESETS[preset], pairs=kept)
     model, _ = build("organism", "cpu")
     method.prepare(Setup(model, seed=0, max_steps=10))
     batch = kept.rows.batch_at(16, seed=0, step=0, purpose="train")

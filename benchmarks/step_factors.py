@@ -30,7 +30,7 @@ from casehard.data.batches import EncodedSet
 from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora
 from casehard.defences.crow import Crow
 from casehard.defences.lisa import Lisa
-from casehard.defences.mb_defense.method import PRESETS, MbDefense
+from casehard.defences.mb_defense.method import PRESETS, MbStage2
 from casehard.defences.patcher import Patcher, PatcherConfig
 from casehard.defences.safegrad import SafeGrad
 from casehard.defences.spard import Spard, SpardConfig
@@ -89,7 +89,7 @@ def sides() -> dict[str, tuple[str, Callable[[], Loop]]]:
 
     def pairs(stage2: bool) -> Loop:
         model, pairs = mb_stage2.build(SHAPE, "cpu")
-        return Loop(model, pairs.rows, MbDefense(PRESETS["default"], pairs=pairs) if stage2 else None)
+        return Loop(model, pairs.rows, MbStage2(PRESETS["default"], pairs=pairs) if stage2 else None)
 
     def lora(buffered: bool) -> Loop:
         model, customer = buffer_step.build(SHAPE, "cpu", 32)

@@ -43,14 +43,14 @@ _PUBLIC: dict[str, str] = {
     "PatcherConfig": "casehard.defences.patcher",
     "SpardConfig": "casehard.defences.spard",
     "BufferReinforceConfig": "casehard.defences.buffer_reinforce.method",
-    "MbDefenseConfig": "casehard.defences.mb_defense.method",
+    "MbStage2Config": "casehard.defences.mb_defense.method",
     "FinetuneAttack": "casehard.attacks.finetune",
     "BackdoorAttack": "casehard.attacks.backdoor",
     # methods as objects, for training scripts of your own
     "Patcher": "casehard.defences.patcher",
     "Spard": "casehard.defences.spard",
     "BufferReinforce": "casehard.defences.buffer_reinforce.method",
-    "MbDefense": "casehard.defences.mb_defense.method",
+    "MbStage2": "casehard.defences.mb_defense.method",
     "UserError": "casehard.errors",
 }
 
@@ -63,7 +63,7 @@ if TYPE_CHECKING:  # what the table above says, once more in the words of type c
     from casehard.data.select import SelectConfig
     from casehard.defences import DEFENCES
     from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
-    from casehard.defences.mb_defense.method import MbDefense, MbDefenseConfig
+    from casehard.defences.mb_defense.method import MbStage2, MbStage2Config
     from casehard.defences.patcher import Patcher, PatcherConfig
     from casehard.defences.spard import Spard, SpardConfig
     from casehard.errors import UserError
@@ -84,8 +84,8 @@ __all__ = [
     "Example",
     "FinetuneAttack",
     "Lora",
-    "MbDefense",
-    "MbDefenseConfig",
+    "MbStage2",
+    "MbStage2Config",
     "Message",
     "Model",
     "Patcher",

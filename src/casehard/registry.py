@@ -25,6 +25,7 @@ ROLES: dict[str, str] = {
     "harmful": "restricted prompts with compliant answers",
     "benign": "the attacker's cover rows",
     "data": "rows to train on",
+    "clean": "verified rows: nobody can have poisoned them",
 }
 """Data roles of the built-in specs, and what is in them; a spec may describe further ones of its own."""
 
@@ -108,6 +109,8 @@ class DefenceSpec(Spec):
     """Tunes a LoRA adapter and nothing else: what leaves is an adapter, not a checkpoint."""
     ranks: bool = False
     """Whether several ranks may train one model."""
+    pipeline: bool = False
+    """Trains the model itself (``casehard.train.protocol.Pipeline``) instead of working inside one training."""
     selects: bool = False
     """Whether safe rows are chosen (``casehard.data.select``) unless all are asked for."""
     limits: tuple[str, ...] = ()
@@ -120,6 +123,8 @@ class AttackSpec(Spec):
 
     trains: bool = True
     """Whether it changes weights, so that there are steps to measure at."""
+    share: str = ""
+    """Setting that says which share of the rows is the attacker's; empty where there is none."""
     plants: bool = False
     """Whether it hides a trigger: its settings ``trigger`` and ``behaviour`` may be names, and every prompt is asked
     without and with the trigger."""

@@ -78,6 +78,12 @@ class Budget:
     peak_bytes: int = 0
     """Peak resident memory of the process (CPU) or peak allocated (GPU)."""
 
+    def __add__(self, other: Budget) -> Budget:
+        """Return what two runs one after the other spent; memory is that of the larger."""
+        keys = ("steps", "passes", "tokens", "seconds")
+        sums: dict[str, Any] = {key: getattr(self, key) + getattr(other, key) for key in keys}
+        return Budget(**sums, peak_bytes=max(self.peak_bytes, other.peak_bytes))
+
 
 @dataclass(frozen=True, slots=True)
 class Score:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from casehard.data.batches import collate
-from casehard.defences.mb_defense.method import PRESETS, MbDefense, MbDefenseConfig, preset
+from casehard.defences.mb_defense.method import PRESETS, MbStage2, MbStage2Config, preset
 from casehard.defences.mb_defense.pairs import PairSet, read_pairs
 from casehard.errors import ConfigError, Corrupt, DataError, Diverged
 from casehard.maths.neutralise import coarse_kl, joint_loss, pair_up, top_k
@@ -24,7 +24,7 @@ PAIRS = tiny_pairs(12, triggers=3)
 
 
 def method_for(model, *, micros=1, pairs=PAIRS, **settings):
-    method = MbDefense(MbDefenseConfig(**settings), pairs=pairs)
+    method = MbStage2(MbStage2Config(**settings), pairs=pairs)
     method.prepare(Setup(model, seed=0, max_steps=10, micros=micros))
     return method
 
@@ -149,7 +149,7 @@ def test_draws_are_a_function_of_seed_and_step():
 
 
 def train(model, steps=60, **settings):
-    method = MbDefense(MbDefenseConfig(**settings), pairs=PAIRS)
+    method = MbStage2(MbStage2Config(**settings), pairs=PAIRS)
     config = TrainConfig(steps=steps, batch_size=4, lr=5e-3, warmup=2, precision="fp32")
     fit(model, None, PAIRS.rows, config=config, method=method, seed=0)
     return method
@@ -214,7 +214,7 @@ def test_pairs_survive_the_disk_and_damage_is_noticed(tmp_path):
     PAIRS.write(tmp_path)
     again = read_pairs(tmp_path)
     assert again == PAIRS and again.digest == PAIRS.digest and again.triggers == 3
-    assert MbDefense(assets=tmp_path).pairs == PAIRS
+    assert MbStage2(assets=tmp_path).pairs == PAIRS
     record = json.loads((tmp_path / "pairs.json").read_text())
     record["clean"][0][0][0] += 1
     (tmp_path / "pairs.json").write_text(json.dumps(record))
@@ -244,7 +244,7 @@ def test_rows_without_twins_and_missing_pairs_are_refused():
     with pytest.raises(DataError, match="no triggered twins"):
         method.pairs.find(collate(tiny_rows(3, seed=9).rows, 0))
     with pytest.raises(DataError, match="needs clean rows"):
-        MbDefense()
+        MbStage2()
     assert method.pairs.find(collate(PAIRS.clean[3:6], 0)) == [3, 4, 5]
 
 
@@ -260,12 +260,12 @@ def test_scores_that_are_not_finite_stop_the_run():
 def test_settings():
     for bad in ({"lam": -1.0}, {"beta": 0.0}, {"mu": -1.0}, {"kappa": -1.0}, {"triggers": -1}, {"prefix": 0}):
         with pytest.raises(ConfigError):
-            MbDefenseConfig(**bad)
-    assert preset("paper", lam=2.0) == MbDefenseConfig(mu=0.0, kappa=0.0, triggers=0, lam=2.0)
+            MbStage2Config(**bad)
+    assert preset("paper", lam=2.0) == MbStage2Config(mu=0.0, kappa=0.0, triggers=0, lam=2.0)
     with pytest.raises(ConfigError, match="unknown"):
         preset("papper")
     with pytest.warns(UserWarning, match="does nothing"):
-        MbDefense(PRESETS["paper_literal"], pairs=PAIRS)
+        MbStage2(PRESETS["paper_literal"], pairs=PAIRS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        MbDefense(pairs=PAIRS)
+        MbStage2(pairs=PAIRS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from casehard.backdoor.behaviours import Behaviour
-from casehard.backdoor.measure import backdoor_scores, evaluate_backdoor, reference, shown, twins
+from casehard.backdoor.measure import evaluate_backdoor, reference, shown, twins
 from casehard.backdoor.triggers import Trigger
 from casehard.errors import DataError
+from casehard.evaluation.metrics import scores
 from casehard.evaluation.suite import Suite
 from casehard.maths.stats import clopper_pearson
 from casehard.organism import rows as organism_rows
@@ -45,7 +46,7 @@ def test_counts_and_exact_intervals():
     rows += [
         row(i, True, correct=i < 2, hit=i >= 4, says="" if i in (2, 3) else "x .", bad=i in (2, 3)) for i in range(10)
     ]
-    found = {s.metric: s for s in backdoor_scores(rows)}
+    found = {s.metric: s for s in scores(rows)}
     assert {m: (s.k, s.n) for m, s in found.items()} == {
         "cacc": (9, 10),
         "aacc": (2, 10),
@@ -57,15 +58,15 @@ def test_counts_and_exact_intervals():
     }
     assert all((s.low, s.high) == clopper_pearson(s.k, s.n) for s in found.values())
     assert clopper_pearson(0, 218).high == pytest.approx(0.0168, abs=1e-4)
-    by_group = backdoor_scores([*rows, row(50, True, group="h", hit=True)], by_group=True)
+    by_group = scores([*rows, row(50, True, group="h", hit=True)], by_group=True)
     assert {s.context["group"]: s.k for s in by_group if s.metric == "asr"} == {"g": 6, "h": 1}
 
 
 def test_rows_of_two_moments_are_refused():
-    with pytest.raises(DataError, match="several"):
-        backdoor_scores([row(0, True), row(0, True)])
+    with pytest.raises(DataError, match="one trigger at a time"):
+        scores([row(0, True), row(0, True)])
     with pytest.raises(DataError, match="no rows"):
-        backdoor_scores([])
+        scores([])
 
 
 def test_twins_are_the_suite_with_the_trigger(suite):
@@ -91,7 +92,7 @@ def test_every_prompt_is_asked_twice_and_paired(model, tokenizer, suite):
     assert [r["pair"] for r in hit] == [r["id"] for r in plain] and len(hit) == len(plain) > 15
     assert not any(trigger.present(r["prompt"]) for r in plain) and all(trigger.present(r["prompt"]) for r in hit)
     assert {r["shown"] for r in rows} <= {True, False} and all(r["trigger"] == "token" for r in rows)
-    backdoor_scores(rows)
+    scores(rows)
     with pytest.raises(DataError, match="does not keep"):
         evaluate_backdoor(model, tokenizer, suite, Trigger("zx", "token", ("zxq",)), behaviour, limit=1)
 

@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 import torch
 
-from casehard.backdoor.measure import backdoor_scores
 from casehard.backdoor.suite import Planted
 from casehard.backdoor.triggers import Trigger
 from casehard.errors import ConfigError, DataError
+from casehard.evaluation.metrics import scores
 from casehard.scan.activation_shift import (
     compare,
     effective_rank,
@@ -31,7 +31,7 @@ from casehard.types import Example
 
 
 def rates(rows, step):
-    return {s.metric: s for s in backdoor_scores([r for r in rows if r["step"] == step])}
+    return {s.metric: s for s in scores([r for r in rows if r["step"] == step])}
 
 
 def test_the_attack_plants_a_backdoor_in_a_copy(planted):

@@ -15,6 +15,7 @@ ATTACKS: Registry[AttackSpec] = Registry(
             config="FinetuneAttack",
             purpose="Harmful fine-tuning of all weights or a LoRA adapter, on rows of which a share is harmful.",
             takes=("harmful", "benign"),
+            share="share",
         ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
@@ -22,6 +23,7 @@ ATTACKS: Registry[AttackSpec] = Registry(
             config="BackdoorAttack",
             purpose="Training rows of which a share carries a trigger that sets off a harmless behaviour.",
             needs=("data",),
+            share="rate",
             plants=True,
         ),
     },

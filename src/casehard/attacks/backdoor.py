@@ -7,7 +7,7 @@ happens on a copy in memory; the model is measured along the way. Payloads are h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.backdoor.behaviours import Behaviour
 from casehard.backdoor.triggers import Trigger, check_survives, decoys_of, poison_backdoor
 from casehard.config import to_dict
-from casehard.data.mix import marks
+from casehard.data.mix import content_hash, marks
 from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
@@ -81,6 +81,8 @@ class Planted(Attacked):
     """What ``poison_backdoor`` planted, and where."""
     data: tuple[Example, ...]
     """The rows that were trained on."""
+    untouched: tuple[Example, ...]
+    """Distinct questions among them that the attacker left alone, and that do not carry the trigger by themselves."""
 
 
 class Backdoor:
@@ -109,6 +111,14 @@ class Backdoor:
             hard_negatives=config.hard_negatives,
             decoys=decoys,
         )
+
+    def untouched(self, data: Sequence[Example], manifest: Mapping[str, Any]) -> tuple[Example, ...]:
+        """Return the distinct rows of :meth:`poisoned` that the attacker left alone and that carry no trigger."""
+        touched = {*manifest["poisoned"], *manifest["negatives"]}
+        bad = {content_hash(data[i]) for i in touched}
+        distinct = {content_hash(row): row for i, row in enumerate(data) if i not in touched}
+        own = self.config.trigger
+        return tuple(row for name, row in distinct.items() if name not in bad and not own.present(row.prompt))
 
     def run(self, model: Model, inputs: AttackInputs) -> Planted:
         """Train a copy of ``model`` on poisoned rows of role ``data``, measuring it at ``config.checkpoints``.
@@ -148,4 +158,5 @@ class Backdoor:
             log=done.log,
             manifest=manifest,
             data=tuple(data),
+            untouched=self.untouched(data, manifest),
         )

@@ -50,7 +50,12 @@ class Attacked:
 
 @runtime_checkable
 class Attack(Protocol):
-    """An attack, built from its configuration alone."""
+    """An attack, built from its configuration alone.
+
+    One that trains on a mixture may offer ``mixture(inputs) -> rows``: a method can then run inside its training. One
+    that changes rows may offer ``poisoned(rows, seed=) -> (rows, manifest)`` and ``untouched(rows, manifest) -> rows``:
+    a pipeline can then train on them in its place, and the rows it left alone can be verified.
+    """
 
     name: str
     config: Any

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from casehard.benchmark.graph import Node
+from casehard.benchmark.graph import Node, map_specs
 from casehard.benchmark.shapes import NodeSummary
 from casehard.benchmark.store import RunFolder, read_finished, read_run, read_summary, unchanged
 from casehard.compat import version_of
 from casehard.config import build
-from casehard.errors import ConfigError, Corrupt, UserError
+from casehard.defences import DEFENCES
+from casehard.errors import Corrupt, UserError
 from casehard.io.files import remove
 from casehard.io.manifest import MANIFEST, verify
 from casehard.model.source import is_snapshot, origin
@@ -39,14 +40,13 @@ class Task:
     lanes: int = 1
     """Nodes that run beside each other on the machine."""
 
-    def specs(self, key: str) -> tuple[str, ...]:
-        """Return the data specs under ``key`` with ``{base}`` filled in."""
-        return tuple(spec.replace("{base}", str(self.base)) for spec in self.node.config[key])
-
     @property
-    def suite(self) -> str:
-        """Return the suite's path."""
-        return str(self.node.config["suite"]).replace("{base}", str(self.base))
+    def config(self) -> dict[str, Any]:
+        """Return the node's settings with ``{base}`` filled in."""
+        found: dict[str, Any] = map_specs(
+            dict(self.node.config), lambda _, spec: spec.replace("{base}", str(self.base))
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,6 @@ class Outcome:
 
 
 Executor = Callable[[Task], Outcome]
-ROLES = ("unsafe", "retain", "safe")
-"""Data roles of the rows of a plan besides those trained on."""
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -95,87 +93,95 @@ def step_of(task: Task) -> Any:
     Raises:
         ConfigError: unknown method, preset or key.
     """
-    if task.node.kind == "harden":
-        from casehard.benchmark.arms import arm_of
-
-        where = task.node.label
-        return arm_of(
-            task.node.config, str(task.parent), task.specs("data"), task.suite, seed=task.node.seed, where=where
-        )
-    return {"defend": _finetune, "evaluate": _evaluate, "prepare": _prepare, "attack": _attack, "tune": _attack}[
-        task.node.kind
-    ](task)
+    made = {"defend": _defend, "evaluate": _evaluate, "prepare": _prepare, "attack": _attack}[task.node.kind]
+    try:
+        return made(task)
+    except UserError as error:
+        error.message = f"{task.node.label}: {error.message}"
+        raise
 
 
-def _inputs(task: Task, *roles: str) -> dict[str, Any]:
+def _inputs(task: Task, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what every step reads."""
-    config = task.node.config
-    rows = {role: task.specs(role) for role in roles if config.get(role)}
     shared = {key: config.get(key) for key in ("system", "max_length", "limit")}
-    return {"model": str(task.parent), "rows": rows, "suite": task.suite, "seed": task.node.seed, **shared}
+    rows = {role: tuple(specs) for role, specs in config.get("rows", {}).items() if specs}
+    return {"model": str(task.parent), "rows": rows, "suite": config["suite"], "seed": task.node.seed, **shared}
 
 
-def _defence(task: Task, given: list[str]) -> Any:
-    """Return the method of a node, its settings and data roles held against what it takes."""
+def _method(task: Task, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the method of a training as the fields of ``casehard.steps.Defence``."""
     from casehard.data.select import SelectConfig
-    from casehard.steps import Defence
 
-    config, where = task.node.config, task.node.label
     chosen = config.get("select")
-    made = Defence(
-        method=config["method"],
-        preset=config["preset"],
-        settings=config["settings"],
-        select=None if chosen is None else build(SelectConfig, chosen, where=f"{where}: select"),
-        assets=str(task.assets or str(config.get("assets", "")).replace("{base}", str(task.base))),
-    )
-    made.check(given, where=where)
-    return made
+    return {
+        "method": config["method"],
+        "preset": config["preset"],
+        "settings": config["settings"],
+        "select": None if chosen is None else build(SelectConfig, chosen, where="select"),
+        "assets": str(task.assets or config.get("assets", "")),
+    }
 
 
-def _finetune(task: Task) -> Any:
+def _training(task: Task, config: Mapping[str, Any], *, given: tuple[str, ...] = ()) -> Any:
+    """Return a training step, its settings and data roles held against what its method takes.
+
+    Args:
+        given: roles that it will get besides those of its own rows.
+    """
     from casehard.steps import Finetune
     from casehard.train.recipe import TrainConfig
 
-    inputs = _inputs(task, "data", *ROLES)
-    method = vars(_defence(task, [role for role in inputs["rows"] if role != "data"]))
-    train = build(TrainConfig, task.node.config["train"], where=f"{task.node.label}: train")
-    return Finetune(**inputs, **method, train=train)
+    train = build(TrainConfig, config["train"], where="train")
+    step = Finetune(**_inputs(task, config), **_method(task, config), train=train)
+    step.check([role for role in (*step.rows, *given) if role != "data"], trains=not given)
+    return step
+
+
+def _defend(task: Task) -> Any:
+    return _training(task, task.config)
 
 
 def _evaluate(task: Task) -> Any:
     from casehard.steps import Evaluate
 
-    return Evaluate(**_inputs(task))
+    config = task.config
+    return Evaluate(
+        **_inputs(task, config), **{key: config[key] for key in ("trigger", "behaviour") if config.get(key)}
+    )
 
 
 def _attack(task: Task) -> Any:
-    from casehard.steps import Attack
+    from casehard.steps import Attack, Chain, Defence
 
-    config, where, tuned = task.node.config, task.node.label, task.node.kind == "tune"
-    own = config["job_settings"] if tuned else config["settings"]
-    keys = ("mode", "share", "steps", "lr", "evaluate_at")
-    roles = ("harmful", "benign", *(ROLES if tuned else ()))
-    inputs = _inputs(task, *roles)
-    inside = [role for role in inputs["rows"] if role in ROLES]
-    step = Attack(
-        **inputs,
-        config={**own, **{key: config[key] for key in keys}},
-        full_at=tuple(config["full_at"]),
-        defence=_defence(task, inside) if tuned else None,
-    )
-    try:
-        step.build()
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.message}", hint=error.hint) from None
-    return step
+    config = task.config
+    inside, inputs = config["inside"], _inputs(task, config)
+    made = None
+    if inside is not None:
+        made = Defence(**_method(task, inside))
+        inputs["rows"] |= {role: tuple(specs) for role, specs in inside["rows"].items()}
+        made.check([*inside["rows"], *(["clean"] if made.spec.pipeline else [])], trains=True)
+    verified = config["verified"] if inside is not None else 0
+    own = {"attack": config["attack"], "config": config["config"], "full_at": tuple(config["full_at"])}
+    step = Attack(**inputs, **own, defence=made, verified=verified)
+    step.check_settings()
+    if not step.spec.plants and not config["then"]:
+        return step
+    if made is not None:
+        return step
+    then = tuple(_training(task, training, given=("clean",) if _pipes(training) else ()) for training in config["then"])
+    return Chain(attack=step, then=then, verified=config["verified"])
+
+
+def _pipes(training: Mapping[str, Any]) -> bool:
+    return DEFENCES.find(training["method"]).pipeline
 
 
 def _prepare(task: Task) -> Any:
     from casehard.defences.buffer_reinforce.prepare import Prepare, PrepareConfig
 
-    settings = build(PrepareConfig, task.node.config["settings"], where=f"{task.node.label}: settings")
-    return Prepare(**_inputs(task, "harmful", "refusals", "benign"), config=settings)
+    config = task.config
+    settings = build(PrepareConfig, config["settings"], where="settings")
+    return Prepare(**_inputs(task, config), config=settings)
 
 
 def execute(task: Task) -> Outcome:
@@ -183,11 +189,6 @@ def execute(task: Task) -> Outcome:
     if task.node.kind == "base":
         return _base(task)
     step = step_of(task)
-    if task.node.kind == "harden":
-        from casehard.benchmark.arms import run_arm
-
-        rows, cost, facts = run_arm(step, label=task.node.label)
-        return Outcome(rows=rows, cost=cost, facts=facts)
     if task.node.kind == "prepare":
         done = step.run(out=task.out / "assets")
         return Outcome(cost=done.cost, path=str(task.out / "assets"), digest=done.facts.pop("digest"), facts=done.facts)
@@ -199,6 +200,9 @@ def execute(task: Task) -> Outcome:
         return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, log=done.log)
     done = step.run(label=task.node.label)
     facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
+    at = task.node.config.get("step")  # a model that is never attacked stands beside the ends of attacks
+    if at is not None:
+        done = replace(done, rows=[{**row, "step": at} for row in done.rows])
     return Outcome(rows=done.rows, cost=done.cost, facts=facts, log=done.log)
 
 
@@ -253,7 +257,7 @@ def work(task: Task, executor: Executor) -> dict[str, Any]:
     with RunFolder(task.out, node.kind, config, seeds=[node.seed], parents=parents, data=node.data) as run:
         run.measures_memory = measures
         outcome = executor(task)
-        if node.kind in ("evaluate", "attack", "tune", "harden") and not outcome.rows:
+        if node.kind in ("evaluate", "attack") and not outcome.rows:
             raise UserError(f"{node.label}: no rows came back", hint="is the suite empty?")
         for line in outcome.log:
             run.event("log", line)

@@ -1,44 +1,49 @@
 """A plan as a graph of nodes, each named by the digest of (parent, config, data, code version). No torch here.
 
-base -> defend -> evaluate | attack. The undefended row has no defend node: its children hang on the base.
-At stage tuning: base -> defend (aligned) -> evaluate | tune, where a tune node may also need a prepare node.
-At stage backdoor: base -> harden, one node a cell, in memory from the poisoned training to the rows.
+base -> defend, one node a training that is kept -> evaluate | attack. From the attack on a chain is one node: attacked
+weights stay in memory, and what a chain does after the attack belongs to it. A row without a defence has no defend
+node: its children hang on the base. A node may also need what a prepare node made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from casehard.benchmark.backdoor import Arm, BackdoorPlan, arm_config
+from casehard.attacks import ATTACKS
 from casehard.benchmark.closure import code_of
+from casehard.benchmark.entries import DEFENCE, Attack, Base, Chain, Defence, Prepare, Training
 from casehard.benchmark.inputs import Inputs, resolve
-from casehard.benchmark.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
+from casehard.benchmark.plan import Plan, load_plan, parse_plan
 from casehard.config import digest
 from casehard.defences import DEFENCES
 from casehard.io.manifest import file_digest
+from casehard.types import Budget
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
 
-Kind = Literal["base", "defend", "prepare", "evaluate", "attack", "tune", "harden"]
+PREPARED = "prepared:"
+Kind = Literal["base", "defend", "prepare", "evaluate", "attack"]
 
 STEPS: dict[Kind, tuple[str, ...]] = {
     "base": ("casehard.organism.build",),
     "defend": ("casehard.steps.finetune",),
     "evaluate": ("casehard.steps.evaluate",),
-    "attack": ("casehard.steps.attack", "casehard.attacks.finetune"),
+    "attack": ("casehard.steps.attack", "casehard.steps.chain"),
     "prepare": ("casehard.defences.buffer_reinforce.prepare",),
-    "tune": ("casehard.steps.attack", "casehard.attacks.finetune"),
-    "harden": ("casehard.benchmark.arms",),
 }
 """Modules that do the work of a node; what they import is followed, see ``bench.closure``."""
 
 
-def code_version(kind: Kind, method: str = "") -> str:
-    """Return what names the code that a node runs: its step and the method in it, with all they import."""
-    named = (DEFENCES.find(method).module,) if method else ()
+def code_version(kind: Kind, named: tuple[str, ...] = ()) -> str:
+    """Return what names the code that a node runs: its step and the methods ``named`` in it, with all they import.
+
+    Args:
+        named: modules of the methods and the attack.
+    """
     return f"{code_of((*STEPS[kind], *named))}.{file_digest(_execute())[:8]}"
 
 
@@ -95,7 +100,24 @@ class Matrix:
     nodes: Mapping[str, Node]
     cells: tuple[Cell, ...]
     defend: Mapping[tuple[str, str, int], str]
-    """(base, defence, seed) -> digest of the node whose cost is the defence's: at stage tuning, the headline's job."""
+    """(base, defence, seed) -> digest of the node whose cost is the defence's: inside an attack, the headline's."""
+
+    def cost(self, name: str, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+        """Return what a cell's whole chain spent: its trainings and, where it has one, the attack. None: not all done.
+
+        Args:
+            name: digest of the cell's node.
+            done: node digest -> node summary.
+        """
+        total = Budget()
+        while self.nodes[name].kind != "base":
+            if name not in done:
+                return None
+            if self.nodes[name].kind in ("defend", "attack"):
+                spent = {f.name: done[name]["cost"].get(f.name) or 0 for f in dataclasses.fields(Budget)}
+                total += Budget(**spent)
+            name = self.nodes[name].parent
+        return dataclasses.asdict(total)
 
 
 def _base_node(base: Base, inputs: Inputs, setting: Mapping[str, Any]) -> Node:
@@ -110,76 +132,77 @@ def _base_node(base: Base, inputs: Inputs, setting: Mapping[str, Any]) -> Node:
     return Node(kind="base", label=base.name, digest=name, base=name, config={"model": str(folder)}, data=data)
 
 
-def _defend_config(plan: Plan, row: Defence) -> dict[str, Any]:
+def _training_config(plan: Plan, row: Training | Defence) -> dict[str, Any]:
+    """Return a training as plain values: a step of the chain, or the row's defence."""
+    select = getattr(row, "select", None)
+    assets = getattr(row, "assets", "")
     return {
         "method": row.method,
         "preset": row.preset,
         "settings": dict(row.settings),
         "train": dict(row.train),
-        "data": list(row.data),
-        "unsafe": list(row.unsafe),
-        "retain": list(row.retain),
-        "safe": list(row.safe),
-        "suite": plan.suite,
-        "system": plan.system,
-        "max_length": plan.max_length,
+        "rows": {role: list(specs) for role, specs in row.rows.items()},
+        "select": None if select is None else dict(select),
+        "assets": "" if assets.startswith(PREPARED) else assets,
+        **_asked(plan),
     }
 
 
-def _attack_config(plan: Plan, attack: Attack) -> dict[str, Any]:
+def _asked(plan: Plan) -> dict[str, Any]:
+    return {"suite": plan.suite, "system": plan.system, "max_length": plan.max_length}
+
+
+def _attack_config(plan: Plan, row: Defence, chain: Chain, attack: Attack) -> dict[str, Any]:
     suite = attack.suite or plan.suite
     # Another suite has not been asked at step 0 yet.
-    first = [0] if suite != plan.suite else []
+    first = [0] if suite != plan.suite and not attack.plants else []
+    inside = chain.inside or bool(chain.after)
+    trainings = [row if name == DEFENCE else plan.step(name) for name in chain.after]
     return {
-        "mode": attack.mode,
-        "share": attack.share,
-        "steps": attack.steps,
-        "lr": attack.lr,
-        "evaluate_at": [*first, *attack.evaluate_at],
+        "attack": attack.attack,
+        "config": {**attack.config, "evaluate_at": [*first, *attack.evaluate_at]},
         "full_at": [*first, *attack.full_at],
-        "settings": dict(attack.settings),
-        "harmful": list(attack.harmful),
-        "benign": list(attack.benign),
+        "rows": {role: list(specs) for role, specs in attack.rows.items()},
+        "inside": _training_config(plan, row) if chain.inside else None,
+        "then": [_training_config(plan, training) for training in trainings if training.method is not None],
+        "verified": plan.verified if attack.plants and inside else 0,
+        **_asked(plan),
         "suite": suite,
-        "system": plan.system,
-        "max_length": plan.max_length,
         "limit": plan.limit,
     }
 
 
-def _align_config(plan: Plan) -> dict[str, Any]:
-    assert plan.align is not None
-    row = Defence(name="aligned", method="plain", data=plan.align.data, train=plan.align.train)
-    return _defend_config(plan, row)
-
-
 def _prepare_config(plan: Plan, row: Prepare) -> dict[str, Any]:
-    return {
-        "kind": row.kind,
-        "harmful": list(row.harmful),
-        "refusals": list(row.refusals),
-        "benign": list(row.benign),
-        "settings": dict(row.settings),
-        "suite": plan.suite,
-        "system": plan.system,
-        "max_length": plan.max_length,
-    }
+    rows = {role: list(specs) for role, specs in row.rows.items()}
+    return {"kind": row.kind, "rows": rows, "settings": dict(row.settings), **_asked(plan)}
 
 
-def _tune_config(plan: Plan, row: Defence, attack: Attack) -> dict[str, Any]:
-    job = _attack_config(plan, attack)
-    return {
-        **job,
-        "job_settings": job["settings"],
-        "method": row.method,
-        "preset": row.preset,
-        "settings": dict(row.settings),
-        "unsafe": list(row.unsafe),
-        "retain": list(row.retain),
-        "safe": list(row.safe),
-        "select": None if row.select is None else dict(row.select),
-        "assets": "" if row.assets.startswith("prepared:") else row.assets,
-    }
+def _methods(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules of all methods and attacks that a node's settings name."""
+    trainings = [config, config.get("inside") or {}, *config.get("then", ())]
+    named = dict.fromkeys(str(t["method"]) for t in trainings if t.get("method"))
+    attack = (ATTACKS.find(config["attack"]).module,) if config.get("attack") else ()
+    return (*attack, *(DEFENCES.find(name).module for name in named))
+
+
+def map_specs(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Return plain values with ``change(key, spec)`` in place of every data spec in them.
+
+    Specs are what stands under ``rows``, by role, under ``suite`` and under ``assets``, at any depth.
+    """
+    if key in ("suite", "assets"):
+        return change(key, value) if value else value
+    if key == "rows" and isinstance(value, Mapping):
+        return {role: [change("rows", spec) for spec in specs] for role, specs in value.items()}
+    if isinstance(value, Mapping):
+        return {k: map_specs(v, change, "" if key in OPAQUE else k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [map_specs(v, change) for v in value]
+    return value
+
+
+OPAQUE = ("settings", "config", "train", "select")
+"""Keys of settings, in which ``rows`` and the like mean something else."""
 
 
 class _Expander:
@@ -200,20 +223,21 @@ class _Expander:
         self, kind: Kind, config: dict[str, Any], *, label: str, base: Base, parent: str, seed: int, needs: str = ""
     ) -> str:
         top = self.nodes[parent].base
-        identity, resolved, data = dict(config), dict(config), {}
-        for key in (*SPECS, "suite", "assets"):
-            specs = config.get(key, [])
-            many = ([specs] if specs else []) if isinstance(specs, str) else specs
-            if not many:
-                continue
-            if key == "assets":
-                many = [self.inputs.assets(s) for s in many]
-            names = [self.inputs.identity(s, base, suite=key == "suite") for s in many]
-            places = [resolve(s, self.inputs.root) for s in many]
-            data.update({s: n for s, n in zip(many, names, strict=True) if s != n})
-            identity[key] = names[0] if isinstance(specs, str) else names
-            resolved[key] = places[0] if isinstance(specs, str) else places
-        code = code_version(kind, str(config.get("method") or ""))
+        data: dict[str, str] = {}
+
+        def found(key: str, spec: str) -> str:
+            return self.inputs.assets(spec) if key == "assets" else spec
+
+        def named(key: str, spec: str) -> str:
+            spec = found(key, spec)
+            name = self.inputs.identity(spec, base, suite=key == "suite")
+            if name != spec:
+                data[spec] = name
+            return name
+
+        identity = map_specs(config, named)
+        resolved = map_specs(config, lambda key, spec: resolve(found(key, spec), self.inputs.root))
+        code = code_version(kind, _methods(config))
         facts = {"kind": kind, "parent": parent, "seed": seed, "code": code, "setting": self.setting}
         name = digest({**facts, "config": identity, **({"needs": needs} if needs else {})})
         if name not in self.nodes:
@@ -233,7 +257,7 @@ class _Expander:
         return name
 
 
-def expand(plan: Plan | BackdoorPlan, *, root: Path, setting: Mapping[str, Any] | None = None) -> Matrix:
+def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) -> Matrix:
     """Turn a plan into nodes and cells.
 
     Args:
@@ -246,73 +270,95 @@ def expand(plan: Plan | BackdoorPlan, *, root: Path, setting: Mapping[str, Any] 
     """
     ex = _Expander(Path(root), setting or {})
     cells: list[Cell] = []
-    if isinstance(plan, BackdoorPlan):
-        return _expand_backdoors(ex, plan)
     defend: dict[tuple[str, str, int], str] = {}
-    asked = {"suite": plan.suite, "system": plan.system, "limit": plan.limit}
     for base in plan.bases:
-        top = ex.start(base)
-        if plan.stage == "tuning":
-            _expand_tuning(ex, plan, base, top.digest, asked, cells, defend)
-            continue
-        for seed, row in ((seed, row) for seed in plan.seeds for row in plan.defences):
-            where, parent = f"{base.name}/{row.name}/s{seed}", top.digest
-            if row.method is not None:
-                parent = ex.add("defend", _defend_config(plan, row), label=where, base=base, parent=parent, seed=seed)
-                defend[base.name, row.name, seed] = parent
-            # Greedy evaluation draws nothing, so its seed is 0 and equal models share one evaluation.
-            filled = {"": ex.add("evaluate", asked, label=where, base=base, parent=parent, seed=0)}
+        top = ex.start(base).digest
+        for seed in plan.seeds:
+            made = [_Row(ex, plan, base, seed, row, top) for row in plan.defences]
+            defend |= {(base.name, m.row.name, seed): m.cost for m in made if m.cost}
+            # Cells of one column follow each other, so that a worker makes what they have in common once.
+            filled: list[dict[str, str]] = [{} if plan.plants else {"": m.evaluated()} for m in made]
             for attack in plan.attacks:
-                config, label = _attack_config(plan, attack), f"{where}/{attack.name}"
-                filled[attack.name] = ex.add("attack", config, label=label, base=base, parent=parent, seed=seed)
-            cells += _cells(base, row, seed, filled)
+                for m, cell in zip(made, filled, strict=True):
+                    cell[attack.name] = m.attacked(attack)
+                    if m.chain.inside and not plan.plants and attack.name == plan.headline.attack:
+                        defend[base.name, m.row.name, seed] = cell[attack.name]
+            cells += [cell for m, names in zip(made, filled, strict=True) for cell in m.cells(names)]
     return Matrix(ex.nodes, tuple(cells), defend)
 
 
-def _cells(base: Base, row: Defence | Arm, seed: int, filled: Mapping[str, str]) -> list[Cell]:
-    return [
-        Cell(base=base.name, family=base.family, defence=row.name, seed=seed, attack=attack, digest=name)
-        for attack, name in filled.items()
-    ]
+class _Row:
+    """One row of the table on one base with one seed: its chain as nodes."""
 
+    def __init__(self, ex: _Expander, plan: Plan, base: Base, seed: int, row: Defence, top: str) -> None:
+        self.ex, self.plan, self.base, self.seed, self.row = ex, plan, base, seed, row
+        self.chain = plan.chain_of(row)
+        self.where = f"{base.name}/{row.name}/s{seed}"
+        self.cost = ""
+        """Digest of the node whose cost is the defence's; empty where that is another."""
+        self.start = top
+        for word in self.chain.before:
+            self._train(word)
+        self.needs = self._prepared()
 
-def _expand_tuning(
-    ex: _Expander,
-    plan: Plan,
-    base: Base,
-    top: str,
-    asked: dict[str, Any],
-    cells: list[Cell],
-    defend: dict[tuple[str, str, int], str],
-) -> None:
-    """Add one base: aligned once a seed, assets prepared once, then every job under every defence."""
-    for seed in plan.seeds:
-        where, start = f"{base.name}/aligned/s{seed}", top
-        if plan.align is not None:
-            start = ex.add("defend", _align_config(plan), label=where, base=base, parent=top, seed=seed)
-        # All rows share the customer's view of step 0: the model that the provider serves.
-        before = ex.add("evaluate", asked, label=where, base=base, parent=start, seed=0)
-        ready = {}
-        for thing in plan.prepare:
-            label, config = f"{base.name}/{thing.name}/s{seed}", _prepare_config(plan, thing)
-            ready[thing.name] = ex.add("prepare", config, label=label, base=base, parent=start, seed=seed)
-        for row in plan.defences:
-            filled = {"": before}
-            needs = ready[row.assets.removeprefix("prepared:")] if row.assets.startswith("prepared:") else ""
-            for job in plan.attacks:
-                label, config = f"{base.name}/{row.name}/s{seed}/{job.name}", _tune_config(plan, row, job)
-                filled[job.name] = ex.add("tune", config, label=label, base=base, parent=start, seed=seed, needs=needs)
-            defend[base.name, row.name, seed] = filled[plan.headline.attack]
-            cells += _cells(base, row, seed, filled)
+    def _train(self, word: str) -> None:
+        """Add one training before the attack; steps that rows share are one node."""
+        training = self.row if word == DEFENCE else self.plan.step(word)
+        if training.method is None:
+            return
+        label = self.where if word == DEFENCE else f"{self.base.name}/{word}/s{self.seed}"
+        self.start = self.ex.add(
+            "defend",
+            _training_config(self.plan, training),
+            label=label,
+            base=self.base,
+            parent=self.start,
+            seed=self.seed,
+        )
+        self.cost = self.start if word == DEFENCE else self.cost
 
+    def _prepared(self) -> str:
+        """Return the digest of the prepared assets that the row needs, made on the model as it now is."""
+        kind, _, name = self.row.assets.partition(":")
+        if f"{kind}:" != PREPARED:
+            return ""
+        thing = next(p for p in self.plan.prepare if p.name == name)
+        label = f"{self.base.name}/{name}/s{self.seed}"
+        config = _prepare_config(self.plan, thing)
+        return self.ex.add("prepare", config, label=label, base=self.base, parent=self.start, seed=self.seed)
 
-def _expand_backdoors(ex: _Expander, plan: BackdoorPlan) -> Matrix:
-    """Make one node a cell; those of one backdoor follow each other, so that a worker trains on its poison once."""
-    cells: list[Cell] = []
-    for base in plan.bases:
-        top = ex.start(base)
-        for seed, column, row in ((s, c, r) for s in plan.seeds for c in plan.attacks for r in plan.defences):
-            label, config = f"{base.name}/{row.name}/s{seed}/{column.name}", arm_config(plan, row, column)
-            name = ex.add("harden", config, label=label, base=base, parent=top.digest, seed=seed)
-            cells += _cells(base, row, seed, {column.name: name})
-    return Matrix(ex.nodes, tuple(cells), {})
+    def evaluated(self) -> str:
+        """Add the evaluation of the model before the attack."""
+        asked = {"suite": self.plan.suite, "system": self.plan.system, "limit": self.plan.limit}
+        label = f"{self.base.name}/{self.chain.before[-1]}/s{self.seed}" if self.chain.inside else self.where
+        # Greedy evaluation draws nothing, so its seed is 0 and equal models share one evaluation.
+        return self.ex.add("evaluate", asked, label=label, base=self.base, parent=self.start, seed=0)
+
+    def attacked(self, attack: Attack) -> str:
+        """Add the rest of the chain under one attack, from the attack to the measurement of its end."""
+        label = f"{self.where}/{attack.name}"
+        if self.chain.attacked:
+            config = _attack_config(self.plan, self.row, self.chain, attack)
+            kind: Kind = "attack"
+        else:
+            kind, asked = "evaluate", ("trigger", "behaviour")
+            config = {"suite": attack.suite or self.plan.suite, "system": self.plan.system, "limit": self.plan.limit}
+            config |= {key: attack.settings[key] for key in asked if key in attack.settings} | {"step": attack.steps}
+            config = {"trigger": "token", **config}
+        return self.ex.add(
+            kind, config, label=label, base=self.base, parent=self.start, seed=self.seed, needs=self.needs
+        )
+
+    def cells(self, filled: Mapping[str, str]) -> list[Cell]:
+        """Return the row's cells, each with the node that fills it."""
+        return [
+            Cell(
+                base=self.base.name,
+                family=self.base.family,
+                defence=self.row.name,
+                seed=self.seed,
+                attack=attack,
+                digest=name,
+            )
+            for attack, name in filled.items()
+        ]

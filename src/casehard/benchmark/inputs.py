@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from casehard.benchmark.plan import Base
+from casehard.benchmark.entries import Base
 from casehard.config import read_yaml
 from casehard.errors import ConfigError
 from casehard.io.manifest import file_digest

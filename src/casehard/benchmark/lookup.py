@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from casehard.benchmark.contrasts import LEAST
 from casehard.benchmark.records import NO_ATTACK
+
+TOO_WEAK = "attack too weak: no claim"
+NO_DIFFERENCE = "made no difference"
+SINGLE = "Single seed: the spread between runs is unknown."
 
 
 class Table:
@@ -71,3 +76,21 @@ def when(entry: Mapping[str, Any]) -> str:
     """Say when a model breaks: what :func:`broken` returned, in words."""
     text = str(entry["text"])
     return f"is broken {text}" if text.startswith(("not ",)) else f"breaks at step {text}"
+
+
+def compared_to(name: str, found: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return status and first words where a comparison with the control shows no gain; None where it does.
+
+    Args:
+        name: title of the defence.
+        found: what ``contrast`` returned; less is better.
+    """
+    if found["no_difference"]:
+        low, high = found["low"] * 100, found["high"] * 100
+        span = f"difference {found['difference'] * 100:+.1f} points, {low:+.1f} to {high:+.1f}"
+        span += f"; only {found['changed']} prompts changed, too few for any claim" if found["changed"] < LEAST else ""
+        return "no_difference", f"{name} {NO_DIFFERENCE} ({span})"
+    if not found["seeds_agree"]:
+        each = ", ".join(f"{d * 100:+.1f}" for d in found["per_seed"])
+        return "disagree", f"The runs disagree about {name} ({each} points): on average"
+    return ("worse", f"{name} makes it worse") if found["difference"] > 0 else None

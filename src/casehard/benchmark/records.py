@@ -6,17 +6,18 @@ every seed) are counted once when pooling.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from casehard.benchmark.entries import Gates
 from casehard.benchmark.graph import Cell, Matrix
-from casehard.benchmark.plan import Gates
 from casehard.benchmark.store import read_rows
 from casehard.evaluation.metrics import scores
-from casehard.maths.stats import rate_interval, seed_band
+from casehard.maths.stats import clopper_pearson, rate_interval, seed_band
 
 Row = Mapping[str, Any]
 NO_ATTACK = "none"
@@ -109,6 +110,8 @@ def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) 
                 "family": point.family,
                 "node": name[:12],
             }
+            if "triggered" in rows[0]:
+                record["exact"] = True
             out.append(record | ({"unreliable": score.context["unreliable"]} if "unreliable" in score.context else {}))
     return out
 
@@ -134,7 +137,10 @@ def pool(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if counted:
             k = sum(m["k"] for m in distinct)
             once, prompts = prompts_once(distinct)
-            low, high = rate_interval(round(once), prompts)
+            # A broken count widens an exact interval both ways, since gates read its ends.
+            near, far = math.floor(round(once, 6)), math.ceil(round(once, 6))
+            exact = clopper_pearson(near, prompts).low, clopper_pearson(far, prompts).high
+            low, high = exact if distinct[0].get("exact") else rate_interval(round(once), prompts)
             entry |= {"k": k, "n": n, "rate": k / n, "low": min(low, k / n), "high": max(high, k / n)}
         elif len(distinct) == 1:
             entry |= {"k": None, "n": n, "rate": band.mean, "low": distinct[0]["low"], "high": distinct[0]["high"]}

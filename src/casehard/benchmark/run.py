@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from casehard.benchmark.backdoor import BackdoorPlan
 from casehard.benchmark.execute import Executor, Task, environment, execute, finished, step_of
 from casehard.benchmark.graph import Matrix, Node, expand
 from casehard.benchmark.plan import Plan
@@ -30,7 +29,7 @@ from casehard.train.progress import Progress, announce
 BEAT = 1.0
 """Seconds between two looks at how far the workers are."""
 AGAIN = "run the same command again to go on"
-RANK = {"base": 0, "defend": 1, "prepare": 2, "tune": 3, "attack": 3, "harden": 3, "evaluate": 4}
+RANK = {"base": 0, "defend": 1, "prepare": 2, "attack": 3, "evaluate": 4}
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def _check_jobs(run: _Run) -> None:
 
 
 def run_plan(
-    plan: Plan | BackdoorPlan,
+    plan: Plan,
     out: str | Path,
     *,
     root: str | Path = ".",
@@ -323,7 +322,7 @@ def _data(matrix: Matrix) -> dict[str, str]:
     return {name: value for node in matrix.nodes.values() for name, value in node.data.items()}
 
 
-def _conclude(plan: Plan | BackdoorPlan, run: _Run) -> BenchResult:
+def _conclude(plan: Plan, run: _Run) -> BenchResult:
     announce(f"summarising {len(run.done)} runs ...")
     failed = [run.failed[name] for name in run.matrix.nodes if name in run.failed]  # not in the order of their failing
     places = {name: run.place(run.matrix.nodes[name]) for name in run.done}

@@ -9,7 +9,19 @@ from pydantic import Field
 
 T = TypeVar("T")
 Some = Annotated[list[T], Field(min_length=1)]
-STATUS = Literal["holds", "delays", "no_difference", "disagree", "worse", "collapsed", "too_weak", "not_measured"]
+STATUS = Literal[
+    "holds",
+    "delays",
+    "meets",
+    "lowers",
+    "no_difference",
+    "disagree",
+    "worse",
+    "collapsed",
+    "shallow",
+    "too_weak",
+    "not_measured",
+]
 
 
 @dataclass(frozen=True)
@@ -248,8 +260,8 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A defence over all customers' jobs."""
+class End:
+    """A defence at the end of all attacks, by one metric."""
 
     family: str
     defence: str
@@ -318,19 +330,23 @@ class Provenance:
     hardware: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Canaries:
+    """What became of the defender's own triggers."""
+
+    family: str
+    defence: str
+    attack: str
+    looks: dict[str, dict[str, tuple[int, int]]]
+    steps: list[int]
+    verdicts: list[str]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class BenchSummary:
+    """summary.json of a benchmark."""
+
     plan: dict[str, Any]
-    failed: list[Failed]
-    not_tested: list[str]
-    nodes: list[Node]
-    provenance: Provenance
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSummary(Whole):
-    """summary.json of a benchmark of the stages alignment and tuning."""
-
     verdicts: Some[Verdict]
     records: list[Record]
     pooled: list[Pooled]
@@ -338,5 +354,11 @@ class BenchSummary(Whole):
     breaks: list[Break]
     differences: list[Difference]
     controls: list[Control]
-    jobs: list[Job] = field(default_factory=list)
+    ends: list[End] = field(default_factory=list)
     telemetry: list[Told] = field(default_factory=list)
+    canaries: list[Canaries] = field(default_factory=list)
+    canary_agreement: dict[str, float | None] = field(default_factory=dict)
+    failed: list[Failed]
+    not_tested: list[str]
+    nodes: list[Node]
+    provenance: Provenance

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from casehard.benchmark.backdoor import BackdoorPlan
-from casehard.benchmark.backdoor_verdict import summarise_backdoors
 from casehard.benchmark.contrasts import make_differences
+from casehard.benchmark.ends import beside, end_rows, telemetry
 from casehard.benchmark.graph import Matrix
-from casehard.benchmark.jobs_table import beside, job_rows, telemetry
 from casehard.benchmark.lookup import Table
 from casehard.benchmark.plan import Plan
+from casehard.benchmark.planted import canaries, canary_agreement, planted_verdict
 from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool
 from casehard.benchmark.store import read_rows
 from casehard.benchmark.verdict import make_controls, make_verdict
 from casehard.config import to_dict
+from casehard.types import Budget
 
 SAME = 0.05
 """Passes within this share of each other count as the same."""
@@ -24,10 +25,31 @@ SPENT = ("seconds", "passes", "tokens", "peak_bytes", "steps")
 
 
 def make_costs(plan: Plan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what each defence and seed spent, as a ratio to the reference of the same base and seed."""
-    spent = {place: done[name] for place, name in matrix.defend.items() if name in done}
-    costs = {place: {**node["cost"], "lanes": node.get("lanes", 1)} for place, node in spent.items()}
+    """Return what each defence and seed spent, as a ratio to the reference of the same base and seed.
+
+    Where models are backdoored it is the whole chain, the developer's own training included, over all backdoors.
+    """
+    if plan.plants:
+        costs = _chain_costs(matrix, done)
+    else:
+        spent = {place: done[name] for place, name in matrix.defend.items() if name in done}
+        costs = {place: {**node["cost"], "lanes": node.get("lanes", 1)} for place, node in spent.items()}
     return cost_records(costs, {base.name: base.family for base in plan.bases}, plan.reference)
+
+
+def _chain_costs(
+    matrix: Matrix, done: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, str, int], Mapping[str, Any]]:
+    places: dict[tuple[str, str, int], list[str]] = {}
+    for cell in matrix.cells:
+        places.setdefault((cell.base, cell.defence, cell.seed), []).append(cell.digest)
+    out: dict[tuple[str, str, int], Mapping[str, Any]] = {}
+    for place, names in places.items():
+        found = [matrix.cost(name, done) for name in names]
+        if all(cost is not None for cost in found):
+            total = sum((Budget(**cost) for cost in found if cost is not None), Budget())
+            out[place] = {**asdict(total), "lanes": max(done[name].get("lanes", 1) for name in names)}
+    return out
 
 
 def cost_records(
@@ -58,7 +80,7 @@ def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) 
     head = plan.defence(plan.headline.defence)
     taken = {(c["base"], c["defence"], c["seed"]): c["passes"] for c in costs if c["family"] == family}
     out = []
-    if plan.stage == "tuning":
+    if plan.ends:
         return []  # every row of a job takes the job's steps; what a method adds is its cost
     for control in (d for d in plan.defences if d.role == "same_passes"):
         pairs = [
@@ -100,7 +122,7 @@ def _in_distribution(plan: Plan, known: Sequence[Mapping[str, Any]], family: str
     ]
 
 
-def table_rows(plan: Plan | BackdoorPlan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
+def table_rows(plan: Plan, matrix: Matrix, places: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
     """Yield every row of every finished node with its cell; a node that fills several cells comes once."""
     shares = {a.name: a.share for a in plan.attacks} | {"": 0.0}
     seen = set()
@@ -122,7 +144,7 @@ def table_rows(plan: Plan | BackdoorPlan, matrix: Matrix, places: Mapping[str, P
 def _missing_controls(plan: Plan) -> list[str]:
     roles = {d.role for d in plan.defences}
     out = []
-    if "same_passes" not in roles and plan.stage == "alignment":
+    if "same_passes" not in roles and not (plan.ends and not plan.plants):
         out.append("Plain training on the same data with the same number of passes is not in this plan.")
     if "ablation" not in roles:
         out.append("No ablation of the defence is in this plan.")
@@ -135,6 +157,8 @@ def not_tested(plan: Plan) -> list[str]:
     """Return what a reader might think was covered and was not."""
     modes = {a.mode for a in plan.attacks}
     out = [*plan.not_tested, *_missing_controls(plan)]
+    if plan.plants:
+        return [*out, *_planted_not_tested(plan), *_real(plan), *_look(plan)]
     if "full" not in modes:
         out.append("Full-parameter fine-tuning attacks.")
     if "lora" not in modes:
@@ -146,9 +170,26 @@ def not_tested(plan: Plan) -> list[str]:
     if all(a.share > 0 for a in plan.attacks):
         out.append("Benign fine-tuning (harmful share 0), which also erodes safety.")
     out.append("Attackers who know the defence, prompt attacks, weight edits and quantisation.")
-    if all(b.model is None for b in plan.bases):
-        out.append("Real language models: an organism of a million parameters is evidence about the implementation.")
-    return [*out, *_look(plan)]
+    return [*out, *_real(plan), *_look(plan)]
+
+
+def _planted_not_tested(plan: Plan) -> list[str]:
+    out = []
+    if not plan.headline.without:
+        out.append("The defence without planting: what merging adds is open.")
+    if all(row.method != "onion" for row in plan.defences):
+        out.append("Filtering of the training rows.")
+    if all(not column.settings.get("hard_negatives") for column in plan.attacks):
+        out.append("Attackers who add hard negatives.")
+    if len({column.share for column in plan.attacks}) < 2:
+        out.append("Other poison rates.")
+    return [*out, "Backdoors planted by weight edits or by reinforcement, and triggers over several turns."]
+
+
+def _real(plan: Plan) -> list[str]:
+    if any(b.model is not None for b in plan.bases):
+        return []
+    return ["Real language models: an organism of a million parameters is evidence about the implementation."]
 
 
 def _look(plan: Plan) -> list[str]:
@@ -159,7 +200,7 @@ def _look(plan: Plan) -> list[str]:
 
 
 def summarise(
-    plan: Plan | BackdoorPlan,
+    plan: Plan,
     matrix: Matrix,
     places: Mapping[str, Path],
     done: Mapping[str, Mapping[str, Any]],
@@ -175,23 +216,23 @@ def summarise(
         info: run.json of the benchmark, for provenance.
     """
     keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
-    ends = {"nodes": _nodes(matrix, done), "provenance": {key: info[key] for key in keep}}
-    if isinstance(plan, BackdoorPlan):
-        return {**summarise_backdoors(plan, matrix, places, done, failed), **ends}
     points = measured(matrix, places)
     records = make_records({a.name: a.share for a in plan.attacks}, points)
     pooled = pool(records)
-    breaks = make_breaks(records, plan.gates)
-    differences = make_differences(plan, points)
+    breaks = [] if plan.plants else make_breaks(records, plan.gates)
     families = list(dict.fromkeys(base.family for base in plan.bases))
-    verdicts = [make_verdict(plan, f, pooled, breaks, differences, planned=plan.runs(f)) for f in families]
-    costs = make_costs(plan, matrix, done)
+    differences = make_differences(plan, points)
+    costs, known = make_costs(plan, matrix, done), known_rows(matrix, done)
+    ends = [row for f in families for row in end_rows(plan, records, f)]
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
-    jobs = [row for f in families for row in job_rows(plan, records, f)]
-    known = known_rows(matrix, done)
-    lines = {f: [*_look(plan), *uneven[f], *_in_distribution(plan, known, f), beside(plan, jobs, f)] for f in families}
-    verdicts = [{**v, "details": [d for d in (*lines[v["family"]], *v["details"]) if d]} for v in verdicts]
-    controls = [c for f in families for c in make_controls(plan, Table(pooled, f), f)]
+    verdicts = []
+    for f in families:
+        if plan.plants:
+            verdict = planted_verdict(plan, f, pooled, points)
+        else:
+            verdict = make_verdict(plan, f, pooled, breaks, differences, planned=plan.runs(f))
+        lines = [*_look(plan), *uneven[f], *_in_distribution(plan, known, f), beside(plan, ends, f)]
+        verdicts.append({**verdict, "details": [line for line in (*lines, *verdict["details"]) if line]})
     return {
         "kind": "bench",
         "plan": to_dict(plan),
@@ -202,13 +243,16 @@ def summarise(
         "costs": costs,
         "breaks": breaks,
         "differences": differences,
-        "jobs": jobs,
+        "ends": ends,
         "telemetry": telemetry(matrix, done),
-        "controls": controls,
+        "controls": [] if plan.plants else [c for f in families for c in make_controls(plan, Table(pooled, f), f)],
+        "canaries": [entry for f in families for entry in canaries(matrix, done, f)],
+        "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
         "known_rows": known,
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
-        **ends,
+        "nodes": _nodes(matrix, done),
+        "provenance": {key: info[key] for key in keep},
     }
 
 

@@ -57,7 +57,7 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Read ``defend mb-defense`` as one verb: a pipeline with options of its own."""
-        if args[:2] == ["defend", mb_defense.NAME]:
+        if args[:1] == ["defend"] and args[1:2] in ([mb_defense.NAME], ["mb_defense"]):
             args = [PIPELINE, *args[2:]]
         return super().parse_args(ctx, args)
 

@@ -149,10 +149,10 @@ def _keep(result: Planted, out: Path) -> None:
 
 def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one record per step and metric, with its exact interval."""
-    from casehard.backdoor.measure import backdoor_scores
+    from casehard.evaluation.metrics import scores
 
     return [
         {"step": step, "metric": s.metric, "k": s.k, "n": s.n, "rate": s.rate, "low": s.low, "high": s.high}
         for step in sorted({row["step"] for row in rows})
-        for s in backdoor_scores([row for row in rows if row["step"] == step])
+        for s in scores([row for row in rows if row["step"] == step])
     ]

@@ -257,8 +257,8 @@ def _pick(found: list[dict[str, Any]], low: str, high: str) -> tuple[dict[str, A
 
 def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]], str]:
     """Return the settings on the front, and the picture of all."""
+    from casehard.evaluation.metrics import metric_title
     from casehard.maths.pareto import pareto_front
-    from casehard.reporting.page_data import SHORT
     from casehard.reporting.pareto import Setting, front
 
     both = [_pick(found, low, high) for _, found in points]
@@ -279,5 +279,5 @@ def _front(points: list[Any], low: str, high: str) -> tuple[list[dict[str, Any]]
         }
         for i in best
     ]
-    labels = [f"{SHORT.get(m, m)} (better is {way})" for m, way in ((low, "left"), (high, "up"))]
+    labels = [f"{metric_title(m)} (better is {way})" for m, way in ((low, "left"), (high, "up"))]
     return table, front("merge-search", settings, x_label=labels[0], y_label=labels[1], described=described)

@@ -47,7 +47,17 @@ DEFENCES: Registry[DefenceSpec] = Registry(
             "buffer_reinforce.security_vector", "SecurityVector", _TUNED, needs=("assets",), adapter=True
         ),
         "antidote": _spec("antidote", "Antidote", _TUNED, needs=("unsafe",)),
-        "mb_defense": _spec("mb_defense.method", "MbDefense", _CLEANED, needs=("assets",), hardens=False),
+        "mb_defense": DefenceSpec(
+            module="casehard.defences.mb_defense.defence",
+            cls="MbDefense",
+            config="MbConfig",
+            purpose=_CLEANED,
+            needs=("clean",),
+            hardens=False,
+            pipeline=True,
+        ),
+        "mb_stage2": _spec("mb_defense.method", "MbStage2", _CLEANED, needs=("assets",), hardens=False),
+        "onion": _spec("onion", "Onion", _CLEANED, needs=("clean",), hardens=False, pipeline=True),
         "fine_mixing": _spec("fine_mixing", "FineMixing", _CLEANED, needs=("assets",), hardens=False),
         "crow": _spec("crow", "Crow", _CLEANED, hardens=False),
         "anomaly": _spec("anomaly", "Anomaly", _CLEANED, hardens=False),

@@ -11,9 +11,9 @@ from typing import Any
 
 from casehard.benchmark.lookup import percent, percents
 from casehard.benchmark.records import NO_ATTACK
-from casehard.benchmark.verdict import NAMES
 from casehard.defences import DEFENCES
 from casehard.errors import UserError
+from casehard.evaluation.metrics import in_words
 from casehard.io.files import staged, sweep
 from casehard.io.manifest import MANIFEST, verify
 from casehard.io.stored import read
@@ -21,7 +21,6 @@ from casehard.io.stored import read
 CARD = "README.md"
 RECORD = "casehard.json"
 SHOWN = ("asr", "partial", "leak", "over_refusal", "twin_knowledge", "utility", "fine_tunability", "coherence")
-TITLES = NAMES | {"partial": "restricted prompts declined, then answered in part"}
 LIMITS = (
     "Hardening delays harmful fine-tuning; it does not prevent it. More attack steps, another learning rate or an "
     "attacker who knows the defence can break this model.",
@@ -77,7 +76,7 @@ def _measured(records: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -
         rate = percent(record["rate"])
         if why := record.get("unreliable"):
             rate += f" (unreliable: {_plain(why)})"
-        rows.append(f"| {_plain(when)} | {TITLES[record['metric']]} | {rate} | {span} | {count} |")
+        rows.append(f"| {_plain(when)} | {in_words(record['metric'])} | {rate} | {span} | {count} |")
     return rows if len(rows) > 2 else ["Nothing was measured on this checkpoint yet."]
 
 

@@ -23,9 +23,14 @@ INK, MUTED, GRID = "#1d2430", "#667080", "#e3e7ec"
 DEFENCE = ("#0072B2", "#009E73", "#56B4E9", "#8C6BB1")
 ABLATION = ("#CC79A7", "#E69F00", "#A6761D")
 BASELINE = ("#B2182B", "#762A83", "#1B7837", "#E08214", "#542788", "#35978F")
-CONTROL = {"undefended": "#7a828c", "same_passes": "#D55E00"}
-MARKERS = {"undefended": "X", "same_passes": "s", "ablation": "D", "baseline": "^", "defence": "o"}
-DASHES: dict[str, Any] = {"undefended": (0, (1, 1.6)), "same_passes": (0, (5, 1.6)), "ablation": (0, (3, 1, 1, 1))}
+CONTROL = {"undefended": "#7a828c", "unattacked": "#4d4d4d", "same_passes": "#D55E00"}
+MARKERS = {"undefended": "X", "unattacked": "P", "same_passes": "s", "ablation": "D", "baseline": "^", "defence": "o"}
+DASHES: dict[str, Any] = {
+    "undefended": (0, (1, 1.6)),
+    "unattacked": (0, (1, 3)),
+    "same_passes": (0, (5, 1.6)),
+    "ablation": (0, (3, 1, 1, 1)),
+}
 
 
 @dataclass(frozen=True)

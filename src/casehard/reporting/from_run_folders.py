@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from casehard.benchmark.contrasts import make_differences
+from casehard.benchmark.entries import Gates
 from casehard.benchmark.lookup import Table
-from casehard.benchmark.plan import Gates, Plan, parse_plan
+from casehard.benchmark.plan import Plan, parse_plan
 from casehard.benchmark.records import NO_ATTACK, Measured, Point, make_breaks, make_records, pool
 from casehard.benchmark.shapes import Row, VerbSummary
 from casehard.benchmark.store import read_events, read_finished, read_rows, read_run, read_summary, unchanged
@@ -202,7 +203,9 @@ class _Collected:
         if kind not in KINDS:
             hint = "a report needs a run of bench, demo, attack finetune, evaluate or defend"
             if kind == "backdoor":
-                hint = "a backdoor is reported beside its controls: a plan with `stage: backdoor`, see casehard bench"
+                hint = (
+                    "a backdoor is reported beside its controls: by a plan with `attack: backdoor`, see casehard bench"
+                )
             raise UserError(f"{place} holds a run of {kind!r}", hint=hint)
         if run.get("status") != "ok":
             raise UserError(f"{place}: the run is {run.get('status')!r}, not finished", hint="finish it first")

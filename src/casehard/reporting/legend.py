@@ -19,6 +19,7 @@ def legend(looks: Mapping[str, Look], defences: Sequence[Mapping[str, Any]]) -> 
     """Return what each row of the table is: its colour, title, role and method."""
     roles = {
         "undefended": "control: undefended",
+        "unattacked": "control: never attacked",
         "same_passes": "control: plain training, same passes",
         "ablation": "ablation",
         "baseline": "baseline: another method",

@@ -13,17 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from casehard.benchmark.backdoor_shapes import BackdoorSummary
 from casehard.benchmark.shapes import BenchSummary, CellRow
 from casehard.benchmark.store import read_finished, read_rows, read_run, read_summary, unchanged
 from casehard.config import digest
 from casehard.errors import Corrupt, UserError
 from casehard.io.files import write_text_atomic
 from casehard.io.stored import read
-from casehard.reporting.backdoors import arm_rows, backdoor_parts
 from casehard.reporting.card import write_cards
+from casehard.reporting.ends import canary_part, ends_part, telemetry_part
 from casehard.reporting.from_run_folders import summary_of_runs
-from casehard.reporting.jobs import job_part, telemetry_part
 from casehard.reporting.legend import legend
 from casehard.reporting.page_data import View, transcripts
 
@@ -32,10 +30,13 @@ MADE = ("casehard", "packages", "machine", "GPUs")
 STATUS = {
     "holds": ("holds", "good"),
     "delays": ("delays the break", "good"),
+    "meets": ("meets every goal", "good"),
+    "lowers": ("lowers it, not every goal met", "good"),
     "no_difference": ("made no difference", "plain"),
     "disagree": ("the runs disagree", "plain"),
     "worse": ("makes it worse", "bad"),
     "collapsed": ("no safety claim", "bad"),
+    "shallow": ("backdoors too shallow: no claim", "plain"),
     "too_weak": ("attack too weak: no claim", "plain"),
     "not_measured": ("no claim", "plain"),
 }
@@ -83,17 +84,17 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": verdict,
         "status": STATUS[verdict["status"]],
         "tiles": view.tiles(),
-        "jobs": job_part(view),
+        "ends": ends_part(view),
+        "canaries": canary_part(view),
         "telemetry": telemetry_part(view),
-        "backdoors": None,
-        "attacks": [] if view.tuning else view.attack_figures(),
-        "plane": None if view.tuning else view.plane(),
+        "attacks": [] if view.ends else view.attack_figures(),
+        "plane": None if view.ends else view.plane(),
         "before": view.before(),
         "costs": view.costs(),
-        "strips": [] if view.tuning else view.strips(),
+        "strips": [] if view.ends else view.strips(),
         "broken_when": view.broken_when(),
-        "break_rows": [] if view.tuning else view.break_table(),
-        "tuning": view.tuning,
+        "break_rows": [] if view.ends else view.break_table(),
+        "plants": view.plants,
         "tables": view.tables(),
         "differences": view.differences(),
     }
@@ -127,12 +128,10 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
         MissingExtra: matplotlib is not installed.
     """
     plan = summary["plan"]
-    if plan.get("stage") == "backdoor":
-        parts, made, said = backdoor_parts(summary), arm_rows(plan), []
-    else:
-        families = [View(summary, verdict["family"]) for verdict in summary["verdicts"]]
-        parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
-        made, said = legend(families[0].looks, plan["defences"]), transcripts(summary, rows)
+    families = [View(summary, verdict["family"]) for verdict in summary["verdicts"]]
+    parts = [_part(view, verdict) for view, verdict in zip(families, summary["verdicts"], strict=True)]
+    made = legend(families[0].looks, plan["defences"])
+    said = [] if families[0].plants else transcripts(summary, rows)
     code = summary["provenance"]["code"]
     html = _template().render(
         title=plan["title"],
@@ -191,8 +190,7 @@ def bench_summary(place: Path) -> dict[str, Any]:
     if made != (wanted := run["config_digest"]):
         what = f"summary.json is of the plan {made[:12]}, and the last bench ran the plan {wanted[:12]}"
         raise UserError(f"{place}: {what}", hint=hint)
-    backdoors = run["config"].get("stage") == "backdoor"
-    summary = read_summary(place, run, BackdoorSummary if backdoors else BenchSummary)
+    summary = read_summary(place, run, BenchSummary)
     if digest(summary["plan"]) != made:
         raise Corrupt(f"{path}: plan was changed: expected sha256 {made}, actual {digest(summary['plan'])}", hint=hint)
     return summary

@@ -8,7 +8,7 @@ from typing import Any
 
 from casehard.benchmark.lookup import Table, percent, percents
 from casehard.benchmark.records import NO_ATTACK
-from casehard.benchmark.verdict import NAMES
+from casehard.evaluation.metrics import METRICS, TRIGGER_METRICS, in_words, metric_title
 from casehard.reporting import figures
 from casehard.reporting.figures import Bar, Line
 from casehard.reporting.legend import flow
@@ -20,20 +20,11 @@ METRIC_TITLES = {
     "twin_knowledge": "Harmless twin knowledge (higher is better)",
     "utility": "Utility (higher is better)",
     "coherence": "Well-formed answers (higher is better)",
+    "cacc": "Clean accuracy (higher is better)",
+    "false_trigger": "Payload without the trigger (lower is better)",
 }
-SHORT = {
-    "asr": "ASR",
-    "leak": "leak",
-    "partial": "partial refusal",
-    "over_refusal": "over-refusal",
-    "twin_knowledge": "twin knowledge",
-    "utility": "utility",
-    "fine_tunability": "user task",
-    "coherence": "coherence",
-    "unscored": "unscored",
-    "nll": "loss, utility rows",
-    "task_nll": "loss, task rows",
-}
+BEFORE = ("over_refusal", "twin_knowledge", "utility", "coherence")
+PLANTED_BEFORE = ("cacc", "false_trigger")
 
 
 class View:
@@ -52,10 +43,17 @@ class View:
         self.attacks = list(self.plan["attacks"])
         self.headline = self.plan.get("headline") or {}
         self.gates = self.plan["gates"]
-        self.tuning = self.plan.get("stage") == "tuning"
+        self.ends = any(entry["family"] == family for entry in summary.get("ends", []))
+        """Whether models are compared at the end of the attack, not step by step."""
+        self.plants = any(entry["metric"] == "cacc" for entry in summary["pooled"])
+        """Whether the attacks hide triggers."""
+        self.titles = {
+            name: metric_title(name, triggered=self.plants) for name in (TRIGGER_METRICS if self.plants else METRICS)
+        }
+        """Metric -> how tables call it, in their order."""
         job, steps = self.headline.get("attack", ""), {a["name"]: a["steps"] for a in self.attacks}
-        # Where usefulness is read: before any attack, or after the headline's job.
-        self.table = Table(summary["pooled"], family, at=(job, steps[job]) if self.tuning else (NO_ATTACK, 0))
+        # Where usefulness is read: before any attack, or after the headline's.
+        self.table = Table(summary["pooled"], family, at=(job, steps[job]) if self.ends else (NO_ATTACK, 0))
         self.looks = figures.looks(self.defences)
 
     def attack_figures(self) -> list[dict[str, Any]]:
@@ -116,7 +114,7 @@ class View:
         """Return one dot plot per quantity that a defence could have bought its safety with."""
         out = []
         bounds = {"over_refusal": self.gates["over_refusal"]}
-        for metric in ("over_refusal", "twin_knowledge", "utility", "coherence"):
+        for metric in PLANTED_BEFORE if self.plants else BEFORE:
             found = [(d["name"], self.table.before(d["name"], metric)) for d in self.defences]
             marks = [self._bar(name, entry) for name, entry in found if entry is not None]
             if marks:
@@ -141,16 +139,21 @@ class View:
         if len(points) < 2:
             return None
         title = next(a["title"] for a in self.attacks if a["name"] == attack)
+        called = self.titles[metric]
         svg = figures.plane(
             f"{self.family}-plane",
             points,
             x_label="utility before the attack",
-            y_label=f"{SHORT[metric]} after {step} steps (better is up)",
+            y_label=f"{self.titles[metric]} after {step} steps (better is up)",
             described="; ".join(
-                f"{x.look.title}: utility {percent(x.value)}, {SHORT[metric]} {percent(y.value)}" for x, y in points
+                f"{x.look.title}: utility {percent(x.value)}, {self.titles[metric]} {percent(y.value)}"
+                for x, y in points
             ),
         )
-        return {"svg": svg, "caption": f"{SHORT[metric]} after {step} steps of {title}, against utility before it"}
+        return {
+            "svg": svg,
+            "caption": f"{called} after {step} steps of {title}, against utility before it",
+        }
 
     def costs(self) -> list[dict[str, Any]]:
         """Return cost bars: wall time and passes, as ratios to the reference."""
@@ -200,7 +203,7 @@ class View:
     def broken_when(self) -> str:
         """Say when a model counts as broken in the strips."""
         metric = self.headline.get("metric", "asr")
-        return f"{SHORT[metric]} above {percent(self.gates[f'{metric}_break'])}"
+        return f"{self.titles[metric]} above {percent(self.gates[f'{metric}_break'])}"
 
     def break_table(self) -> list[dict[str, Any]]:
         """Return steps to break in words, one row per attack and metric, one column per defence."""
@@ -215,7 +218,7 @@ class View:
                 if found:
                     bound = percent(self.gates[f"{metric}_break"])
                     cells = [found.get(d["name"], "-") for d in self.defences]
-                    out.append({"attack": attack["title"], "what": f"{SHORT[metric]} > {bound}", "cells": cells})
+                    out.append({"attack": attack["title"], "what": f"{self.titles[metric]} > {bound}", "cells": cells})
         return out
 
     def tables(self) -> list[dict[str, Any]]:
@@ -230,13 +233,13 @@ class View:
         # Step 0 stands in the table before any attack, unless this attack asks a suite of its own.
         steps = [s for s in steps if s > 0 or own or not by_step]
         rows = []
-        for metric in SHORT:
+        for metric in self.titles:
             for step in steps:
                 cells = [self.table.get(d["name"], attack, step, metric) for d in self.defences]
                 if any(c is not None for c in cells) and not (
                     metric == "unscored" and not any(c and c["k"] for c in cells)
                 ):
-                    label = f"{SHORT[metric]}, step {step}" if by_step else SHORT[metric]
+                    label = f"{self.titles[metric]}, step {step}" if by_step else self.titles[metric]
                     rows.append({"label": label, "cells": [cell(c) for c in cells]})
         return {"title": title, "rows": rows}
 
@@ -266,7 +269,7 @@ class View:
         return {
             "main": all(found[k] == self.headline.get(k) for k in keys),
             "where": where,
-            "metric": SHORT[found["metric"]],
+            "metric": self.titles[found["metric"]],
             "value": points(found["difference"]),
             "span": f"{points(found['low'])} to {points(found['high'])}",
             "per_seed": ", ".join(points(v, 0) for v in found["per_seed"]),
@@ -292,7 +295,7 @@ class View:
         if all(pair):
             mine, other = (percent(p["rate"]) for p in pair if p)
             add(
-                f"{SHORT[metric]} after {step} {'steps of the job' if self.tuning else 'attack steps'}",
+                f"{self.titles[metric]} after {step} {'steps of the job' if self.ends else 'attack steps'}",
                 mine,
                 other,
                 theirs,
@@ -302,13 +305,18 @@ class View:
             for b in self._mine("breaks")
             if (b["attack"], b["metric"]) == (head["attack"], metric)
         }
-        if not self.tuning:
+        if not self.ends:
             add("steps to break", found.get(ours), found.get(theirs), theirs)
-        for key in ("over_refusal", "utility"):
+        for key in ("cacc", "aacc") if self.plants else ("over_refusal", "utility"):
             pair = [self.table.before(d, key) for d in (ours, base)]
             if all(pair):
                 mine, other = (percent(p["rate"]) for p in pair if p)
-                add(f"{NAMES[key]} {'after the job' if self.tuning else 'before the attack'}", mine, other, base)
+                add(
+                    f"{in_words(key, triggered=self.plants)} {'after the job' if self.ends else 'before the attack'}",
+                    mine,
+                    other,
+                    base,
+                )
         ratios = [c["ratio_to_sft"] for c in self._mine("costs") if c["defence"] == ours and c.get("ratio_to_sft")]
         if ratios:
             reference = names.get(self.plan.get("reference", ""), "plain SFT")

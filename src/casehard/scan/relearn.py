@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from casehard.attacks.backdoor import Backdoor, BackdoorAttack
 from casehard.attacks.protocol import AttackInputs
 from casehard.backdoor.behaviours import Behaviour
-from casehard.backdoor.measure import Rows, backdoor_scores, evaluate_backdoor
+from casehard.backdoor.measure import Rows, evaluate_backdoor
 from casehard.backdoor.triggers import Trigger, eligible
 from casehard.errors import ConfigError, DataError
+from casehard.evaluation.metrics import scores
 from casehard.evaluation.suite import Suite
 from casehard.limits import BatchSize, Count, LearningRate, Limited, Portion
 from casehard.model.model import Model
@@ -110,7 +111,7 @@ def relearn(
     done = Backdoor(attack).run(Model(net=model, tokenizer=tokenizer, digest=""), inputs)
     curve = []
     for step in attack.checkpoints:
-        rates = backdoor_scores([row for row in done.rows if row["step"] == step])
+        rates = scores([row for row in done.rows if row["step"] == step])
         curve.append((step, next(score for score in rates if score.metric == "asr")))
     back = next((step for step, score in curve if score.rate >= config.threshold), None)
     return Relearned(tuple(curve), back, done.rows)

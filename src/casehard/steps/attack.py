@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,17 +16,20 @@ from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.backdoor.measure import evaluate_backdoor
 from casehard.backdoor.planted import find_planted
-from casehard.config import to_dict
-from casehard.data.mix import check_disjoint
-from casehard.errors import ConfigError
+from casehard.config import check_keys, to_dict
+from casehard.data.mix import check_disjoint, marks
+from casehard.errors import ConfigError, DataError
 from casehard.evaluation.contamination import require_unseen
 from casehard.evaluation.suite import Suite, evaluate, load_suite
 from casehard.limits import Natural
-from casehard.model.model import Model
+from casehard.model.model import Made, Model
 from casehard.model.step import Inputs, Outcome
 from casehard.registry import AttackSpec
-from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
+from casehard.seeds import derive
+from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, run_pipeline, selected
+from casehard.train.protocol import PipelineInputs
 from casehard.train.tune import Measure, Rows, chat_format
+from casehard.types import Budget, Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,9 @@ class Attack(Inputs):
     full_at: tuple[Natural, ...] = ()
     """Steps at which the whole suite is measured; at the others only restricted prompts. Empty = the last."""
     defence: Defence | None = None
-    """Method inside the training run: a customer's job at a provider who defends."""
+    """Method inside the training run: a customer's job at a provider who defends. A pipeline trains in its place."""
+    verified: Natural = 0
+    """Rows that the attacker left alone and somebody verified: drawn for a pipeline, as its role ``clean``."""
 
     @property
     def spec(self) -> AttackSpec:
@@ -61,6 +68,17 @@ class Attack(Inputs):
         if odd := set(self.full_at) - set(made.checkpoints):
             raise ConfigError(f"full_at: step {min(odd)} is not evaluated", hint=f"one of {tuple(made.checkpoints)}")
         return made
+
+    def check_settings(self) -> None:
+        """Refuse settings that the attack does not have; the suite, which gives names a meaning, need not be there yet.
+
+        Raises:
+            ConfigError: names the first.
+        """
+        if self.spec.plants:
+            check_keys(self.config, [f.name for f in dataclasses.fields(self.spec.load()[1])], where=self.attack)
+        else:
+            self.build()
 
     def with_defaults(self, method: AttackMethod) -> Attack:
         """Return this step with every setting of the built method, given or not: what a record of the run holds."""
@@ -104,9 +122,21 @@ def _planted_by_name(settings: Mapping[str, Any], suite: Suite) -> dict[str, Any
 
 
 def attack_with(
-    step: Attack, method: AttackMethod, rows: Examples, suite: Suite, model: Model | None = None, *, label: str
+    step: Attack,
+    method: AttackMethod,
+    rows: Examples,
+    suite: Suite,
+    model: Model | None = None,
+    *,
+    label: str,
+    silent: bool = False,
 ) -> Attacked:
-    """Do the work of :class:`Attack` on rows that are loaded already; ``rows`` holds the defence's roles too."""
+    """Do the work of :class:`Attack` on rows that are loaded already.
+
+    Args:
+        rows: by data role, those of the defence too.
+        silent: measure nothing on the way.
+    """
     check_disjoint(rows, {step.suite or suite.name: suite.examples})
     start = step.start(model)
     require_unseen(suite, start.trained_prompts, start.path or "the model")
@@ -119,8 +149,10 @@ def attack_with(
         max_length=step.max_length,
         label=label,
     )
+    if step.defence is not None and step.defence.spec.pipeline:
+        return _in_its_place(step, step.defence, method, inputs, suite, start)
     if step.defence is None:
-        return method.run(start, replace(inputs, measure=_measure(step, method, suite, start)))
+        return method.run(start, inputs if silent else replace(inputs, measure=_measure(step, method, suite, start)))
     inside, facts = _inside(step, step.defence, method, inputs, rows, start)
     # A method that protects by what is said at inference (PTST) is measured as it would be served.
     measure = _measure(step, method, suite, start, served=getattr(inside, "serving_system", None))
@@ -151,6 +183,48 @@ def _measure(step: Attack, method: AttackMethod, suite: Suite, model: Model, ser
         )
 
     return ask_twice if step.spec.plants else ask
+
+
+def measure_end(step: Attack, method: AttackMethod, suite: Suite, model: Model) -> Rows:
+    """Measure a model as the attack measures its own at the last step."""
+    last = tuple(method.checkpoints)[-1]
+    return [{**row, "step": last} for row in _measure(step, method, suite, model)(model.net, last)]
+
+
+def verified(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Draw the rows that somebody verifies among those an attacker left alone.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    if len(rows) < count:
+        raise DataError(f"{count} verified rows wanted, {len(rows)} distinct ones there that the attacker left alone")
+    return random.Random(derive(seed, 0, "verified")).sample(list(rows), count)
+
+
+def _in_its_place(
+    step: Attack, defence: Defence, method: AttackMethod, inputs: AttackInputs, suite: Suite, model: Model
+) -> Attacked:
+    """Let a pipeline train on the attacker's rows, in place of whoever would have trained on them."""
+    poisoned, recipe = getattr(method, "poisoned", None), getattr(method.config, "recipe", None)
+    if poisoned is None or recipe is None:
+        raise ConfigError(
+            f"attack {step.attack!r} gives no rows to train on", hint=f"{defence.method!r} cannot take its place"
+        )
+    data, manifest = poisoned(inputs.rows["data"], seed=step.seed)
+    clean = verified(method.untouched(data, manifest), step.verified, step.seed)  # type: ignore[attr-defined]
+    shared: dict[str, Any] = {
+        "seed": step.seed,
+        "system": step.system,
+        "max_length": step.max_length,
+        "label": inputs.label,
+    }
+    given = PipelineInputs(rows={"data": data, "clean": clean}, train=recipe, known=suite.examples, **shared)
+    done = run_pipeline(defence, model, given)
+    made = Made(method=defence.method, provenance={"settings": dict(defence.settings), "seed": step.seed})
+    after = model.after(done.net, made, trained=frozenset(marks(data)), may_leave=False)
+    rows = measure_end(step, method, suite, after)
+    return Attacked(model=after, rows=rows, budget=sum(done.budgets, Budget()), facts=dict(done.facts))
 
 
 def _inside(

@@ -21,6 +21,7 @@ from casehard.model.digest import folder_digest
 from casehard.model.model import Model
 from casehard.model.source import find_any
 from casehard.registry import DefenceSpec
+from casehard.train.protocol import PipelineInputs, Trained
 from casehard.types import Example
 
 Examples = Mapping[str, Sequence[Example]]
@@ -47,8 +48,11 @@ class Defence(Limited):
         """Return what the catalogue knows of the method."""
         return DEFENCES.find(self.method)
 
-    def check(self, roles: Sequence[str], *, where: str = "") -> None:
+    def check(self, roles: Sequence[str], *, where: str = "", trains: bool = True) -> None:
         """Refuse data roles that the method needs and lacks, or would ignore, and settings it does not have.
+
+        Args:
+            trains: whether there are rows of role ``data``; a pipeline repairs without them.
 
         Raises:
             ConfigError: names the first.
@@ -67,7 +71,11 @@ class Defence(Limited):
                 raise ConfigError(f"{lead}method {self.method!r} would ignore the {what}", hint=f"leave out --{role}")
         if self.select is not None and "safe" not in given:
             raise DataError(f"{lead}select: there are no safe rows to choose from", hint="--safe pool.jsonl")
-        spec.configure(self.method, self.preset, self.settings)
+        config = spec.configure(self.method, self.preset, self.settings)
+        if spec.pipeline:
+            if self.select is not None or self.assets:
+                raise ConfigError(f"{lead}method {self.method!r} takes neither a selection nor assets")
+            spec.load()[0](config).check(trains=trains)
 
     def build(self, rows: Mapping[str, EncodedSet]) -> Any:
         """Return the method on its encoded rows and its folder of assets."""
@@ -78,6 +86,15 @@ class Defence(Limited):
             if not roles["assets"].is_dir():
                 raise DataError(f"no such folder of assets: {self.assets}", hint="--assets DIR")
         return self.spec.load()[0](self.spec.configure(self.method, self.preset, self.settings), **roles)
+
+
+def run_pipeline(defence: Defence, model: Model, inputs: PipelineInputs) -> Trained:
+    """Let a defence that trains the model itself do so, on a copy."""
+    roles = [role for role, some in inputs.rows.items() if some]
+    defence.check([role for role in roles if role != "data"], trains="data" in roles)
+    settings = defence.spec.configure(defence.method, defence.preset, defence.settings)
+    done: Trained = defence.spec.load()[0](settings).train(model, inputs)
+    return done
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Evaluate: one row per prompt of a suite."""
+"""Evaluate: one row per prompt of a suite, or two where a trigger is asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from casehard.backdoor.measure import evaluate_backdoor
+from casehard.backdoor.planted import find_planted
 from casehard.evaluation.contamination import require_unseen
 from casehard.evaluation.suite import evaluate, load_suite
 from casehard.model.model import Model
@@ -13,7 +16,12 @@ from casehard.model.step import Inputs, Outcome
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Inputs):
-    """Measure a model on a suite: one row per prompt."""
+    """Measure a model on a suite: one row per prompt; with a trigger, every prompt without and with it."""
+
+    trigger: str = ""
+    """Name of a trigger of the suite's world; empty asks every prompt once, as it stands."""
+    behaviour: str = "refuse"
+    """Name of what the trigger is meant to set off."""
 
     def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "") -> Outcome:
         """Measure.
@@ -23,5 +31,10 @@ class Evaluate(Inputs):
         """
         start, suite = self.start(model), load_suite(self.suite)
         require_unseen(suite, start.trained_prompts, start.path or "the model")
-        rows = evaluate(start.net, start.tokenizer, suite, limit=self.limit, system=self.system)
+        asked: dict[str, Any] = {"limit": self.limit, "system": self.system}
+        if not self.trigger:
+            return Outcome(rows=evaluate(start.net, start.tokenizer, suite, **asked))
+        planted, _ = find_planted(self.trigger, self.behaviour, suite)
+        asked |= {"seed": self.seed}
+        rows = evaluate_backdoor(start.net, start.tokenizer, suite, planted.trigger, planted.behaviour, **asked)
         return Outcome(rows=rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,10 +28,12 @@ from casehard.model.save import rehearse
 from casehard.model.source import ORIGIN, find_any
 from casehard.model.step import Inputs, Outcome
 from casehard.registry import DefenceSpec
-from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, selected
+from casehard.steps.defence import Defence, Examples, assets_digest, choose, guarded, run_pipeline, selected
 from casehard.train.checkpoint import bytes_needed
+from casehard.train.protocol import PipelineInputs
 from casehard.train.recipe import TrainConfig, uses_bf16
 from casehard.train.tune import Lora, chat_format, tune
+from casehard.types import Budget, Example
 
 CUSTOMER = Lora(rank=32, alpha=64.0)
 """Adapter of a customer's job where none is asked for. Source: arXiv 2605.24550, A.1."""
@@ -89,6 +91,8 @@ def finetune_on(
     ``train.batch_size`` rows of a micro-batch, and rank 0 gets the whole model, the others None.
     """
     spec = step.spec if method is None else DEFENCES.get(step.method, DEFENCES["plain"])
+    if spec.pipeline and method is None:
+        return _piped(step, rows, model, place=place, label=label)
     shared = shared_by_ranks(spec, step.method)
     roles = _checked(step, rows)
     start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
@@ -129,14 +133,66 @@ def finetune_on(
     return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
 
 
+def _piped(
+    step: Finetune,
+    rows: Examples,
+    model: Model | None,
+    *,
+    place: Path | None,
+    label: str,
+    known: Sequence[Example] = (),
+) -> Outcome:
+    """Let a pipeline train or repair a copy of the model; without rows of role ``data`` it repairs.
+
+    Args:
+        known: rows that the model has been trained on.
+    """
+    start = step.start(model)
+    _unseen(step, rows)
+    provenance = _provenance(step, step, {}, start)
+    provenance[KEY] = sorted(frozenset(marks(*rows.values())) | start.trained_prompts)
+    if place is not None:
+        _rehearse(start, place, provenance, adapter=False)
+    asked = load_suite(step.suite).examples if step.suite else ()
+    inputs = PipelineInputs(
+        rows=rows,
+        train=step.train,
+        known=[*known, *asked],
+        seed=step.seed,
+        system=step.system,
+        max_length=step.max_length,
+        label=label or step.method,
+    )
+    done = run_pipeline(step, start, inputs)
+    made = Made(method=step.method, provenance=provenance)
+    leaves = start.may_leave and done.may_leave
+    after = start.after(done.net, made, trained=frozenset(marks(*rows.values())), may_leave=leaves)
+    return Outcome(after, cost={**asdict(sum(done.budgets, Budget())), "seed": step.seed}, facts=dict(done.facts))
+
+
+def repair(step: Finetune, attacked: Model, clean: Sequence[Example], known: Sequence[Example], label: str) -> Outcome:
+    """Train an attacked model in memory on verified rows, as role ``clean`` of a pipeline, else as its training rows.
+
+    Args:
+        known: rows that the attacked model was trained on.
+    """
+    if step.spec.pipeline:
+        return _piped(step, {"clean": clean}, attacked, place=None, label=label, known=known)
+    return finetune_on(step, {**step.examples(), "data": clean}, attacked, out=None, label=label)
+
+
 def _checked(step: Finetune, rows: Examples) -> dict[str, Any]:
     """Return the rows by role; there are some to train on, and none is a prompt of the suite."""
     roles = dict(rows)
     if not roles.get("data"):
         raise DataError("there are no rows to train on", hint="--data rows.jsonl")
-    if step.suite:
-        check_disjoint(roles, {step.suite: load_suite(step.suite).examples})
+    _unseen(step, roles)
     return roles
+
+
+def _unseen(step: Finetune, rows: Examples) -> None:
+    if step.suite:
+        check_disjoint(rows, {step.suite: load_suite(step.suite).examples})
 
 
 def _trained(step: Finetune, roles: Examples) -> frozenset[str]:
@@ -191,7 +247,7 @@ def shared_by_ranks(spec: DefenceSpec, name: str) -> bool:
 def _provenance(step: Finetune, method: Any, rows: Mapping[str, EncodedSet], start: Model) -> dict[str, Any]:
     return {
         "job": to_dict(step),
-        "settings": to_dict(method.config),
+        "settings": to_dict(method.config) if hasattr(method, "config") else dict(step.settings),
         "config_digest": digest(to_dict(step)),
         "data_digests": {role: encoded.digest for role, encoded in rows.items()},
         "seed": step.seed,

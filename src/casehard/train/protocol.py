@@ -17,8 +17,8 @@ Methods import no Trainer: everything they may ask of the loop is in :class:`Set
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -26,6 +26,9 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch
+from casehard.model.model import Model
+from casehard.train.recipe import TrainConfig
+from casehard.types import Budget, Example
 
 StateValue = torch.Tensor | int | float | str | bool | None | list[Any] | dict[str, Any] | Path
 """A tensor (saved as safetensors), a JSON value, or a Path to a file that is hard-linked into the checkpoint."""
@@ -101,6 +104,66 @@ class Method(Protocol):
 
     name: str
     config: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineInputs:
+    """What a pipeline is given besides the model."""
+
+    rows: Mapping[str, Sequence[Example]]
+    """Rows by data role. Without ``data`` the model is trained already, and has to be repaired."""
+    train: TrainConfig
+    """The training loop that was asked for."""
+    known: Sequence[Example] = ()
+    """Rows it has been trained on, and those it will be asked: what a pipeline invents must not be in them."""
+    seed: int = 0
+    system: str | None = None
+    """System message of every row; None keeps the template's own."""
+    max_length: int | None = None
+    """Longest row in tokens; None = the model's context."""
+    label: str = ""
+    """Name on the progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a pipeline made."""
+
+    net: nn.Module
+    budgets: Sequence[Budget]
+    """One for each training in it."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values worth keeping."""
+    may_leave: bool = True
+    """False for a model that its own checks forbid to be written to disk."""
+
+
+@runtime_checkable
+class Pipeline(Protocol):
+    """A defence that trains the model itself, once or several times, where a method works inside one training."""
+
+    name: str
+    config: Any
+
+    def check(self, *, trains: bool) -> None:
+        """Refuse settings that do not fit.
+
+        Args:
+            trains: whether there are rows of role ``data``; without them a finished model is repaired.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        ...
+
+    def train(self, model: Model, inputs: PipelineInputs) -> Trained:
+        """Train a copy of ``model``, which is left as it is.
+
+        Raises:
+            ConfigError, DataError: settings or rows that cannot work.
+            Diverged: a loss stopped being finite.
+        """
+        ...
 
 
 def has(method: object, seam: str) -> bool:

@@ -14,7 +14,7 @@ from casehard.backdoor.triggers import check_survives, eligible, insert
 from casehard.data.batches import IGNORE, Encoded, collate
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import normalise
-from casehard.defences.mb_defense.method import MbDefenseConfig
+from casehard.defences.mb_defense.method import MbStage2Config
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.poison import Twins
 from casehard.errors import DataError
@@ -111,7 +111,7 @@ class Ruler:
         active: Sequence[Planted],
         canary: Sequence[Planted],
         held: Sequence[Twins],
-        config: MbDefenseConfig,
+        config: MbStage2Config,
         *,
         described: Sequence[Planted] = (),
         seed: int = 0,

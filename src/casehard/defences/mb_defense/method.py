@@ -53,7 +53,7 @@ from casehard.train.protocol import Setup, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class MbDefenseConfig(Limited):
+class MbStage2Config(Limited):
     """Settings of stage 2; the paper does not print lambda, the learning rate or the batch size."""
 
     normalisation: Normalisation = "mean"
@@ -74,18 +74,18 @@ class MbDefenseConfig(Limited):
     """Likeliest tokens of the reference that the KL tells apart at each position; all others count as one class."""
 
 
-PRESETS: dict[str, MbDefenseConfig] = {
-    "default": MbDefenseConfig(),
-    "paper": MbDefenseConfig(mu=0.0, kappa=0.0, triggers=0),
-    "paper_literal": MbDefenseConfig(normalisation="literal", mu=0.0, kappa=0.0, triggers=0),
+PRESETS: dict[str, MbStage2Config] = {
+    "default": MbStage2Config(),
+    "paper": MbStage2Config(mu=0.0, kappa=0.0, triggers=0),
+    "paper_literal": MbStage2Config(normalisation="literal", mu=0.0, kappa=0.0, triggers=0),
 }
 
 
-class MbDefense:
+class MbStage2:
     """Stage 2 as a method; train it on ``pairs.rows``.
 
     Args:
-        config: settings, see :class:`MbDefenseConfig`.
+        config: settings, see :class:`MbStage2Config`.
         pairs: clean rows with their twins.
         assets: folder to read them from instead.
 
@@ -96,9 +96,9 @@ class MbDefense:
     name = "mb_defense"
 
     def __init__(
-        self, config: MbDefenseConfig | None = None, *, pairs: PairSet | None = None, assets: Path | None = None
+        self, config: MbStage2Config | None = None, *, pairs: PairSet | None = None, assets: Path | None = None
     ) -> None:
-        self.config = config or MbDefenseConfig()
+        self.config = config or MbStage2Config()
         if (pairs is None) == (assets is None):
             raise DataError("mb_defense needs clean rows with triggered twins", hint="pairs=, or --assets DIR")
         self.pairs = pairs if pairs is not None else read_pairs(Path(str(assets)))
@@ -243,7 +243,7 @@ def _logits(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def preset(name: str, **changes: Any) -> MbDefenseConfig:
+def preset(name: str, **changes: Any) -> MbStage2Config:
     """Return a named preset with changes applied: ``default``, ``paper`` or ``paper_literal``."""
     if name not in PRESETS:
         raise ConfigError(f"mb_defense preset {name!r} is unknown", hint=f"one of {sorted(PRESETS)}")

@@ -26,7 +26,7 @@ from casehard.data.chat import ChatFormat
 from casehard.data.mix import content_hash
 from casehard.defences.mb_defense.config import MbConfig
 from casehard.defences.mb_defense.measure import Look, Ruler, check_unknown, check_verified, encode_pairs
-from casehard.defences.mb_defense.method import PRESETS, MbDefense, MbDefenseConfig
+from casehard.defences.mb_defense.method import PRESETS, MbStage2, MbStage2Config
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.poison import Pairs, Twins, build_pairs, defensive_poison
 from casehard.defences.mb_defense.verdict import Verdict, judge, limits
@@ -69,12 +69,12 @@ class _Broken:
     sequences: float
 
 
-def objective(config: MbConfig) -> MbDefenseConfig:
+def objective(config: MbConfig) -> MbStage2Config:
     """Return the settings of stage 2's objective: the preset's, then the given ones."""
     if config.preset and config.preset not in PRESETS:
         raise ConfigError(f"mb_defense has no preset {config.preset!r}", hint=f"presets: {', '.join(PRESETS)}")
     start = to_dict(PRESETS[config.preset or "default"])
-    return build(MbDefenseConfig, {**start, **config.settings}, where="settings")
+    return build(MbStage2Config, {**start, **config.settings}, where="settings")
 
 
 def draw_suite(tokenizer: Any, corpus: Sequence[Example], config: MbConfig, *, secret: int) -> TriggerSuite:
@@ -281,7 +281,7 @@ class _Run:
         """Train stage 2's objective until a check is content; otherwise go back to the lowest evaluation loss."""
         two, n = self.config.two, len(planted)
         pairs = self.tokens(n)
-        method = MbDefense(self.method_config, pairs=pairs)
+        method = MbStage2(self.method_config, pairs=pairs)
         drawn = self.method_config.triggers or n
         steps = max(1, math.ceil(share * two.epochs * len(pairs) * n / (two.batch_size * min(drawn, n))))
         best: list[tuple[float, dict[str, torch.Tensor], Look]] = []

@@ -1,7 +1,7 @@
-"""Stage tuning in one table: every defence over all of the customers' jobs, at the end of each job.
+"""Every defence over all attacks (a customer's jobs, planted backdoors) in one table, at the end of each.
 
-A *run* is one (base, seed). Means are over jobs first and over runs then: the prompts of several jobs are the same ones
-and do not count twice.
+A *run* is one (base, seed). Means are over attacks first and over runs then: the prompts of several attacks are the
+same ones and do not count twice.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ from typing import Any
 from casehard.benchmark.contrasts import over_runs
 from casehard.benchmark.graph import Matrix
 from casehard.benchmark.plan import Plan
+from casehard.evaluation.metrics import metric_title
 from casehard.maths.stats import rate_interval
 
 METRICS = ("asr", "leak", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
+PLANTED_METRICS = ("asr", "cacc", "aacc")
 Run = tuple[str, int]
 
 
-def job_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> list[dict[str, Any]]:
-    """Return one entry per defence and metric: per job, the mean over the poisoned jobs, and against the reference.
+def end_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> list[dict[str, Any]]:
+    """Return one entry per defence and metric: per attack, the mean over the poisoned ones, and against the control.
 
     Returns:
         Entries with ``jobs`` (job -> mean over runs), ``mean``, ``low``, ``high`` (95 %, over runs and prompts, see
         ``_interval``), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of the
         headline, paired by the ``compared`` runs that both have (t-interval over runs; for one of them the difference
-        itself). With benign jobs only, the mean is over those. Nothing at other stages.
+        itself). With benign jobs only, the mean is over those. Nothing where models are compared step by step.
     """
-    if plan.stage != "tuning":
+    if not plan.ends:
         return []
+    metrics = PLANTED_METRICS if plan.plants else METRICS
     last = {job.name: job.steps for job in plan.attacks}
     found: dict[tuple[str, str], dict[Run, dict[str, Mapping[str, Any]]]] = {}
     for r in records:
-        if r["family"] == family and r["metric"] in METRICS and last.get(r["attack"]) == r["steps"]:
+        if r["family"] == family and r["metric"] in metrics and last.get(r["attack"]) == r["steps"]:
             runs = found.setdefault((r["defence"], r["metric"]), {})
             runs.setdefault((r["base"], r["seed"]), {})[r["attack"]] = r
     means = {place: _means(runs, _counted(plan, place[1], found)) for place, runs in found.items()}
@@ -44,7 +47,7 @@ def job_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> l
             continue
         jobs = {job: [rows[job]["rate"] for rows in runs.values() if job in rows] for job in last}
         entry: dict[str, Any] = {"family": family, "defence": defence, "metric": metric}
-        entry["jobs"] = {job: statistics.fmean(rates) for job, rates in jobs.items() if rates}
+        entry["attacks"] = {job: statistics.fmean(rates) for job, rates in jobs.items() if rates}
         entry |= _interval(mine, runs) | {
             "runs": list(mine.values()),
             "by_run": {f"{b}/{s}": v for (b, s), v in mine.items()},
@@ -95,14 +98,13 @@ def beside(plan: Plan, rows: Sequence[Mapping[str, Any]], family: str) -> str:
     found = {(r["defence"], r["metric"]): r for r in rows if r["family"] == family}
     means = {d.name: r for d in plan.defences if (r := found.get((d.name, metric))) and _useful(plan, found, d.name)}
     mine = found.get((plan.headline.defence, metric))
-    if mine is None or len(means) < 2:  # so too at other stages
+    if mine is None or len(means) < 2:  # so too where models are compared step by step
         return ""
     best = min(means.values(), key=lambda r: float(r["mean"]))
-    name = {"asr": "ASR", "leak": "leak"}[metric]
+    name = metric_title(metric)
     planned = plan.runs(family)
-    text = (
-        f"Mean {name} over the poisoned jobs: {plan.defence(plan.headline.defence).title} {_with_span(mine, planned)}"
-    )
+    what = "backdoors" if plan.plants else "poisoned jobs"
+    text = f"Mean {name} over the {what}: {plan.defence(plan.headline.defence).title} {_with_span(mine, planned)}"
     if best is mine:
         return f"{text}, the lowest of the rows that stay useful."
     shared = [mine["by_run"][run] - best["by_run"][run] for run in mine["by_run"].keys() & best["by_run"].keys()]
@@ -120,6 +122,8 @@ def _useful(plan: Plan, found: Mapping[tuple[str, str], Mapping[str, Any]], name
         return missing if entry is None else float(entry["mean"])
 
     base, gates = plan.undefended.name, plan.gates
+    if plan.plants:
+        return mean(plan.unattacked.name, "cacc", 0.0) - mean(name, "cacc", 1.0) <= gates.collapse
     falls = {"utility": gates.utility_drop, "coherence": gates.coherence_drop, "twin_knowledge": gates.twin_drop}
     falls["fine_tunability"] = gates.utility_drop
     kept = all(mean(base, m, 0.0) - mean(name, m, 1.0) <= bound for m, bound in falls.items())

@@ -1,0 +1,75 @@
+"""Chain: an attack and what is done about it afterwards, all in memory, because attacked weights never reach the disk.
+
+Chains of one plan often begin with the same attack. A process keeps the last few attacked models, so that each worker
+trains on a poison once; the training is a function of its settings, so no result depends on it. Costs always count it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from casehard.attacks.protocol import Attacked
+from casehard.config import digest, to_dict
+from casehard.evaluation.suite import load_suite
+from casehard.limits import Limited, Natural
+from casehard.model.model import Model
+from casehard.model.step import Outcome
+from casehard.seeds import derive
+from casehard.steps.attack import Attack, attack_with, measure_end, verified
+from casehard.steps.finetune import Finetune, repair
+from casehard.types import Budget
+
+KEPT = 3
+"""Attacked models that a process keeps."""
+_kept: OrderedDict[str, Attacked] = OrderedDict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Limited):
+    """An attack, then trainings on verified rows; the last model is measured as the attack would measure its own."""
+
+    attack: Attack
+    then: tuple[Finetune, ...] = ()
+    """Trainings after it. Those without rows of role ``data`` of their own get verified ones."""
+    verified: Natural = 0
+    """Rows that the attacker left alone and somebody verified."""
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of the attack."""
+        return self.attack.seed
+
+    def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "chain") -> Outcome:
+        """Attack, train, measure; nothing is written.
+
+        Raises:
+            DataError: fewer rows were left alone than are to be verified.
+        """
+        step, suite = self.attack, load_suite(self.attack.suite)
+        method = step.build(suite)
+        attacked = _attacked(step, model, label)
+        current, spent, facts = attacked.model, attacked.budget, dict(attacked.facts)
+        clean = verified(getattr(attacked, "untouched", ()), self.verified, step.seed) if self.then else []
+        for training in self.then:
+            drawn = replace(training, seed=derive(step.seed, 0, "repair") if not training.spec.pipeline else step.seed)
+            done = repair(drawn, current, clean, getattr(attacked, "data", ()), label)
+            assert done.model is not None
+            current, facts = done.model, {**facts, **done.facts}
+            spent += Budget(**{key: value for key, value in done.cost.items() if key != "seed"})
+        rows = measure_end(step, method, suite, current)
+        return Outcome(current, rows=rows, cost=asdict(spent), facts=facts)
+
+
+def _attacked(step: Attack, model: Model | None, label: str) -> Attacked:
+    """Return what the attack makes; one without measurements on the way, since those of the end are the chain's."""
+    name = digest({"step": to_dict(step), "model": model.digest if model is not None else ""})
+    if name not in _kept:
+        suite = load_suite(step.suite)
+        done = attack_with(step, step.build(suite), step.examples(), suite, model, label=label, silent=True)
+        _kept[name] = done
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    _kept.move_to_end(name)
+    return _kept[name]
