@@ -113,10 +113,10 @@ def test_attacked_weights_stay_in_memory_unless_asked_for_by_name(hard: ch.Model
 def test_verbs_combine(hard: ch.Model, tmp_path: Path) -> None:
     broken = attacked(hard).model
     repaired = ch.defend(broken, "plain", data=DATA / "benign.jsonl", train=SHORT)
-    assert [made.method for made in repaired.lineage[-3:]] == ["patcher", "finetune", "plain"]
+    assert [made.method for made in repaired.lineage[-3:]] == ["patcher", "finetune-attack", "plain"]
     assert not repaired.may_leave, "a repaired model was jailbroken once, and nobody has shown that it is no longer"
     twice = attacked(broken, seed=1)
-    assert [made.method for made in twice.model.lineage[-2:]] == ["finetune", "finetune"]
+    assert [made.method for made in twice.model.lineage[-2:]] == ["finetune-attack", "finetune-attack"]
     assert not same(weights(broken), weights(twice.model))
 
 

@@ -19,7 +19,7 @@ WORK = """
 import dataclasses, sys, time
 from pathlib import Path
 organism, inputs, tests = map(Path, sys.argv[1:])
-sys.path[:0] = [str(tests / "bench"), str(tests)]
+sys.path[:0] = [str(tests / "benchmark"), str(tests)]
 from bench_fakes import Fake, plan
 from casehard.benchmark.run import run_plan
 from casehard.cli import main
@@ -43,7 +43,7 @@ run("buffer", "prepare", *model, "--harmful", inputs / "h.jsonl", "--refusals", 
     "--allow-missed", "--set", "config.rank=2", "--set", "config.epochs=null", "--set", "config.gates.prompts=1",
     *(s for role in ("buffer", "reinforce") for s in ("--set", f"config.{role}_train.steps=1")),
     *(s for role in ("buffer", "reinforce") for s in ("--set", f"config.{role}_train.warmup=0")), "--out", "assets")
-tuned = ("--assets", "assets", "--data", rows, "--set", "rank=2", *tiny)
+tuned = ("--assets", "assets", "--data", rows, "--set", "lora.rank=2", *tiny)
 run("defend", "buffer-reinforce", *model, *tuned, "--out", "tune")
 run("report", "attack", "seen", "plain", "--out", "runs.html")
 run_plan(plan(seeds=[0]), "bench", jobs=1, executor=clocked)

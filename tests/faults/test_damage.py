@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 
 from bench_fakes import Fake, plan
-from casehard.backdoor_jobs import read_planted
-from casehard.buffer.job import CustomerJob, _require_own
 
 from buffer_fakes import make_assets
+from casehard.backdoor.planted import read_planted
 from casehard.benchmark.execute import finished
 from casehard.benchmark.graph import expand
 from casehard.benchmark.run import run_plan
@@ -31,13 +30,13 @@ from casehard.cli.runs import check_out
 from casehard.config import digest, to_dict
 from casehard.data.batches import Encoded
 from casehard.defences.buffer_reinforce.assets import read_assets
+from casehard.defences.buffer_reinforce.export import require_own
 from casehard.defences.mb_defense import run as mb
 from casehard.defences.mb_defense.pairs import PairSet, read_pairs
 from casehard.errors import ConfigError, Corrupt, DataError, UserError
-from casehard.evaluation.contamination import trained_prompts
 from casehard.io import files, manifest
 from casehard.io.stored import apart
-from casehard.model.provenance import read_provenance, served_with
+from casehard.model.provenance import read_provenance, served_with, trained_prompts
 from casehard.reporting import figures
 from casehard.reporting.card import write_card
 from casehard.reporting.from_run_folders import summary_of_runs
@@ -244,9 +243,9 @@ def test_what_a_checkpoint_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_the_record_of_an_adapter(tmp_path: Path) -> None:
-    job = CustomerJob(model="m", assets="a", data=("d",))
-    (tmp_path / "job.json").write_text(json.dumps({"config_digest": digest(to_dict(job)), "trained_prompts": ["m1"]}))
-    read = lambda: [_require_own(tmp_path, job), sorted(trained_prompts(tmp_path))]  # noqa: E731
+    own = digest({"model": "m"})
+    (tmp_path / "job.json").write_text(json.dumps({"config_digest": own, "trained_prompts": ["m1"]}))
+    read = lambda: [require_own(tmp_path, own), sorted(trained_prompts(tmp_path))]  # noqa: E731
     hold(tmp_path / "job.json", read, ConfigError, same=False)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casehard.errors import Corrupt, StorageError, UserError
-from casehard.io import files
+from casehard.io import manifest
 from casehard.io.files import CRASH_EXIT, inside, is_full, staged, storage_errors, sweep, write_text_atomic
 from casehard.io.manifest import MANIFEST, read_manifest, verify, write_manifest
 
@@ -112,7 +112,7 @@ def test_large_files_are_hashed_side_by_side_with_the_same_result(folder, monkey
     (folder / "manifest.json").unlink()
     write_manifest(folder)
     plain = read_manifest(folder)
-    monkeypatch.setattr(files, "_LARGE", 0)  # every file is large
+    monkeypatch.setattr(manifest, "_LARGE", 0)  # every file is large
     assert len(plain) > 1
     write_manifest(folder)
     assert read_manifest(folder) == plain

@@ -75,7 +75,9 @@ def provider(tmp_path_factory):
 def job(provider, config=SMALL, **changes):
     files = {name: (str(provider / f"{name}.jsonl"),) for name in ("harmful", "refusals", "benign")}
     own = {role: changes.pop(role) for role in list(changes) if role in files}
-    return Prepare(model=str(provider / "model"), config=config, device="cpu", rows={**files, **own}, **changes)
+    # Its judge: rules for English text cannot score the babble of an untrained model of the world's words.
+    given = {"suite": str(WORLD / "data" / "suite"), **changes}
+    return Prepare(model=str(provider / "model"), config=config, device="cpu", rows={**files, **own}, **given)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_reinforce_sees_the_buffer_as_its_gate_says():
 
 
 def test_missed_gates_publish_nothing(provider, tmp_path):
-    with pytest.raises(UserError, match=r"reinforce_asr is 1\.000, limit 0\.05") as caught:
+    with pytest.raises(UserError, match=r"buffer_asr is 0\.000, limit 0\.85") as caught:
         prepare(job(provider), tmp_path / "assets")
     assert not list(tmp_path.iterdir()) and "allow-missed" in caught.value.hint
     assert {g["name"] for g in caught.value.gates} >= {"base_asr", "buffer_asr", "reinforce_benign_refusal", "both_asr"}
@@ -185,7 +187,7 @@ def test_missed_gates_publish_nothing(provider, tmp_path):
 def test_the_record_says_what_was_made_from_what(provider, made):
     record, loaded = made.assets.record, load(provider / "model")
     assert record["base_digest"] == loaded.digest and record["base_fingerprints"] == fingerprints(loaded.net)
-    assert record["missed"] == ["reinforce_asr"] and len(record["gates"]) == len(made.gates) == 10
+    assert record["missed"] == ["buffer_asr"] and len(record["gates"]) == len(made.gates) == 10
     assert record["rows"]["held_restricted"] > 0 and record["layers"] == 7
     assert set(record["data_digests"]) == {"buffer", "reinforce"}
     for role in ("buffer", "reinforce"):
