@@ -136,7 +136,7 @@ def test_what_plans_use_is_still_read(tmp_path):
     assert parse_override("lr=2e-4") == (["lr"], 2e-4)
 
 
-@pytest.mark.parametrize("text", ["stage: backdoor\nname: 3\n", "settings: 5\n", "bases: 5\n", "name: {a: 1}\n"])
+@pytest.mark.parametrize("text", ["chain: [attack]\nname: 3\n", "settings: 5\n", "bases: 5\n", "name: {a: 1}\n"])
 def test_a_plan_of_other_types_is_a_config_error(tmp_path, text):
     path = tmp_path / "plan.yaml"
     path.write_text(text)

@@ -42,7 +42,7 @@ def plan_values(**changes: Any) -> dict[str, Any]:
                 "method": "patcher",
                 "data": "{base}/data/align.jsonl",
                 "unsafe": "{base}/data/simulated.jsonl",
-                "settings": {"k1": 10},
+                "settings": {"round_steps": 10},
                 "train": {"steps": 30},
             },
         ],
@@ -105,7 +105,7 @@ class Fake:
             cost = {"seconds": seconds, "passes": 100, "tokens": 1000, "peak_bytes": 10**9, "steps": 30}
             return Outcome(path=str(folder), digest=node.digest[::-1], cost=cost)
         defence = node.label.split("/")[1]
-        steps = [0] if node.kind == "evaluate" else node.config["evaluate_at"]
+        steps = [0] if node.kind == "evaluate" else node.config["config"]["evaluate_at"]
         full = [0] if node.kind == "evaluate" else node.config["full_at"]
         return Outcome(rows=[row for step in steps for row in self.rows(defence, step, node.seed, full=step in full)])
 

@@ -78,7 +78,7 @@ def test_defaults_fill_the_headline_and_the_last_step() -> None:
     assert found.headline.step == 20
     assert found.attacks[0].evaluate_at == (5, 20, 40)
     assert found.attacks[0].full_at == (40,)
-    assert found.defence("plain").data == ("{base}/data/align.jsonl",)
+    assert found.defence("plain").rows["data"] == ("{base}/data/align.jsonl",)
 
 
 def test_the_undefended_control_may_be_aligned_by_plain_training() -> None:
@@ -91,9 +91,9 @@ def test_the_undefended_control_may_be_aligned_by_plain_training() -> None:
 def test_overrides_address_list_items_by_name(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan_values()))
-    found = load_plan(path, ["attacks.full_p10.lr=2e-4", "defences.patcher.settings.k1=3", "seeds=[7]"])
+    found = load_plan(path, ["attacks.full_p10.lr=2e-4", "defences.patcher.settings.round_steps=3", "seeds=[7]"])
     assert found.attacks[0].lr == 2e-4
-    assert found.defence("patcher").settings["k1"] == 3
+    assert found.defence("patcher").settings["round_steps"] == 3
     assert found.seeds == (7,)
     with pytest.raises(ConfigError, match="no such name 'full_p1'"):
         load_plan(path, ["attacks.full_p1.lr=1"])
@@ -124,7 +124,7 @@ def test_digests_are_stable_and_change_with_what_they_depend_on() -> None:
     attacks = change("attacks", 0, lr=2e-4)["attacks"]
     after = digests(attacks=attacks)
     assert {k for k in before if before[k] != after[k]} == {k for k in before if k.startswith("attack ")}
-    defences = change("defences", 2, settings={"k1": 11})["defences"]
+    defences = change("defences", 2, settings={"round_steps": 11})["defences"]
     after = digests(defences=defences)
     assert {k.split("/")[1] for k in before if before[k] != after[k]} == {"patcher"}
     other = digests(bases=[{"name": "world-0", "world_seed": 1, "size": "tiny"}])
@@ -216,7 +216,7 @@ def test_a_suite_counts_with_the_data_it_points_to(tmp_path: Path) -> None:
 def test_an_attack_with_its_own_suite_measures_step_0_itself() -> None:
     values = change("attacks", 0, suite="{base}/data/suite_translation")
     found = [n for n in expand(parse_plan(values), root=Path()).nodes.values() if n.kind == "attack"]
-    assert found[0].config["evaluate_at"] == [0, 5, 20, 40]
+    assert found[0].config["config"]["evaluate_at"] == [0, 5, 20, 40]
     assert found[0].config["full_at"] == [0, 40]
 
 

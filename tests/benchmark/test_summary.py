@@ -13,13 +13,13 @@ import pytest
 from bench_fakes import Fake, plan, plan_values
 
 from casehard.benchmark import contrasts, execute
-from casehard.benchmark.contrasts import OUTCOMES, contrast
+from casehard.benchmark.contrasts import contrast
 from casehard.benchmark.execute import Outcome, Task
 from casehard.benchmark.graph import expand
 from casehard.benchmark.lookup import percent
 from casehard.benchmark.records import first_over, median_step, pool, steps_text
 from casehard.benchmark.run import run_plan
-from casehard.evaluation.metrics import scores
+from casehard.evaluation.metrics import find, scores
 from casehard.maths.stats import mcnemar, rate_interval
 from casehard.steps import Outcome as StepOutcome
 
@@ -102,8 +102,8 @@ def test_per_prompt_outcomes_add_up_to_the_scores() -> None:
     rows = Fake(over_refusal={"patcher": 0.4}).rows("patcher", 40, 0, full=True)
     rows += [{**rows[0], "id": "odd", "label": "unscored"}]
     counted = {s.metric: (s.k, s.n) for s in scores(rows)}
-    for metric, outcome in OUTCOMES.items():
-        values = [outcome(r) for r in rows if r["label"] != "unscored"]
+    for metric in ("asr", "leak", "over_refusal", "twin_knowledge", "utility", "fine_tunability"):
+        values = [find(metric).outcome(r) for r in rows]
         known = [v for v in values if v is not None]
         assert (sum(known), len(known)) == counted[metric], metric
 

@@ -86,7 +86,7 @@ TABLE = (
     # tests/defences/test_buffer_reinforce.py resumes it.
     Row("buffer_reinforce", lambda: BufferReinforce(assets=shared_assets()), (), adapter=True),
     # Its pairs are made of the very rows that the shared tests train on.
-    Row("mb_defense", lambda: MbStage2(MbStage2Config(top_k=8), pairs=tiny_pairs())),
+    Row("mb_stage2", lambda: MbStage2(MbStage2Config(top_k=8), pairs=tiny_pairs())),
     Row("fine_mixing", _fine_mixing, ("dropout", "accumulation")),  # mixes whole models: no adapters
     Row("crow", Crow),
     Row("anomaly", Anomaly, cut="what it inserts comes from what the prompts of a micro-batch share and hold"),

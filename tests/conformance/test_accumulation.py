@@ -37,7 +37,7 @@ ROWS, OTHERS = uneven(1), uneven(2)
 PAIRS = tiny_pairs(rows=ROWS.rows)
 # Where the table's rows for this are too even, or made for other rows.
 MAKE = {
-    "mb_defense": lambda: MbStage2(MbStage2Config(top_k=8), pairs=PAIRS),
+    "mb_stage2": lambda: MbStage2(MbStage2Config(top_k=8), pairs=PAIRS),
     "safe_mixing": lambda: SafeMixing(SafeMixingConfig(share=1.0), safe=OTHERS),
     "lisa": lambda: Lisa(LisaConfig(), safe=OTHERS),
     "safegrad": lambda: SafeGrad(safe=OTHERS),
@@ -48,7 +48,7 @@ MORE = (
     Row("safe_mixing-weight", lambda: SafeMixing(SafeMixingConfig(mode="weight", share=0.6), safe=OTHERS)),
     Row("safe_mixing-weight-one", lambda: SafeMixing(SafeMixingConfig(mode="weight", share=0.01), safe=OTHERS)),
     Row("safegrad-ce", lambda: SafeGrad(SafeGradConfig(alignment="ce"), safe=OTHERS)),
-    Row("mb_defense-all", lambda: MbStage2(MbStage2Config(triggers=0, kappa=0.0), pairs=PAIRS)),
+    Row("mb_stage2-all", lambda: MbStage2(MbStage2Config(triggers=0, kappa=0.0), pairs=PAIRS)),
 )
 
 

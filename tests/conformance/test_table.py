@@ -10,7 +10,8 @@ from conformance.table import TABLE
 
 
 def test_every_method_has_a_row():
-    assert {row.name for row in TABLE} == set(DEFENCES)
+    # Those that train the model themselves have a table of their own, in test_pipelines.py.
+    assert {row.name for row in TABLE} == {name for name, spec in DEFENCES.items() if not spec.pipeline}
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)

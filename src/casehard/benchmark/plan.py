@@ -40,6 +40,7 @@ from casehard.config import build, check_keys, override, parse_override, read_ya
 from casehard.defences import DEFENCES
 from casehard.errors import ConfigError
 from casehard.limits import Count, Length, Limited, Natural, Seed, Several
+from casehard.registry import ROLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +232,22 @@ def _items(values: Mapping[str, Any], key: str, kind: type) -> list[Any]:
         if "name" not in item:
             raise ConfigError(f"{where} has no name")
         named = [role for role in _roles(kind, item) if role in item]
+        for role in (role for role in ROLES if item.get(role) and role not in named):
+            raise ConfigError(_ignored(where, kind, item, role), hint=f"leave out {role}")
         # One file is what most rows need; a bare string is accepted where a list of specs is meant.
         given = {role: [item[role]] if isinstance(item[role], str) else item[role] for role in named}
         rest = {k: v for k, v in item.items() if k not in named}
         rows = {"rows": {**given, **rest.get("rows", {})}} if given else {}
         out.append(build(kind, {**rest, **rows}, where=where))
     return out
+
+
+def _ignored(where: str, kind: type, item: Mapping[str, Any], role: str) -> str:
+    if kind is Defence and item.get("method") is None:
+        return f"{where} has no method, so its {role} rows would be ignored"
+    if kind in (Defence, Training):
+        return f"{where}: method {item.get('method', 'plain')!r} would ignore the {role} rows"
+    return f"{where}: attack {item.get('attack', 'finetune')!r} would ignore the {role} rows"
 
 
 def parse_plan(values: Mapping[str, Any]) -> Plan:

@@ -266,7 +266,7 @@ class End:
     family: str
     defence: str
     metric: str
-    jobs: dict[str, float]
+    attacks: dict[str, float]
     mean: float
     low: float
     high: float

@@ -124,13 +124,17 @@ def finetune_on(
             label=label or step.method,
         )
     cost = {**asdict(done.budget), "seed": step.seed}
-    net: Any = load_gathered(done.net, start.path or Path(step.model)) if shared else done.net
-    if net is None:
+    if (net := _whole(done.net, step, start, shared)) is None:
         return Outcome(cost=cost, log=done.log)
     made = Made(method=step.method, provenance=provenance)
     writer = adapter_writer(net, start, method, provenance) if spec.adapter else None
     facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
     return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
+
+
+def _whole(net: Any, step: Finetune, start: Model, shared: bool) -> Any:
+    """Return the trained model, gathered on rank 0 where several ranks share it; None on the others."""
+    return load_gathered(net, start.path or Path(step.model)) if shared else net
 
 
 def _piped(

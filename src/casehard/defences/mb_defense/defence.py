@@ -39,7 +39,7 @@ class MbDefense:
         """Train or repair a copy of ``model``; ``clean`` are the verified rows, ``data`` those from anywhere."""
         data, clean = list(inputs.rows.get("data", ())), list(inputs.rows.get("clean", ()))
         config = self._mode(joint=bool(data), train=inputs.train)
-        known = [*data, *inputs.known]
+        known = [*data, *inputs.known] or clean
         suite = draw_suite(model.tokenizer, known, config, secret=derive(inputs.seed, 0, "secret-suite"))
         done = harden(
             copy.deepcopy(model.net),

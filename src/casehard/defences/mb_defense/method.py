@@ -93,7 +93,7 @@ class MbStage2:
         DataError: neither or both of them, or no clean rows.
     """
 
-    name = "mb_defense"
+    name = "mb_stage2"
 
     def __init__(
         self, config: MbStage2Config | None = None, *, pairs: PairSet | None = None, assets: Path | None = None

@@ -84,7 +84,7 @@ def run_mb(job: MbRun, out: str | Path) -> MbResult:
     """Run the defence and export its result under ``out``/checkpoint, unless the verdict forbids it.
 
     Writes ``out``/mb_defense.json (everything measured) and ``out``/private: the triggers, and the pairs of stage 2,
-    which ``defend mb_defense --assets`` takes; keep both to yourself. An interrupted joint training resumes.
+    which ``defend mb_stage2 --assets`` takes; keep both to yourself. An interrupted joint training resumes.
 
     Raises:
         Refused: the verdict is FAIL; the report is written, the model is not.
