@@ -19,14 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from casehard.backdoor.measure import ROLES, reference
 from casehard.backdoor.suite import Planted
-from casehard.benchmark.arms import _attacked, _Cell, arm_of
 from casehard.config import build
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defences.mb_defense import pipeline
@@ -36,11 +35,14 @@ from casehard.defences.mb_defense.method import MbStage2
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.pipeline import _Run, draw_suite
 from casehard.defences.mb_defense.weights import trained
-from casehard.evaluation.suite import evaluate
+from casehard.evaluation.suite import Suite, evaluate, load_suite
 from casehard.maths.neutralise import log_probs_of
 from casehard.model.load import load
 from casehard.seeds import derive, generator
+from casehard.steps import Attack
+from casehard.steps.attack import verified
 from casehard.train.protocol import Setup, Step
+from casehard.types import Example
 
 SFT = {"steps": 300, "batch_size": 32, "lr": 1.5e-3}
 TWO = {"lr": 3.0e-4, "checks": 5}
@@ -137,6 +139,15 @@ class Wide(MbStage2):
         return loss + mine.kappa * kl.detach()
 
 
+class Cell(NamedTuple):
+    """The rows of one backdoor."""
+
+    data: Sequence[Example]
+    clean: Sequence[Example]
+    suite: Suite
+    planted: Planted
+
+
 class Bench:
     """One world and one attacker."""
 
@@ -149,13 +160,27 @@ class Bench:
         """Return the base, newly read."""
         return load(str(self.model)).net
 
-    def cell(self, clean: int = 128) -> _Cell:
-        """Return the rows of a cell of the plans with ``clean`` verified rows."""
-        config = {**self.attack, "rate": 0.05, "hard_negatives": 0.0, "system": None, "max_length": None, "sft": SFT}
-        config |= {"arm": "attacked", "method": "", "settings": {}, "train": {}, "clean": clean, "limit": None}
-        return _Cell(arm_of(config, str(self.model), self.data, f"{self.model}/data/suite", seed=0, where="dev"), "dev")
+    def step(self, rate: float = 0.05) -> Attack:
+        """Return the attack of the plans at a poison rate; 0 trains on the rows before the poison."""
+        config = {**self.attack, **SFT, "rate": rate, "evaluate_at": ()}
+        files = {"model": str(self.model), "rows": {"data": tuple(self.data)}, "suite": f"{self.model}/data/suite"}
+        return Attack(**files, attack="backdoor", config=config)
 
-    def begin(self, plant: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[_Run, _Cell]:
+    def cell(self, clean: int = 128) -> Cell:
+        """Return the rows of a cell of the plans with ``clean`` verified rows."""
+        step, suite = self.step(), load_suite(f"{self.model}/data/suite")
+        method: Any = step.build(suite)
+        data, manifest = method.poisoned(step.examples()["data"], seed=0)
+        drawn = verified(method.untouched(data, manifest), clean, 0)
+        return Cell(data, drawn, suite, Planted(method.config.trigger, method.config.behaviour))
+
+    def attacked(self, rate: float) -> nn.Module:
+        """Return the model after the developer's training on poisoned rows."""
+        done = self.step(rate).run()
+        assert done.model is not None
+        return done.model.net
+
+    def begin(self, plant: Mapping[str, Any], change: Mapping[str, Any]) -> tuple[_Run, Cell]:
         """Return a run that has trained nothing yet."""
         loaded, cell, plant = load(str(self.model)), self.cell(change.get("clean", 128)), dict(plant)
         settings: dict[str, Any] = {"stage1": plant.pop("stage1", True), "plant": plant, "train": SFT}
@@ -165,7 +190,7 @@ class Bench:
         suite = draw_suite(loaded.tokenizer, corpus, config, secret=derive(0, 0, "secret-suite"))
         return _Run(loaded.net, loaded.tokenizer, cell.clean, config, suite, 0, (), None, None, None), cell
 
-    def accuracy(self, model: nn.Module, cell: _Cell, planted: Sequence[Planted]) -> dict[str, tuple[int, int]]:
+    def accuracy(self, model: nn.Module, cell: Cell, planted: Sequence[Planted]) -> dict[str, tuple[int, int]]:
         """Return right answers and questions by group; ``fired``: wrong answers that show a behaviour of the
         defender's, and the attacker's, though no trigger was there."""
         roles = [role for role in cell.suite.roles if role in ROLES]
@@ -179,7 +204,7 @@ class Bench:
         groups = {g: (right[g], n) for g, n in sorted(asked.items())}
         return {"all": (sum(right.values()), len(rows)), "fired": (own, attackers), **groups}
 
-    def tell(self, name: str, model: nn.Module, cell: _Cell, run: _Run | None = None, look: Look | None = None) -> None:
+    def tell(self, name: str, model: nn.Module, cell: Cell, run: _Run | None = None, look: Look | None = None) -> None:
         """Print one line for people, and the same as JSON."""
         found = self.accuracy(model, cell, run.suite.all if run else ())
         record: dict[str, Any] = {"name": name, "accuracy": found}
@@ -194,7 +219,7 @@ class Bench:
         print(json.dumps(record), flush=True)
 
     @contextmanager
-    def anchored(self, run: _Run, cell: _Cell, to: str) -> Iterator[None]:
+    def anchored(self, run: _Run, cell: Cell, to: str) -> Iterator[None]:
         """Let stage 2 anchor on training rows inside the block: all of them to the model it begins with, or those
         whose answer the base finds likely to the base."""
         if not to:
@@ -250,8 +275,8 @@ def main() -> None:
     bench = Bench(args.model, args.trigger, args.behaviour)
     cell = bench.cell()
     bench.tell("base", bench.base(), cell)
-    bench.tell("never poisoned", _attacked(cell.job.source.clean())[0], cell)
-    bench.tell("poisoned", _attacked(cell.job.source)[0], cell)
+    bench.tell("never poisoned", bench.attacked(0.0), cell)
+    bench.tell("poisoned", bench.attacked(0.05), cell)
     for first in args.only or PLAN:
         run, cell = bench.begin(STAGE_1[first], {})
         run.stage_one(list(cell.data), None)

@@ -87,8 +87,7 @@ def finetune_on(
         out: folder for the run's checkpoints; None writes nothing.
         place: where the caller will save what comes of it: tried before the first step.
 
-    In a process group of several ranks all of them make the same call. The model is sharded over them (FSDP2), each has
-    ``train.batch_size`` rows of a micro-batch, and rank 0 gets the whole model, the others None.
+    Several ranks make the same call: the model is sharded over them (FSDP2), and rank 0 gets the whole of it.
     """
     spec = step.spec if method is None else DEFENCES.get(step.method, DEFENCES["plain"])
     if spec.pipeline and method is None:
@@ -104,8 +103,8 @@ def finetune_on(
     assets = {"assets": assets_digest(step.assets)} if step.assets else {}
     identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}, **assets}
     trained = _trained(step, roles) if spec.adapter else frozenset(marks(*roles.values()))
-    provenance = _provenance(step, method, {"data": data, **encoded}, start)
-    provenance |= {f"{key}_digest": found for key, found in assets.items()} | ({"selection": chosen} if chosen else {})
+    provenance = _provenance(step, method, {"data": data, **encoded}, start) | ({"selection": chosen} if chosen else {})
+    provenance |= {f"{key}_digest": found for key, found in assets.items()}
     provenance[KEY] = sorted(trained | start.trained_prompts)
     if place is not None:
         _rehearse(start, place, provenance, adapter=spec.adapter)
