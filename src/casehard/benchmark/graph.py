@@ -18,6 +18,7 @@ from casehard.benchmark.inputs import Inputs, resolve
 from casehard.benchmark.plan import SPECS, Attack, Base, Defence, Plan, Prepare, load_plan, parse_plan
 from casehard.config import digest
 from casehard.defences import DEFENCES
+from casehard.evaluation.judges import JUDGES
 from casehard.io.manifest import file_digest
 
 __all__ = ["Cell", "Matrix", "Node", "code_version", "expand", "load_plan", "parse_plan"]
@@ -37,8 +38,8 @@ STEPS: dict[Kind, tuple[str, ...]] = {
 
 
 def code_version(kind: Kind, method: str = "") -> str:
-    """Return what names the code that a node runs: its step and the method in it, with all they import."""
-    named = (DEFENCES.find(method).module,) if method else ()
+    """Return what names the code that a node runs: its step, the method in it and every judge, with their imports."""
+    named = (*((DEFENCES.find(method).module,) if method else ()), *(judge.module for judge in JUDGES.values()))
     return f"{code_of((*STEPS[kind], *named))}.{file_digest(_execute())[:8]}"
 
 
