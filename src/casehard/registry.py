@@ -114,6 +114,16 @@ class DefenceSpec(Spec):
     """Sentences that a model card adds to what the result is not."""
 
 
+@dataclass(frozen=True)
+class Flag:
+    """A setting that has an option of its own on the command line."""
+
+    help: str
+    kind: type[int] | type[float] | type[str] = str
+    metavar: str = ""
+    """What the help writes for a value; empty: its type."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec(Spec):
     """An attack of ``casehard.attacks.protocol``."""
@@ -123,6 +133,8 @@ class AttackSpec(Spec):
     plants: bool = False
     """Whether it hides a trigger: its settings ``trigger`` and ``behaviour`` may be names, and every prompt is asked
     without and with the trigger."""
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    """Settings with an option of their own; ``--set config.NAME=VALUE`` gives the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
