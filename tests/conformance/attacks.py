@@ -46,7 +46,8 @@ TABLE = (
         {**SHORT, "rows": 12, "share": 0.5},
         {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
-    Row("backdoor", {**SHORT, "rate": 0.1}, {"data": "benign.jsonl"}),
+    # Its first step is the start of a warm-up, at a learning rate of 0.
+    Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )
 
 
