@@ -12,7 +12,7 @@ import importlib
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, Literal, TypeVar
 
 from casehard.config import build, to_dict
@@ -148,6 +148,21 @@ class JudgeSpec(Spec):
 S = TypeVar("S", bound=Spec)
 
 
+def _load(point: EntryPoint) -> Any:
+    """Return what an entry point of another package names.
+
+    Raises:
+        ConfigError: importing it failed.
+    """
+    try:
+        return point.load()
+    except Exception as error:  # whatever another package raises while it is imported
+        raise ConfigError(
+            f"entry point {point.value!r} cannot be loaded: {type(error).__name__}: {error}",
+            hint="mend or uninstall the package that registers it",
+        ) from error
+
+
 class Registry(Mapping[str, S], Generic[S]):
     """A catalogue of specs: ours, and those that other packages register through an entry point group.
 
@@ -164,20 +179,23 @@ class Registry(Mapping[str, S], Generic[S]):
     def name(self, given: str) -> str:
         """Return the catalogue's spelling of a name, in which hyphens are underscores; other names as they are."""
         plain = given.replace("-", "_")
-        return plain if plain in self.ours else given
+        if plain in self.ours or plain == given:
+            return plain
+        others = {point.name for point in entry_points(group=self.group)}
+        return plain if plain in others and given not in others else given
 
     def __getitem__(self, given: str) -> S:
         """Return a spec.
 
         Raises:
-            ConfigError: an entry point whose value is something else.
+            ConfigError: an entry point that cannot be loaded, or whose value is something else.
             KeyError: no such entry; :meth:`find` says it in words.
         """
         if (name := self.name(given)) in self.ours:
             return self.ours[name]
         for point in entry_points(group=self.group):
-            if point.name in (given, given.replace("-", "_")):
-                spec = point.load()
+            if point.name == name:
+                spec = _load(point)
                 if not isinstance(spec, self.kind):
                     raise ConfigError(
                         f"entry point {point.value!r} is a {type(spec).__name__}, not a {self.kind.__name__}"
