@@ -71,7 +71,7 @@ def _verb(name: str, spec: AttackSpec) -> Callable[..., None]:
     }
     flags: dict[str, Any] = {
         f"config_{key}": Annotated[
-            flag.kind | None,  # type: ignore[name-defined]
+            flag.kind | None,
             typer.Option(f"--{_dashed(key)}", metavar=flag.metavar or None, help=flag.help),
         ]
         for key, flag in spec.flags.items()
