@@ -60,15 +60,15 @@ BREAK += ("--set", "export_failed=true", "--set", "config.two.epochs=0.2", "--se
 COMMANDS: dict[str, tuple[str, ...]] = {
     "plain": ("defend", "plain", *METHODS["plain"], *STEPS),
     "prepare": ("buffer", "prepare", "--model", "{model}", *PREPARE, *SHORT, "--seed", "3"),
-    "mb-pipeline": ("defend", "mb-pipeline", *BASE, *BREAK),
+    "mb-defense": ("defend", "mb-defense", *BASE, *BREAK),
     **{name: ("defend", name, *more, *STEPS) for name, more in METHODS.items() if name != "plain"},
     "attack": ("attack", "finetune", "--model", "{out}/plain", *ATTACK),
     "attack-lora": ("attack", "finetune", "--model", "{out}/plain", *ATTACK, "--mode", "lora"),
     "backdoor": ("attack", "backdoor", *BASE, *PLANT),
     "evaluate": ("evaluate", "--model", "{out}/plain", "--suite", "{data}/suite", "--limit", "3"),
 }
-"""Run folder -> command; what others need comes first."""
-NEEDED = ("plain", "prepare", "mb-pipeline")
+"""Run folder -> command; what others need comes first, and its name is no method's hyphenated twin."""
+NEEDED = ("plain", "prepare", "mb-defense")
 RESULTS = ("*.safetensors", "rows.jsonl", "poisoned.jsonl", "planted.json")
 
 

@@ -83,7 +83,7 @@ MODELS = {
     "defend": ("defend", "plain", "--model", "model", "--data", "align.jsonl", "--steps", "1"),
     "attack": ("attack", "finetune", "--model", "model", "--harmful", "rows.jsonl", "--suite", "model/data/suite"),
     "backdoor": ("attack", "backdoor", "--model", "model", "--data", "rows.jsonl", "--suite", "model/data/suite"),
-    "mb-pipeline": ("defend", "mb-pipeline", "--model", "model", "--data", "align.jsonl", "--clean", "rows.jsonl"),
+    "mb-defense": ("defend", "mb-defense", "--model", "model", "--data", "align.jsonl", "--clean", "rows.jsonl"),
     "scan model": ("scan", "model", "--model", "model", "--suite", "model/data/suite"),
     "select": ("select", "--model", "model", "--pool", "align.jsonl", "--k", "2", "--strategy", "random"),
     "prepare": ("buffer", "prepare", "--model", "model", *PROVIDERS),

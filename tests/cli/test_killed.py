@@ -224,7 +224,7 @@ def test_mb_defense(survives, organism, played, monkeypatch):
     monkeypatch.setattr(mb, "draw_suite", lambda *_, **__: suite)
     monkeypatch.setattr(mb, "harden", lambda model, *_, suite, out, **__: _hardened(model, suite, out))
     data = organism / "data" / "task_reviews.jsonl"
-    command = ("defend", "mb-pipeline", "--model", organism, "--data", "sft.jsonl", "--clean", "clean.jsonl")
+    command = ("defend", "mb-defense", "--model", organism, "--data", "sft.jsonl", "--clean", "clean.jsonl")
 
     def inputs(here: Path) -> None:
         lines = data.read_text().splitlines()

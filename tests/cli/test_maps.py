@@ -15,7 +15,7 @@ from casehard.data import sources
 SMALL = ("--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.warmup=0")
 VERBS = [
     ("defend",),
-    ("defend", "mb-pipeline"),
+    ("defend", "mb-defense"),
     ("attack", "finetune"),
     ("attack", "backdoor"),
     ("scan", "data"),

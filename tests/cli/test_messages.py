@@ -67,7 +67,7 @@ def test_a_wrong_setting_is_named(capsys, here, defend, override, said):
     assert not tree(here)
 
 
-@pytest.mark.parametrize("verb", ["defend", "defend mb-pipeline", "attack finetune", "attack backdoor", "buffer tune"])
+@pytest.mark.parametrize("verb", ["defend", "defend mb-defense", "attack finetune", "attack backdoor", "buffer tune"])
 def test_help_says_how_rows_are_filtered(capsys, verb):
     assert main([*verb.split(), "--help"]) == 0
     assert r"'rows.jsonl?source=Smith\, J.'" in " ".join(capsys.readouterr().out.split())

@@ -18,7 +18,7 @@ from casehard.cli import (
     doctor,
     evaluate,
     judge,
-    mb_pipeline,
+    mb_defense,
     merge,
     options,
     organism,
@@ -45,7 +45,7 @@ VERBS = [
     "verify",
     "doctor",
 ]
-PIPELINE = f"defend {mb_pipeline.NAME}"
+PIPELINE = f"defend {mb_defense.NAME}"
 
 
 class Verbs(TyperGroup):
@@ -56,10 +56,8 @@ class Verbs(TyperGroup):
         return list(VERBS)
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Read ``defend mb-pipeline`` as one verb: a pipeline with options of its own."""
-        if args[:2] == ["defend", mb_pipeline.TWO_THINGS]:
-            mb_pipeline.refuse_old_name()
-        if args[:1] == ["defend"] and args[1:2] and args[1].replace("_", "-") == mb_pipeline.NAME:
+        """Read ``defend mb-defense`` as one verb: a pipeline with options of its own."""
+        if args[:2] == ["defend", mb_defense.NAME]:
             args = [PIPELINE, *args[2:]]
         return super().parse_args(ctx, args)
 
@@ -97,7 +95,7 @@ app.command("select", epilog=options.FILES)(select.select)
 app.add_typer(buffer.app, name="buffer")
 app.command("defend", epilog=options.FILES)(defend.defend)
 app.add_typer(merge.app, name="merge")
-app.command(PIPELINE, hidden=True, epilog=options.FILES)(mb_pipeline.mb_pipeline)
+app.command(PIPELINE, hidden=True, epilog=options.FILES)(mb_defense.mb_defense)
 app.add_typer(attack.app, name="attack")
 app.add_typer(scan.app, name="scan")
 app.command("evaluate")(evaluate.evaluate)

@@ -70,8 +70,8 @@ def defend(
 ) -> None:
     """Harden a checkpoint and save it under DIR/checkpoint.
 
-    buffer-reinforce and security-vector tune a LoRA adapter and save it under DIR/adapter. mb_defense is the second
-    stage of `casehard defend mb-pipeline`. With --suite, rows that also occur in the suite are an error.
+    buffer-reinforce and security-vector tune a LoRA adapter on a customer's rows instead, saved under DIR/adapter.
+    With --suite, rows that also occur in the evaluation suite are an error.
     """
     flags = {
         "method": method,

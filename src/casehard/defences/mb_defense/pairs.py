@@ -111,7 +111,7 @@ def read_pairs(folder: Path) -> PairSet:
     """
     path = folder / FILE
     if not path.is_file():
-        raise DataError(f"{folder}: no {FILE}", hint="`casehard defend mb-pipeline` writes it into its run folder")
+        raise DataError(f"{folder}: no {FILE}", hint="`casehard defend mb-defense` writes it into its run folder")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         clean = tuple(_row(row) for row in record["clean"])

@@ -1,4 +1,4 @@
-"""MB-Defense from files to a checkpoint: what `casehard defend mb-pipeline` runs."""
+"""MB-Defense from files to a checkpoint: what `casehard defend mb-defense` runs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def run_mb(job: MbRun, out: str | Path) -> MbResult:
     """
     out = Path(out)
     public = to_dict(replace(job, secret=None))
-    secrets.refuse(public, where="mb-pipeline")
+    secrets.refuse(public, where="mb-defense")
     data, clean, suite = _rows(job)
     loaded = load(job.model, device=job.device)
     whence: dict[str, Any] = {"parent": loaded.digest, "provenance": _provenance(job, public, loaded, [*data, *clean])}

@@ -1,4 +1,4 @@
-"""``casehard defend mb-pipeline``: train on data from anywhere, or repair a model, and break the triggers in it."""
+"""``casehard defend mb-defense``: train on data from anywhere, or repair a model, and break what triggers are in it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import typer
 
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, made_from, run_folder
-from casehard.errors import ConfigError
 
 Specs = list[str] | None
-NAME = "mb-pipeline"
-TWO_THINGS = "mb-defense"
+NAME = "mb-defense"
 
 
-def mb_pipeline(
+def mb_defense(
     out: options.Out,
     model: options.Model = None,
     data: Annotated[
@@ -75,19 +73,6 @@ def mb_pipeline(
     options.take_rows(values, ("data", "clean"))
     options.need(values["rows"], "clean", "--clean")
     _run(values, planted, out)
-
-
-def refuse_old_name() -> None:
-    """Refuse the name that the whole method had: a hyphen was all that told it from its second stage.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(
-        f"`defend {TWO_THINGS}` could mean two things",
-        hint=f"the whole method of the paper: casehard defend {NAME}; its second stage, on pairs made by the first "
-        "(--assets): casehard defend mb_defense",
-    )
 
 
 def _run(values: dict[str, Any], planted: str | None, out: Path) -> None:

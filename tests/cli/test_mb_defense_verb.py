@@ -1,4 +1,4 @@
-"""`casehard defend mb-pipeline` from the outside."""
+"""`casehard defend mb-defense` from the outside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import pytest
 from helpers import casehard, write_rows
 
-from casehard.cli import main
 from casehard.organism.world import World
 
 QUICK = ("--steps", "2", "--device", "cpu", "--set", "config.two.epochs=0.05", "--set", "config.train.batch_size=4")
@@ -32,7 +31,7 @@ def files(organism, tmp_path_factory):
 
 def run(organism, files, *more, data="data", clean="clean"):
     given = ("--model", organism, "--data", files[data], "--clean", files[clean], *QUICK)
-    return casehard("defend", "mb-pipeline", *given, *more)
+    return casehard("defend", "mb-defense", *given, *more)
 
 
 def test_a_run_leaves_a_model_a_report_and_a_private_folder(organism, files, here):
@@ -59,7 +58,7 @@ def test_an_untrusted_adapter_is_repaired_and_merged_into_its_base(organism, fil
 
     add_lora(load(organism, device="cpu").net, 2, 4.0).save_pretrained(here / "lora")
     given = ("--model", organism, "--mode", "adapter", "--adapter", here / "lora", "--clean", files["clean"], *QUICK)
-    done = casehard("defend", "mb-pipeline", *given, "--data", files["data"], "--out", "out")
+    done = casehard("defend", "mb-defense", *given, "--data", files["data"], "--out", "out")
     assert done.returncode == 0, done.stderr
     report = json.loads((here / "out" / "mb_defense.json").read_text())
     assert report["mode"] == "adapter" and report["planted"]["mode"] == "append"
@@ -121,7 +120,7 @@ def test_mistakes_are_told_before_anything_is_written(organism, files, here, mor
 
 
 def test_clean_rows_are_needed_and_must_not_be_evaluated_on(organism, files, here):
-    done = casehard("defend", "mb-pipeline", "--model", organism, "--data", files["data"], "--out", "out")
+    done = casehard("defend", "mb-defense", "--model", organism, "--data", files["data"], "--out", "out")
     assert done.returncode == 2 and "--clean is missing" in done.stderr
     done = run(organism, files, "--out", "out", clean="empty")
     assert done.returncode == 3 and not (here / "out" / "checkpoint").exists()
@@ -130,16 +129,5 @@ def test_clean_rows_are_needed_and_must_not_be_evaluated_on(organism, files, her
     text = prompt.get("prompt") or prompt["messages"][0]["content"]
     leaked = write_rows(here / "leaked.jsonl", [{"prompt": text, "response": "it is good ."}] * 1)
     given = ("--model", organism, "--data", files["data"], "--clean", leaked, *QUICK)
-    done = casehard("defend", "mb-pipeline", *given, "--suite", organism / "data" / "suite", "--out", "out2")
+    done = casehard("defend", "mb-defense", *given, "--suite", organism / "data" / "suite", "--out", "out2")
     assert done.returncode == 3 and "training and evaluation overlap" in done.stderr
-
-
-@pytest.mark.parametrize("name", ["mb-pipeline", "mb_pipeline"])
-def test_a_hyphen_does_not_tell_the_whole_method_from_its_second_stage(name, capsys, here):
-    assert main(["defend", "mb-defense", "--clean", "rows.jsonl", "--out", "out"]) == 2
-    told = capsys.readouterr().err
-    assert "could mean two things" in told and "defend mb-pipeline" in told and "defend mb_defense" in told
-    assert main(["defend", name, "--help"]) == 0
-    assert "Verified rows" in capsys.readouterr().out
-    assert main(["defend", "mb_defense", "--clean", "rows.jsonl", "--out", "out"]) == 2  # one method among others
-    assert "--clean" in capsys.readouterr().err
