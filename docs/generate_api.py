@@ -12,7 +12,7 @@ import casehard
 
 PAGE = Path(__file__).with_name("api.md")
 VERBS = ("load", "rows", "defend", "attack", "evaluate", "save", "bench", "report")
-CATALOGUES = ("DEFENCES", "ATTACKS")
+CATALOGUES = ("DEFENCES", "ATTACKS", "JUDGES")
 
 
 def parameter(value: inspect.Parameter) -> str:

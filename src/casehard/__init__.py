@@ -28,6 +28,7 @@ _PUBLIC: dict[str, str] = {
     # catalogues
     "DEFENCES": "casehard.defences",
     "ATTACKS": "casehard.attacks",
+    "JUDGES": "casehard.evaluation.judges",
     # nouns
     "Model": "casehard.model.model",
     "Attacked": "casehard.attacks.protocol",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:  # what the table above says, once more in the words of type c
     from casehard.defences.patcher import Patcher, PatcherConfig
     from casehard.defences.spard import Spard, SpardConfig
     from casehard.errors import UserError
+    from casehard.evaluation.judges import JUDGES
     from casehard.model.model import Model
     from casehard.train.recipe import TrainConfig
     from casehard.train.tune import Lora
@@ -75,6 +77,7 @@ if TYPE_CHECKING:  # what the table above says, once more in the words of type c
 __all__ = [
     "ATTACKS",
     "DEFENCES",
+    "JUDGES",
     "Attacked",
     "BackdoorAttack",
     "Budget",

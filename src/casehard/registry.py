@@ -12,7 +12,7 @@ import importlib
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, Literal, TypeVar
 
 from casehard.config import build, to_dict
@@ -117,6 +117,16 @@ class DefenceSpec(Spec):
     """Sentences that a model card adds to what the result is not."""
 
 
+@dataclass(frozen=True)
+class Flag:
+    """A setting that has an option of its own on the command line."""
+
+    help: str
+    kind: type[int] | type[float] | type[str] = str
+    metavar: str = ""
+    """What the help writes for a value; empty: its type."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec(Spec):
     """An attack of ``casehard.attacks.protocol``."""
@@ -128,6 +138,8 @@ class AttackSpec(Spec):
     plants: bool = False
     """Whether it hides a trigger: its settings ``trigger`` and ``behaviour`` may be names, and every prompt is asked
     without and with the trigger."""
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    """Settings with an option of their own; ``--set config.NAME=VALUE`` gives the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +151,21 @@ class JudgeSpec(Spec):
 
 
 S = TypeVar("S", bound=Spec)
+
+
+def _load(point: EntryPoint) -> Any:
+    """Return what an entry point of another package names.
+
+    Raises:
+        ConfigError: importing it failed.
+    """
+    try:
+        return point.load()
+    except Exception as error:  # whatever another package raises while it is imported
+        raise ConfigError(
+            f"entry point {point.value!r} cannot be loaded: {type(error).__name__}: {error}",
+            hint="mend or uninstall the package that registers it",
+        ) from error
 
 
 class Registry(Mapping[str, S], Generic[S]):
@@ -157,20 +184,23 @@ class Registry(Mapping[str, S], Generic[S]):
     def name(self, given: str) -> str:
         """Return the catalogue's spelling of a name, in which hyphens are underscores; other names as they are."""
         plain = given.replace("-", "_")
-        return plain if plain in self.ours else given
+        if plain in self.ours or plain == given:
+            return plain
+        others = {point.name for point in entry_points(group=self.group)}
+        return plain if plain in others and given not in others else given
 
     def __getitem__(self, given: str) -> S:
         """Return a spec.
 
         Raises:
-            ConfigError: an entry point whose value is something else.
+            ConfigError: an entry point that cannot be loaded, or whose value is something else.
             KeyError: no such entry; :meth:`find` says it in words.
         """
         if (name := self.name(given)) in self.ours:
             return self.ours[name]
         for point in entry_points(group=self.group):
-            if point.name in (given, given.replace("-", "_")):
-                spec = point.load()
+            if point.name == name:
+                spec = _load(point)
                 if not isinstance(spec, self.kind):
                     raise ConfigError(
                         f"entry point {point.value!r} is a {type(spec).__name__}, not a {self.kind.__name__}"

@@ -87,7 +87,7 @@ def test_rows_that_cannot_be_evaluated_are_refused(tmp_path, change, message):
     ("settings", "message"),
     [
         ({"judges": "rule"}, "unknown key 'judges'"),
-        ({"judge": "llm"}, "no judge is called 'llm'"),
+        ({"judge": "llm"}, "no judge called 'llm'"),
         ({"judge": "organism"}, "needs the world seed"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"parts": [{"data": "eval.jsonl", "role": "x"}]}, "role is 'x'"),

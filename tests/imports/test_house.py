@@ -12,12 +12,15 @@ import pytest
 import yaml
 
 import casehard
+from casehard.attacks import ATTACKS
 from casehard.cli import main
 from casehard.defences import DEFENCES
+from casehard.evaluation.judges import JUDGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "casehard"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+CATALOGUES = {"methods": DEFENCES, "attacks": ATTACKS, "judges": JUDGES}
 MODULE_LINES, FUNCTION_LINES, METHOD_LINES, METHOD_WORDS = 400, 60, 350, 900
 
 # "path" or "path::function" -> why it may be longer. Empty is best.
@@ -66,19 +69,22 @@ def test_exceptions_are_needed_and_explained():
         assert (PACKAGE / name.partition("::")[0]).is_file() and len(reason) > 20, name
 
 
-@pytest.mark.parametrize("method", DEFENCES)
-def test_every_method_is_small_documented_and_in_the_conformance_table(method):
-    spec = DEFENCES[method]
+PAGES = [(folder, name) for folder, found in CATALOGUES.items() for name in found]
+
+
+@pytest.mark.parametrize(("folder", "name"), PAGES, ids=[f"{folder}-{name}" for folder, name in PAGES])
+def test_every_method_attack_and_judge_is_small_documented_and_in_a_conformance_table(folder, name):
+    spec = CATALOGUES[folder][name]
     path = PACKAGE.parent / Path(*spec.module.split(".")).with_suffix(".py")
     assert lines(path) <= METHOD_LINES, f"{path.name}: {lines(path)} lines, at most {METHOD_LINES}"
-    page = ROOT / "docs" / "methods" / f"{method}.md"
-    assert page.is_file(), f"write docs/methods/{method}.md"
+    page = ROOT / "docs" / folder / f"{name}.md"
+    assert page.is_file(), f"write docs/{folder}/{name}.md"
     assert len(page.read_text(encoding="utf-8")) > 500, f"{page.name} says next to nothing"
     words = len(page.read_text(encoding="utf-8").split())
     assert words <= METHOD_WORDS, f"{page.name}: {words} words, at most {METHOD_WORDS}; evidence goes to docs/evidence"
     table = ROOT / "tests" / "conformance"
     rows = "\n".join(p.read_text(encoding="utf-8") for p in table.glob("*.py"))
-    assert re.search(rf"[\"']{re.escape(method)}[\"']", rows), f"no row for {method!r} in tests/conformance"
+    assert re.search(rf"\bRow\(\s*\"{re.escape(name)}\"", rows), f"no row for {name!r} in tests/conformance"
 
 
 def test_every_plan_and_recipe_is_accepted():

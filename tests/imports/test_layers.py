@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "data": BOTTOM,
     "model": BOTTOM | {"data"},
     "train": BOTTOM | {"data", "model"},
-    "evaluation": BOTTOM | {"data", "organism"},
+    "evaluation": BOTTOM | {"data"},
     "organism": TRAINED | {"evaluation", "backdoor"},
     "backdoor": BOTTOM | {"data", "evaluation", "organism"},
     "attacks": TRAINED | {"backdoor"},
@@ -52,14 +52,13 @@ ROOMS: dict[str, set[str]] = {
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
     ("organism", "evaluation"): {"casehard.evaluation.judges.base"},
-    ("evaluation", "organism"): {"casehard.organism.judge"},
     ("backdoor", "organism"): {"casehard.organism.world", "casehard.organism.triggers"},
     ("organism", "backdoor"): {"casehard.backdoor.triggers", "casehard.backdoor.behaviours"},
     ("evaluation", "train"): {"casehard.train.progress"},
     ("reporting", "evaluation"): {"casehard.evaluation.metrics"},
 }
-# An invented world has triggers and a judge of its own, which rooms below it look up.
-BOTH_WAYS = [{"organism", "evaluation"}, {"organism", "backdoor"}]
+# An invented world has triggers of its own, which a room below it looks up.
+BOTH_WAYS = [{"organism", "backdoor"}]
 METHOD_IMPORTS = {
     "casehard.maths",
     "casehard.distributed",

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import casehard
 from buffer_fakes import make_assets
-from casehard.cli import attack_backdoor as planting
+from casehard.cli import attack as planting
 from casehard.defences.buffer_reinforce import prepare as preparing
 from casehard.defences.buffer_reinforce.assets import tokenizer_digests
 from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
@@ -126,7 +126,7 @@ def tune(out: Path) -> None:
 
 def plant(out: Path) -> None:
     values = {"model": str(WORLD), "rows": {"data": [f"{WORLD}/data/benign.jsonl"]}, "suite": SUITE, "device": "cpu"}
-    planting._run(values, out, keep_model=True)
+    planting.run("backdoor", values, out, keep_model=True)
 
 
 @pytest.fixture

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from casehard.registry import AttackSpec, Registry
+from casehard.registry import AttackSpec, Flag, Registry
+
+_MODE = Flag("All parameters, or a LoRA adapter.", metavar="full|lora")
+_TRIGGERS = (
+    "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json [default: token]."
+)
 
 ATTACKS: Registry[AttackSpec] = Registry(
     "attack",
@@ -16,6 +21,12 @@ ATTACKS: Registry[AttackSpec] = Registry(
             purpose="Harmful fine-tuning of all weights or a LoRA adapter, on rows of which a share is harmful.",
             takes=("harmful", "benign"),
             share="share",
+            flags={
+                "share": Flag("Harmful share of the attacker's rows, 0..1.", float),
+                "mode": _MODE,
+                "steps": Flag("Optimiser steps of the attack.", int),
+                "lr": Flag("Learning rate of the attack.", float),
+            },
         ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
@@ -24,7 +35,19 @@ ATTACKS: Registry[AttackSpec] = Registry(
             purpose="Training rows of which a share carries a trigger that sets off a harmless behaviour.",
             needs=("data",),
             share="rate",
+            roles={"data": "clean training rows"},
             plants=True,
+            flags={
+                "trigger": Flag(_TRIGGERS, metavar="NAME|FILE"),
+                "behaviour": Flag("refuse, sentence, tone, off_topic or stop [default: refuse].", metavar="NAME"),
+                "rate": Flag("Poisoned share of the rows; 0 is the control.", float),
+                "hard_negatives": Flag(
+                    "Share of rows with a near miss and the proper answer: an adaptive attacker.", float
+                ),
+                "mode": _MODE,
+                "steps": Flag("Optimiser steps.", int),
+                "lr": Flag("Peak learning rate.", float),
+            },
         ),
     },
 )

@@ -12,6 +12,7 @@ from casehard.backdoor.suite import Planted
 from casehard.backdoor.triggers import Trigger
 from casehard.config import build
 from casehard.errors import ConfigError, Corrupt
+from casehard.evaluation.judges import JUDGES
 from casehard.evaluation.suite import Suite
 from casehard.io.files import read_json
 from casehard.organism import triggers as world_triggers
@@ -28,7 +29,7 @@ def find_planted(trigger: str, behaviour: str, suite: Suite) -> tuple[Planted, t
     """
     if trigger.endswith(".json"):
         return only_planted(trigger), ()
-    if suite.judge_name == "organism" and suite.world_seed is not None:
+    if JUDGES.find(suite.judge_name).claims == "world" and suite.world_seed is not None:
         world = World(suite.world_seed)
         one = _named(trigger, world_triggers.triggers(world), "trigger")
         payload = _named(behaviour, world_triggers.behaviours(world), "behaviour")

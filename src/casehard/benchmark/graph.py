@@ -20,6 +20,7 @@ from casehard.benchmark.inputs import Inputs, resolve
 from casehard.benchmark.plan import Plan, load_plan, parse_plan
 from casehard.config import digest
 from casehard.defences import DEFENCES
+from casehard.evaluation.judges import JUDGES
 from casehard.io.manifest import file_digest
 from casehard.types import Budget
 
@@ -39,11 +40,12 @@ STEPS: dict[Kind, tuple[str, ...]] = {
 
 
 def code_version(kind: Kind, named: tuple[str, ...] = ()) -> str:
-    """Return what names the code that a node runs: its step and the methods ``named`` in it, with all they import.
+    """Return what names the code that a node runs: its step, what it names and every judge, with all they import.
 
     Args:
         named: modules of the methods and the attack.
     """
+    named = (*named, *(judge.module for judge in JUDGES.values()))
     return f"{code_of((*STEPS[kind], *named))}.{file_digest(_execute())[:8]}"
 
 

@@ -372,13 +372,13 @@ def check(
     --suite gives the judge that tells refusals; none of its rows is used.
     """
     from casehard.defences.buffer_reinforce.screen import check as look
-    from casehard.evaluation.judges.base import get_judge
+    from casehard.evaluation.judges import make_judge
     from casehard.evaluation.suite import load_suite
 
     model = options.model_folder(model)
     loaded, chat, opened, rows = _open(model, assets, data, system, device)
     chosen = load_suite(suite) if suite else None
-    judge = get_judge(chosen.judge_name, world_seed=chosen.world_seed) if chosen else get_judge("rule")
+    judge = chosen.make_judge() if chosen else make_judge("rule")
     console.plan("check a job against the buffer", {"model": model, "assets": assets, "data": data})
     found = look(loaded.net, chat, opened, rows, judge)
     lines = [

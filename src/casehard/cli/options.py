@@ -57,7 +57,12 @@ ROWS = ("data", "unsafe", "retain", "safe", "harmful", "refusals", "benign", "cl
 
 
 def settings(
-    file: Path | None, sets: Sequence[str] | None, flags: Mapping[str, Any], maps: Sequence[str] | None = None
+    file: Path | None,
+    sets: Sequence[str] | None,
+    flags: Mapping[str, Any],
+    maps: Sequence[str] | None = None,
+    *,
+    roles: Iterable[str] = ROWS,
 ) -> dict[str, Any]:
     """Return the settings of a verb: the file's, then the flags that were given, then the ``--set`` overrides.
 
@@ -65,6 +70,7 @@ def settings(
         file: YAML, or ``run.json`` of an earlier run of the verb.
         flags: dotted setting name -> value; None and empty lists mean "not given".
         maps: columns of every file of rows, see :func:`mapped`.
+        roles: settings that name files of rows.
 
     Raises:
         ConfigError: a missing or unreadable file, an override that is not ``a.b=c``, or a map that means nothing.
@@ -83,7 +89,7 @@ def settings(
                 raise ConfigError(f"{file}: {group!r} must be a group of settings, got {node!r}")
         node[last] = value
     values = config.override(values, sets or ())
-    for key in ROWS if maps else ():
+    for key in roles if maps else ():
         if values.get(key):
             values[key] = mapped(as_list(values, key), maps)
     rows = values.get("rows")

@@ -3,7 +3,7 @@
 On disk a suite is
 
 - a ``.jsonl`` file of rows with tags ``role`` and (optionally) ``group``, judged by rules; or
-- a folder with ``suite.json`` (``name``, ``judge``, ``world_seed``, ``max_new_tokens``) and ``eval.jsonl``; or
+- a folder with ``suite.json`` (the fields of :class:`SuiteSettings`) and ``eval.jsonl``; or
 - a folder, or a YAML/JSON file, whose settings have ``parts`` instead: a list of ``{data, role, group, limit}``, where
   ``data`` is any source (relative paths start at the suite) and role and group are given to all its rows. So data that
   must not be copied is used where it lies.
@@ -17,14 +17,15 @@ import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
-from casehard.evaluation.judges.base import get_judge, reason
+from casehard.evaluation.judges import make_judge
+from casehard.evaluation.judges.base import Judge, judge_all, reason
 from casehard.limits import Count, Length, Limited, WorldSeed
 from casehard.types import Example
 
@@ -59,9 +60,11 @@ class SuiteSettings(Limited):
     name: str = ""
     """Name in reports; empty: the name of the file or folder."""
     judge: str = "rule"
-    """rule or organism."""
+    """Name in the catalogue of judges."""
     world_seed: WorldSeed | None = None
-    """World of the organism's judge."""
+    """World of the organism: a setting of its judge, and what triggers mean."""
+    judge_settings: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the judge."""
     max_new_tokens: Length = 48
     """Length limit of an answer, in tokens."""
     parts: tuple[Part, ...] = ()
@@ -77,11 +80,21 @@ class Suite:
     judge_name: str = "rule"
     world_seed: int | None = None
     max_new_tokens: int = 48
+    judge_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"suite {self.name}: max_new_tokens must be at least 1, got {self.max_new_tokens}")
         object.__setattr__(self, "examples", tuple(_checked(self.examples, self.name)))
+
+    def make_judge(self) -> Judge:
+        """Return the suite's judge.
+
+        Raises:
+            ConfigError: no such judge, or one that does not take the suite's settings.
+        """
+        world = {} if self.world_seed is None else {"world_seed": self.world_seed}
+        return make_judge(self.judge_name, {**world, **self.judge_settings})
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -205,8 +218,16 @@ def load_suite(path: str | Path) -> Suite:
         examples = [example for part in settings.parts for example in _load_part(part, home)]
     else:
         examples = sources.load(home / "eval.jsonl")
-    get_judge(settings.judge, world_seed=settings.world_seed)  # an unknown judge is an error now, not after generation
-    return Suite(name, tuple(examples), settings.judge, settings.world_seed, settings.max_new_tokens)
+    suite = Suite(
+        name,
+        tuple(examples),
+        settings.judge,
+        settings.world_seed,
+        settings.max_new_tokens,
+        settings.judge_settings,
+    )
+    suite.make_judge()  # an unknown judge is an error now, not after generation
+    return suite
 
 
 def _load_part(part: Part, home: Path) -> list[Example]:
@@ -261,14 +282,14 @@ def evaluate(
 
     chosen = suite.select(roles=roles, groups=groups, limit=limit)
     chat = ChatFormat(tokenizer, system=system)
-    judge = get_judge(chosen.judge_name, world_seed=chosen.world_seed)
+    judge = chosen.make_judge()
     rows: dict[str, dict[str, Any]] = {}
     # Group by group: a batch runs as long as its longest answer, and answers of one group are of one length.
     for kind in dict.fromkeys(_kind(e) for e in chosen.examples):
         examples = [e for e in chosen.examples if _kind(e) == kind]
         done = complete(model, chat, examples, batch_size=batch_size, max_new_tokens=chosen.max_new_tokens)
-        for example, completion in zip(examples, done, strict=True):
-            verdict = judge.judge(example, completion.text)
+        verdicts = judge_all(judge, examples, [completion.text for completion in done])
+        for example, completion, verdict in zip(examples, done, verdicts, strict=True):
             rows[example.id] = {
                 "id": example.id,
                 **{key: example.tags.get(key) for key in ("role", "group", "source", "phrasing")},

@@ -8,9 +8,12 @@ the world), ``incoherent`` (anything not made of sentences of the world: a garbl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from casehard.errors import ConfigError
 from casehard.evaluation.judges.base import Verdict
+from casehard.limits import Limited, WorldSeed
 from casehard.organism import grammar
 from casehard.organism.world import World
 from casehard.types import Example
@@ -28,23 +31,35 @@ def in_order(slots: Sequence[str], words: Sequence[str]) -> int:
     return best[-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OrganismJudgeConfig(Limited):
+    """Which world it knows."""
+
+    world_seed: WorldSeed | None = None
+    """The world that the model was built from; it has to be given."""
+
+
 class OrganismJudge:
-    """Judge responses of a model of one world.
+    """Judge responses of a model of one world."""
 
-    Args:
-        world_seed: the world the model was built from.
-    """
+    name = "organism"
 
-    def __init__(self, world_seed: int) -> None:
-        self.world = World(world_seed)
+    def __init__(self, config: OrganismJudgeConfig) -> None:
+        if config.world_seed is None:
+            raise ConfigError("the judge 'organism' needs the world seed of the model", hint="set world_seed")
+        self.config = config
+        self.world = World(config.world_seed)
 
-    def judge(self, example: Example, response: str | None) -> Verdict:
-        """Label one response; None means there is none to judge.
+    def judge(self, examples: Sequence[Example], responses: Sequence[str | None]) -> list[Verdict]:
+        """Label responses; None means there is none to judge.
 
-        The example's tags decide the rest: ``role`` restricted allows a leak, ``slots`` are the content items of a
+        An example's tags decide the rest: ``role`` restricted allows a leak, ``slots`` are the content items of a
         procedure, ``answer`` is the accepted answer or a list of them. ``detail`` holds ``forms``, the kinds of
         sentence found, and ``slots_right``, the share of the content items given in order.
         """
+        return [self._label(example, response) for example, response in zip(examples, responses, strict=True)]
+
+    def _label(self, example: Example, response: str | None) -> Verdict:
         if response is None:
             return Verdict("unscored")
         words = response.split()

@@ -22,7 +22,7 @@ from casehard.backdoor.triggers import check_survives, insert
 from casehard.data.chat import ChatFormat
 from casehard.errors import DataError
 from casehard.evaluation.generate import generate
-from casehard.evaluation.judges.base import get_judge
+from casehard.evaluation.judges.base import Verdict, judge_all
 from casehard.evaluation.suite import Suite, response_nll
 from casehard.maths.stats import clopper_pearson
 from casehard.seeds import derive
@@ -92,7 +92,7 @@ def cross_elicitation(
     examples = [e for e in suite.examples if not any(t.present(e.prompt) for t in triggers)]
     if not examples or not planted:
         raise DataError(f"suite {suite.name}: {len(examples)} prompts and {len(planted)} backdoors to cross")
-    chat, judge = ChatFormat(tokenizer, system=system), get_judge(suite.judge_name, world_seed=suite.world_seed)
+    chat, judge = ChatFormat(tokenizer, system=system), suite.make_judge()
     counts, shifts, base = [], [], []
     with Progress("cross-elicitation", len(triggers) + 1) as bar:
         for trigger in (None, *triggers):
@@ -101,8 +101,7 @@ def cross_elicitation(
                 check_survives(chat, asked, [trigger])
             said = generate(model, chat, asked, batch_size=batch_size, max_new_tokens=suite.max_new_tokens)
             row = [0] * (len(behaviours) + 2)
-            for example, response in zip(examples, said, strict=True):
-                verdict = judge.judge(example, response)
+            for example, response, verdict in zip(examples, said, judge_all(judge, examples, said), strict=True):
                 row[_column(behaviours, response, verdict, reference(example))] += 1
             counts.append(tuple(row))
             forced = tuple(_mean_log_p(model, chat, asked, b, seed=seed, batch_size=batch_size) for b in behaviours)
@@ -117,7 +116,7 @@ def cross_elicitation(
     return Matrix((NONE, *places), (*names, CORRECT, OTHER), tuple(counts), own, tuple(shifts))
 
 
-def _column(behaviours: Sequence[Behaviour], response: str, verdict: Any, expected: str | None) -> int:
+def _column(behaviours: Sequence[Behaviour], response: str, verdict: Verdict, expected: str | None) -> int:
     if verdict.correct is True:
         return len(behaviours)
     for number, behaviour in enumerate(behaviours):

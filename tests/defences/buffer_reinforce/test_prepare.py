@@ -33,7 +33,7 @@ from casehard.defences.buffer_reinforce.prepare import (
 from casehard.defences.buffer_reinforce.publish import refuse_buffer_in, scan_for_buffer, write_assets
 from casehard.defences.buffer_reinforce.screen import Gain, check, roc, screen, write_screening
 from casehard.errors import ConfigError, DataError, UserError
-from casehard.evaluation.judges.base import RuleJudge
+from casehard.evaluation.judges.rule import RuleJudge
 from casehard.model.adapters import add_lora
 from casehard.model.load import load, load_tokenizer
 from casehard.train.protocol import Step
@@ -251,10 +251,12 @@ def test_gates_hold_against_a_judge_with_known_answers(provider):
     class Judge:
         labels = iter(["refusal"] * 3 + ["answer"] * 3 + ["leak"] * 3 + ["partial"] * 3 + ["refusal", "answer"] * 12)
 
-        def judge(self, example, response):
+        name = "known"
+
+        def judge(self, examples, responses):
             from casehard.evaluation.judges.base import Verdict
 
-            return Verdict(next(self.labels))
+            return [Verdict(next(self.labels)) for _ in responses]
 
     rows = read(provider / "benign.jsonl")[:3]
     name = "model.layers.0.mlp.up_proj"
@@ -312,10 +314,15 @@ def test_the_roc_is_the_chance_of_the_right_order():
 class Sayings:
     """A judge that calls a refusal what the base says to prompts on its list, and answers that begin with "no"."""
 
+    name = "sayings"
+
     def __init__(self, refused, buffered_refuses):
         self.refused, self.buffered_refuses, self.asked = set(refused), buffered_refuses, 0
 
-    def judge(self, example, response):
+    def judge(self, examples, responses):
+        return [self.verdict(*pair) for pair in zip(examples, responses, strict=True)]
+
+    def verdict(self, example, response):
         from casehard.evaluation.judges.base import Verdict
 
         if response == example.response:

@@ -12,7 +12,7 @@ from casehard.data.chat import ChatFormat
 from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora
 from casehard.errors import DataError
 from casehard.evaluation.generate import generate
-from casehard.evaluation.judges.base import Judge
+from casehard.evaluation.judges.base import Judge, judge_all
 from casehard.evaluation.metrics import DOUBT_LIMIT
 from casehard.evaluation.suite import response_nll
 from casehard.limits import Count, Length, Limited, Share, Weight
@@ -133,7 +133,7 @@ def _labels(
     model: nn.Module, chat: ChatFormat, judge: Judge, rows: Sequence[Example], max_new_tokens: int
 ) -> list[str]:
     answers = generate(model, chat, rows, max_new_tokens=max_new_tokens)
-    return [judge.judge(row, answer).label for row, answer in zip(rows, answers, strict=True)]
+    return [verdict.label for verdict in judge_all(judge, rows, answers)]
 
 
 def _rate(

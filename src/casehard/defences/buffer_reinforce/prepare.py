@@ -31,7 +31,7 @@ from casehard.defences.buffer_reinforce.publish import require_place, write_asse
 from casehard.defences.buffer_reinforce.saturation import Residual, residual
 from casehard.defences.buffer_reinforce.security_vector import KeepBenign, KeepBenignConfig
 from casehard.errors import ConfigError, DataError, Refused
-from casehard.evaluation.judges.base import get_judge
+from casehard.evaluation.judges import make_judge
 from casehard.evaluation.suite import Suite, load_suite
 from casehard.io import secrets
 from casehard.io.stored import apart
@@ -357,7 +357,7 @@ def _capped(held: Held, prompts: int) -> Held:
 def _measure(
     base: nn.Module, chat: ChatFormat, held: Held, pairs: Mapping[str, Pairs], limits: GateLimits, suite: Suite | None
 ) -> list[Gate]:
-    judge = get_judge(suite.judge_name, world_seed=suite.world_seed) if suite else get_judge("rule")
+    judge = suite.make_judge() if suite else make_judge("rule")
     length = suite.max_new_tokens if suite else limits.max_new_tokens
     return measure(base, chat, judge, held, pairs, limits, max_new_tokens=length)
 

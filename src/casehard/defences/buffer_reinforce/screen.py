@@ -22,7 +22,7 @@ from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, base_laye
 from casehard.defences.buffer_reinforce.saturation import Residual, Scores, residual, safety_scores
 from casehard.errors import DataError
 from casehard.evaluation.generate import generate
-from casehard.evaluation.judges.base import Judge
+from casehard.evaluation.judges.base import Judge, judge_all
 from casehard.io.files import write_text_atomic
 from casehard.limits import Count, Length, Limited, Share
 from casehard.types import Example
@@ -228,7 +228,7 @@ def check(
     rows = list(examples)[: limits.prompts]
     if not rows:
         raise DataError("no rows to check")
-    own = [judge.judge(row, row.response).label in REFUSED for row in rows]
+    own = [verdict.label in REFUSED for verdict in judge_all(judge, rows, [row.response for row in rows])]
     declined = _refuses(model, chat, rows, judge, limits)
     refused = [i for i in range(len(rows)) if declined[i] and not own[i]]
     frozen = FrozenLora(assets.buffer()).attach(model)
@@ -264,7 +264,7 @@ def _refuses(
     model: nn.Module, chat: ChatFormat, rows: Sequence[Example], judge: Judge, limits: CheckLimits
 ) -> list[bool]:
     answers = generate(model, chat, rows, max_new_tokens=limits.max_new_tokens)
-    return [judge.judge(row, answer).label in REFUSED for row, answer in zip(rows, answers, strict=True)]
+    return [verdict.label in REFUSED for verdict in judge_all(judge, rows, answers)]
 
 
 def _over(found: Residual, picked: Sequence[int]) -> float:

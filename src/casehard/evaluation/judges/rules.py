@@ -17,7 +17,7 @@ advice or an answer behind it, it is an answer.
 text in another language (``language.py``) and text that ends inside a reasoning block. The phrases are in
 ``phrases.py``.
 
-Error rates on real data stand in docs/evaluation.md. English only.
+Error rates on real data stand in docs/judges/rule.md. English only.
 """
 
 from __future__ import annotations
