@@ -145,7 +145,9 @@ SAYS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:HTTP Error", "ignore:Retrying in", "ignore:Error while downloading", "ignore:.*timed out")
+@pytest.mark.filterwarnings(
+    "ignore:HTTP Error", "ignore:Retrying in", "ignore:Error while downloading", "ignore:.*timed out"
+)
 @pytest.mark.parametrize(("how", "why", "hint"), SAYS, ids=[str(how) for how, _, _ in SAYS])
 def test_each_no_of_the_hub_has_its_words(
     here: Path, hub: FakeHub, small: Path, how: dict, why: str, hint: str, monkeypatch: pytest.MonkeyPatch

@@ -30,30 +30,55 @@ def _on_term(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _warner() -> Callable[..., None]:
-    """Return a ``showwarning`` that says each thing once, as a line for users rather than for programmers."""
-    told: set[str] = set()
+class _Messages(logging.Handler):
+    """Warnings and log records of libraries: each said once, as a line for users rather than for programmers."""
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
-        text = " ".join(str(message).split())
-        if text not in told:
-            told.add(text)
-            line = f"{text} ({category.__name__}, {filename}:{lineno})" if console.debugging() else text
-            (console.note if issubclass(category, Note) else console.warn)(line)
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+        self._taken: dict[str, list[logging.Handler]] = {}
 
-    return show
+    def tell(self, text: str, whence: str, *, harmless: bool = False) -> None:
+        text = " ".join(text.split())
+        if text not in self._told:
+            self._told.add(text)
+            (console.note if harmless else console.warn)(f"{text} ({whence})" if console.debugging() else text)
 
+    def show(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+        """Be ``warnings.showwarning``."""
+        self.tell(str(message), f"{category.__name__}, {filename}:{lineno}", harmless=issubclass(category, Note))
 
-def _plain_records(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
-    """Return a maker of log records whose text a terminal does not obey: libraries log names and values of others."""
+    def emit(self, record: logging.LogRecord) -> None:
+        whence = f"{record.name}, {record.pathname}:{record.lineno}"
+        self.tell(record.getMessage(), whence, harmless=record.levelno < logging.WARNING)
 
-    def made(*values: Any, **named: Any) -> logging.LogRecord:
-        record = make(*values, **named)
-        with contextlib.suppress(Exception):  # a record that cannot be formatted is logging's to complain about
-            record.msg, record.args = visible(record.getMessage()), None
-        return record
+    def records(self, make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
+        """Return a maker of log records that takes a library over when it logs for the first time.
 
-    return made
+        Handlers are exchanged then, because a library installs its own while it is imported, by whichever verb.
+        """
+
+        def made(*values: Any, **named: Any) -> logging.LogRecord:
+            record = make(*values, **named)
+            with contextlib.suppress(Exception):  # a record that cannot be formatted is logging's to complain about
+                # Libraries log names and values of others: a terminal must not obey them.
+                record.msg, record.args = visible(record.getMessage(), lines=True), None
+            self._take(record.name.partition(".")[0])
+            return record
+
+        return made
+
+    def _take(self, library: str) -> None:
+        logger = logging.getLogger(library)
+        if library != "root" and self not in logger.handlers:
+            self._taken.setdefault(library, logger.handlers)
+            # Files and the like that somebody set up stay.
+            logger.handlers = [h for h in logger.handlers if type(h) is not logging.StreamHandler] + [self]
+
+    def give_back(self) -> None:
+        """Put every library's handlers back."""
+        for library, handlers in self._taken.items():
+            logging.getLogger(library).handlers = handlers
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -134,13 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Two progress displays at once garble each other; ours stays.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     previous, shown = signal.signal(signal.SIGTERM, _on_term), warnings.showwarning
-    warnings.showwarning, records = _warner(), logging.getLogRecordFactory()
-    logging.setLogRecordFactory(_plain_records(records))
+    messages, records = _Messages(), logging.getLogRecordFactory()
+    warnings.showwarning = messages.show
+    logging.setLogRecordFactory(messages.records(records))
     try:
         return _run(arguments)
     finally:
         warnings.showwarning = shown
         logging.setLogRecordFactory(records)
+        messages.give_back()
         signal.signal(signal.SIGTERM, previous)
 
 

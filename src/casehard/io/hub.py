@@ -17,7 +17,7 @@ SILENT = "no answer"
 _LOGGERS = ("huggingface_hub", "datasets")
 
 
-class Silence(Exception):  # noqa: N818  not an error until somebody says what it means
+class Silence(Exception):
     """A Hub that takes questions and does not answer them."""
 
 
