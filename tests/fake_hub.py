@@ -79,7 +79,8 @@ def _handler(hub: FakeHub, over: threading.Event) -> type[BaseHTTPRequestHandler
 
         def do_GET(self) -> None:
             parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-            hub.asked.append(f"{self.command} {'/'.join(parts)}")
+            if parts[-1] != "agent-harnesses":  # what the client asks once a process, in some environments
+                hub.asked.append(f"{self.command} {'/'.join(parts)}")
             api = parts[:2] == ["api", "models"]
             name, rest = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
             repo = Repo(hang=True) if hub.silent else hub.repos.get(name)

@@ -136,17 +136,18 @@ def find_any(given: str | Path, *, root: Path = Path(), tell: Tell | None = None
     Raises:
         UserError: see :func:`find`; whether a local folder is there is left to who reads it.
     """
-    found = _hub_only(given, root)
+    found = hub_model(given, root)
     return _fetch(found, tell) if found else Path(given)
 
 
 def pin_any(given: str, *, tell: Tell | None = None) -> str:
     """Return what :func:`pin` does for a folder that need not be a model."""
-    found = _hub_only(given, Path())
+    found = hub_model(given)
     return str(_snapshot(_fetch(found, tell))) if found else given
 
 
-def _hub_only(given: str | Path, root: Path) -> HubModel | None:
+def hub_model(given: str | Path, root: Path = Path()) -> HubModel | None:
+    """Return the Hub model that is meant, or None where it is a folder or nothing at all; nothing is fetched."""
     try:
         found = read(given, root=root)
     except ConfigError:
