@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from casehard.cli import console
-from casehard.errors import Note, UserError, visible
+from casehard.errors import Note, UserError, is_panic, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -96,7 +96,7 @@ def _invoke(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _usage(error: Exception) -> int:
+def _usage(error: BaseException) -> int:
     """Print a mistake in the arguments (an exception of typer's parser) and return its exit code."""
     context = getattr(error, "ctx", None)
     message = str(getattr(error, "format_message")()).strip()  # noqa: B009  no public base class to name
@@ -126,7 +126,9 @@ def _run(arguments: list[str]) -> int:
         # Only what is printed past the console (a help page) gets here; the work itself never does.
         console.mute(sys.stdout)
         return BROKEN_PIPE
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if hasattr(error, "format_message"):
             return _usage(error)
         if console.debugging():
