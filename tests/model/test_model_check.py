@@ -529,7 +529,9 @@ def test_a_pattern_that_takes_for_ever_is_an_error_of_the_row(folder: Path) -> N
     tokenizer_with(folder, pre_tokenizer=pattern)
     chat = ChatFormat(loading.load_tokenizer(folder))
     row = Example.pair("a" * 60 + "!", "a b")
-    with pytest.raises(DataError, match="row with prompt 'aaaa.*the tokenizer gives up: Onig: .*retry-limit") as caught:
+    with pytest.raises(
+        DataError, match=r"row with prompt 'aaaa.*the tokenizer gives up: Onig: .*retry-limit"
+    ) as caught:
         chat.encode(row)
     assert "tokenizer.json" in caught.value.hint
     with pytest.raises(DataError, match="the tokenizer gives up"):
@@ -540,5 +542,5 @@ def test_a_panic_while_loading_is_told(folder: Path, monkeypatch: pytest.MonkeyP
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     tokenizer_with(folder, pre_tokenizer=pattern)
     monkeypatch.setattr(loading, "TRIED", ["a" * 60 + "!"])
-    with pytest.raises(DataError, match="the tokenizer cannot be loaded or used .PanicException: Onig"):
+    with pytest.raises(DataError, match=r"the tokenizer cannot be loaded or used .PanicException: Onig"):
         loading.load(folder)
