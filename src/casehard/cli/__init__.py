@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from casehard.cli import console
 from casehard.errors import Note, UserError, is_panic, visible
@@ -44,7 +44,15 @@ class _Messages(logging.Handler):
             self._told.add(text)
             (console.note if harmless else console.warn)(f"{text} ({whence})" if console.debugging() else text)
 
-    def show(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+    def show(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         """Be ``warnings.showwarning``."""
         self.tell(str(message), f"{category.__name__}, {filename}:{lineno}", harmless=issubclass(category, Note))
 
