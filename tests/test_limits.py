@@ -106,3 +106,14 @@ def test_a_grid_of_coefficients_is_held_too(value):
         coefficient_grid(c_user=(0.5, value))
     with pytest.raises(ConfigError, match="coefficient"):
         coefficient_grid(c_reinforce=(value,))
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("name", ["count", "maybe", "several", "pair", "either"])
+def test_true_and_false_are_no_numbers(name, value):
+    listed = {"several": [1, value], "pair": [0.5, value]}
+    given = listed.get(name, value)
+    with pytest.raises(ConfigError, match=rf"{name}\b.* is {str(value).lower()}, not a number"):
+        build(Small, {name: given}, where="x")
+    with pytest.raises(ConfigError, match=rf"{name} is {str(value).lower()}, not a number"):
+        Small(**{name: tuple(given) if name in listed else given})

@@ -41,6 +41,8 @@ REFUSED = {
     "long text": ("a: " + "x" * 10_000_000, "bytes"),
     "long number": ("a: " + "9" * 5000, "line 1: a number of 5000 characters"),
     "long clock": ("a: " + "1:" * 2000 + "1", "line 1: a number of"),
+    "a time of day": ("a: 1\nb: 1:30\n", "line 2: YAML reads 1:30 in base sixty"),
+    "minutes with a fraction": ("a: [1:30.5]\n", "line 1: YAML reads 1:30.5 in base sixty"),
     "many values": (f"a: &a [{'1,' * 2000}]\nb: [{'*a,' * 60}]\n", "line 2: more than 100,000 values"),
     "no number": ("a: 0x_\n", "line 1"),
     "tagged text as number": ("a: !!int many\n", "line 1"),

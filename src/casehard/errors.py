@@ -115,3 +115,8 @@ class Interrupted(UserError):
     def __init__(self, message: str, *, hint: str = "", exit_code: int = 130) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library in Rust gave up: such an error is no ``Exception``, and its class cannot be imported."""
+    return type(error).__name__ == "PanicException"

@@ -36,6 +36,7 @@ class Within:
 
     def check(self, value: Any) -> Any:
         """Return the value; raise ValueError when it is a number outside, whose text goes behind the setting's name."""
+        self.no_truth(value)
         if not isinstance(value, int | float):
             return value
         if value != value:  # NaN; math.isnan refuses integers beyond 1e308
@@ -48,11 +49,19 @@ class Within:
             raise ValueError(f"must be {'below' if self.below else 'at most'} {_text(self.high)}, got {_text(value)}")
         return value
 
+    @staticmethod
+    def no_truth(value: Any) -> Any:
+        """Return the value; raise ValueError when it is true or false, which Python and pydantic take for 1 and 0."""
+        if isinstance(value, bool):
+            raise ValueError(f"is {str(value).lower()}, not a number")
+        return value
+
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Let pydantic ask :meth:`check` once it knows the value's type."""
         from pydantic_core import core_schema
 
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
+        inner = core_schema.no_info_before_validator_function(self.no_truth, handler(source))
+        return core_schema.no_info_after_validator_function(self.check, inner)
 
 
 def _text(number: float) -> str:

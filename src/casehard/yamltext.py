@@ -76,6 +76,8 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(mark, f"the tag {node.tag!r} is not read", "plain values only: leave the tag out")
         if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > _DIGITS:
             raise _Refused(mark, f"a number of {len(node.value)} characters", "put it in quotes if it is a text")
+        if node.tag in (f"{_TAG}int", f"{_TAG}float") and ":" in node.value:
+            raise _Refused(mark, f"YAML reads {node.value} in base sixty", "put it in quotes if it is a text")
         if isinstance(node, yaml.ScalarNode) and _NO_TEXT.search(node.value):
             raise _Refused(mark, "a text with NUL or half a character", "no name and no message holds one")
         lines: dict[str, int] = {}

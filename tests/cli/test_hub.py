@@ -12,7 +12,7 @@ from casehard.benchmark.execute import Task, execute, finished, work
 from casehard.benchmark.graph import expand
 from casehard.benchmark.plan import parse_plan
 from casehard.cli import main
-from casehard.io.manifest import file_digest
+from casehard.io.manifest import file_digest, write_manifest
 from casehard.model import source
 from fake_hub import FakeHub, commit, serving, use
 
@@ -87,6 +87,8 @@ def verbs(data):
         "buffer screen": [*buffer, "--model"],
         "buffer saturation": ["--out", "o", *buffer, "--model"],
         "buffer check": [*buffer, "--model"],
+        "merge reinforce": ["--out", "o", "--reinforce", "r", "--user"],
+        "merge reinforce --user u": ["--out", "o", "--reinforce"],
         "merge search": ["--out", "o", "--user", "u", "--reinforce", "r", *suite, "--model"],
         "select": ["--out", "o", "--pool", data / "align.jsonl", *rows, "--model"],
         "select --k 1": ["--out", "o", "--pool", data / "align.jsonl", *rows, "--embedder"],
@@ -177,3 +179,36 @@ def _plain(value):
     from casehard.config import to_dict
 
     return json.loads(json.dumps(to_dict(value)))
+
+
+def test_adapters_of_the_hub_are_merged(hub, here, organism, capsys):
+    from test_merge_verb import adapter
+
+    for seed, name in enumerate(("user", "reinforce")):
+        folder = adapter(organism, here / name, seed=seed)
+        (folder / "README.md").write_text("not fetched")
+        write_manifest(folder)
+        hub.add(f"org/{name}", folder)
+    assert main(["merge", "reinforce", "--user", "user", "--reinforce", "reinforce", "--out", "local"]) == 0
+    assert main(["merge", "reinforce", "--user", "org/user", "--reinforce", "hub:org/reinforce", "--out", "far"]) == 0
+    one, two = (here / name / "adapter_model.safetensors" for name in ("local", "far"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_provider_assets_are_no_hub_model(hub, here, organism, capsys):
+    assets = here / "shared" / "assets"
+    (assets / "buffer").mkdir(parents=True)
+    (assets / "assets.json").write_text("{}")
+    hub.add("org/assets", assets)
+    rows = ["--data", str(organism / "data" / "align.jsonl"), "--model", str(organism)]
+    for verb in (
+        ["defend", "buffer-reinforce", "--assets", "org/assets", "--out", "o", *rows],
+        ["buffer", "tune", "--assets", "hub:org/assets", "--out", "o", *rows],
+        ["buffer", "screen", "--assets", "org/assets", *rows],
+        ["buffer", "check", "--assets", "hub:org/assets", *rows],
+        ["merge", "reinforce", "--user", str(organism), "--reinforce", "org/assets", "--out", "o"],
+    ):
+        assert main(verb) == 7, verb
+        err = capsys.readouterr().err
+        assert "provider assets hold a buffer" in err and "are no Hub model" in err, err
+        assert not (here / "o").exists()

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from helpers import tree, write_rows
 
+from casehard import cli
 from casehard.cli import console, main, scoring
 from casehard.cli.attack import CURVE
 from casehard.errors import StorageError
@@ -41,6 +42,50 @@ def defend(organism, here):
         *SMALL,
         *change.get("more", ()),
     ]
+
+
+def test_what_libraries_log_is_one_line_once(capsys, monkeypatch):
+    import logging
+
+    from transformers.utils import logging as of_transformers
+
+    others = logging.getLogger("library")
+    before = [*others.handlers], [*logging.getLogger("transformers").handlers]
+
+    def inside(arguments):
+        # As a library does that is imported by a verb: a handler of its own, in a shape of its own.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(pathname)s:%(lineno)d %(message)s"))
+        others.addHandler(handler)
+        for _ in range(3):
+            others.getChild("part").warning("a setting of %s\n  is odd", "yours")
+            of_transformers.get_logger("transformers.some.part").warning("`flags` are not valid")
+        logging.getLogger("bare").error("no handler at all")
+        return 0
+
+    monkeypatch.setattr(cli, "_invoke", inside)
+    assert main([]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: a setting of yours is odd",
+        "warning: `flags` are not valid",
+        "warning: no handler at all",
+    ]
+    assert logging.getLogger("transformers").handlers == before[1] and not logging.getLogger("bare").handlers
+    others.handlers = before[0]
+    monkeypatch.setenv("CASEHARD_DEBUG", "1")
+    assert main([]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 3 and all(__file__ in line for line in told)
+    others.handlers = before[0]
+
+
+def test_rows_without_a_role_are_told_how_to_name_one(capsys, here, organism):
+    write_rows(here / "rows.jsonl", [{"prompt": "a", "response": "b"}])
+    (here / "empty").mkdir()
+    (here / "empty" / "config.json").write_text("{}")  # no model is looked at
+    err = fails(capsys, 3, "evaluate", "--model", "empty", "--suite", "rows.jsonl", "--out", "out")
+    assert "suite rows: row 1: role is None" in err and "--suite suite.yaml" in err and "parts: [{data:" in err
+    assert not (here / "out").exists()
 
 
 def test_a_misspelt_method_is_told_the_nearest(capsys, here, defend):

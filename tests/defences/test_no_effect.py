@@ -35,7 +35,12 @@ def test_fine_mixing_with_the_suspect_itself_as_base_is_refused(tmp_path):
 def test_fine_mixing_with_a_base_that_differs_in_one_weight_is_not(tmp_path):
     base = weights(tiny_llama())
     base["lm_head.weight"][3, 5] += 1
-    FineMixing(base=base).prepare(Setup(tiny_llama(), seed=0, max_steps=1))
+    mixed = {}
+    for seed in range(4):
+        FineMixing(base=base).prepare(Setup(model := tiny_llama(), seed=seed, max_steps=1))
+        mixed[seed] = weights(model)["lm_head.weight"][3, 5]
+    own = weights(tiny_llama())["lm_head.weight"][3, 5]
+    assert {float(m) for m in mixed.values()} == {float(own), float(own + 1)}  # one of both, by the draw
 
 
 def test_weights_of_the_run_itself_may_be_put_back_when_nothing_moved():

@@ -174,6 +174,19 @@ def _build(kind, values):
         return None
 
 
+def _or_refused(function, *given, kind=ConfigError, **named):
+    """Return what a function returns, or None where it refuses what it was given in words."""
+    try:
+        return function(*given, **named)
+    except kind as error:
+        assert error.message and error.exit_code in range(2, 11)
+        return None
+
+
+def _has_nan(value):
+    return any(map(math.isnan, _floats(value)))
+
+
 def _finite(value, hint):
     """Return whether every number in a setting is finite, or infinite where its limits say so."""
     endless = any(isinstance(part, Within) and part.endless for part in _parts(hint))
@@ -204,12 +217,14 @@ def test_a_configuration_is_built_or_refused(data):
 def test_any_text_is_plain_values_or_refused(data):
     bits = st.sampled_from(TOKENS)
     text = data.draw(st.lists(bits, max_size=30).map("".join) | st.text(max_size=60) | ANY.map(repr))
-    with contextlib.suppress(ConfigError):
-        json.dumps(yamltext.parse(text, where="fuzz"))
-    with contextlib.suppress(ConfigError):
-        json.dumps(override({"a": [1, {"b": 2}], "c": {}}, [f"a.1.b={text}", f"{text}=1", text]))
-    with contextlib.suppress(ConfigError):
-        parse_override(text)
+    read = _or_refused(yamltext.parse, text, where="fuzz")
+    given = _or_refused(override, {"a": [1, {"b": 2}], "c": {}}, [f"a.1.b={text}", f"{text}=1", text])
+    # Refused, or values that JSON holds as they are: nothing of another type, and no key that is no text.
+    assert all(json.loads(json.dumps(value)) == value or _has_nan(value) for value in (read, given))
+    one = _or_refused(parse_override, text)
+    if one is not None:
+        path, value = one
+        assert path and all(path) and (json.loads(json.dumps(value)) == value or _has_nan(value))
 
 
 @fuzzed(30)
@@ -224,8 +239,8 @@ def test_a_plan_with_anything_in_it_is_built_or_refused(data):
                 node[key] = data.draw(ANY)
                 break
             node = node[key]
-    with contextlib.suppress(UserError):
-        parse_plan(values)
+    made = _or_refused(parse_plan, values, kind=UserError)
+    assert made is None or len(digest(made)) == 64
 
 
 @fuzzed(20)
@@ -234,8 +249,8 @@ def test_any_override_of_a_plan_is_taken_or_refused(data):
         ["attacks", "defences", "bases", "seeds", "headline", "name", "settings", "0", "plain", "x", ""]
     )
     path = ".".join(data.draw(st.lists(words | TEXTS, min_size=1, max_size=4)))
-    with contextlib.suppress(UserError):
-        load_plan(PLANS[0], [f"{path}={data.draw(ANY | TEXTS)}"])
+    made = _or_refused(load_plan, PLANS[0], [f"{path}={data.draw(ANY | TEXTS)}"], kind=UserError)
+    assert made is None or len(digest(made)) == 64
 
 
 # -- a sample of what was accepted, run ----------------------------------------------------------------------------

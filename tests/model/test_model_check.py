@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from test_model_load import edit, words
 
 from casehard.cli import options
+from casehard.data.chat import ChatFormat
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
 from casehard.io.files import read_json
 from casehard.model import load as loading
 from casehard.model.adapters import add_lora
 from casehard.model.digest import READ, folder_digest
 from casehard.model.save import save
+from casehard.types import Example
 from fakes import tiny_llama
 
 IDS = torch.tensor([[5, 6, 3]])
@@ -491,3 +493,54 @@ def test_the_digest_knows_every_file_of_every_tokenizer() -> None:
         for table in re.findall(r"VOCAB_FILES_NAMES\b[^=]*= \{(.*?)\}", source.read_text(encoding="utf-8"), re.S):
             named |= set(re.findall(r': *"([^"]+)"', table))
     assert len(named) > 15 and named <= READ, named - READ
+
+
+# -- what tokenizer.json asks for -----------------------------------------------------------------------------------
+
+
+def tokenizer_with(folder: Path, **parts: Any) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+
+
+def replace(text: str, by: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": text}, "content": by}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_normalizer_that_multiplies_a_text_is_refused_and_not_run(folder: Path, nested: bool) -> None:
+    steps: list[Any] = [replace("a", "a" * 1000)] * 6
+    inner = {"type": "Sequence", "normalizers": steps}
+    tokenizer_with(folder, normalizer={"type": "Sequence", "normalizers": [inner]} if nested else inner)
+    for read in (loading.load, loading.load_tokenizer):
+        with pytest.raises(DataError, match=r"tokenizer\.json: its normalizer makes one character 1,000,0") as caught:
+            read(folder)
+        assert len(caught.value.message) < 400
+
+
+def test_a_normalizer_of_ordinary_replacements_is_run(folder: Path) -> None:
+    steps: list[Any] = [replace(" ", "\u2581"), replace("``", '"'), {"type": "Prepend", "prepend": "\u2581"}]
+    tokenizer_with(folder, normalizer={"type": "Sequence", "normalizers": steps})
+    assert loading.load(folder).tokenizer("a b")["input_ids"]
+
+
+def test_a_pattern_that_takes_for_ever_is_an_error_of_the_row(folder: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer_with(folder, pre_tokenizer=pattern)
+    chat = ChatFormat(loading.load_tokenizer(folder))
+    row = Example.pair("a" * 60 + "!", "a b")
+    with pytest.raises(
+        DataError, match=r"row with prompt 'aaaa.*the tokenizer gives up: Onig: .*retry-limit"
+    ) as caught:
+        chat.encode(row)
+    assert "tokenizer.json" in caught.value.hint
+    with pytest.raises(DataError, match="the tokenizer gives up"):
+        chat.prompt_ids(row)
+
+
+def test_a_panic_while_loading_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer_with(folder, pre_tokenizer=pattern)
+    monkeypatch.setattr(loading, "TRIED", ["a" * 60 + "!"])
+    with pytest.raises(DataError, match=r"the tokenizer cannot be loaded or used .PanicException: Onig"):
+        loading.load(folder)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from casehard.errors import ConfigError, StorageError, Unsupported, UserError
+from casehard.data.hub import rows as hub_rows
+from casehard.errors import ConfigError, DataError, StorageError, Unsupported, UserError
+from casehard.io import hub as hub_questions
 from casehard.model import load as loading
 from casehard.model import source
 from casehard.model.source import HubModel, find, is_snapshot, origin, pin, read
@@ -138,21 +140,53 @@ SAYS = [
     ({"info": (429, "")}, "HTTP 429", "wait some minutes"),
     ({"cut": True}, "the transfer from .* broke off", "goes on where it stopped"),
     ({"hang": True}, "does not answer", "check the network and HF_ENDPOINT"),
+    # The client sets no limit of time for this question, and asks it six times.
+    ({"no_list": True}, "does not answer", "check the network and HF_ENDPOINT"),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:HTTP Error", "ignore:Retrying in", "ignore:Error while downloading")
+@pytest.mark.filterwarnings(
+    "ignore:HTTP Error", "ignore:Retrying in", "ignore:Error while downloading", "ignore:.*timed out"
+)
 @pytest.mark.parametrize(("how", "why", "hint"), SAYS, ids=[str(how) for how, _, _ in SAYS])
 def test_each_no_of_the_hub_has_its_words(
     here: Path, hub: FakeHub, small: Path, how: dict, why: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "PATIENCE", 0.3)
+    monkeypatch.setattr(hub_questions, "PATIENCE", 0.3)
     hub.add("org/model", small, **how)
     began = time.monotonic()
     with pytest.raises(UserError, match=rf"'org/model' is neither a folder here nor .* the Hub: .*{why}") as caught:
         find("org/model")
     assert hint.format(url=hub.url) in caught.value.hint
     assert "\n" not in caught.value.message and len(caught.value.message) < 300
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.filterwarnings("ignore:.*timed out", "ignore:Retrying in")
+def test_a_listing_that_does_not_come_leaves_what_the_cache_has(
+    here: Path, hub: FakeHub, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_questions, "PATIENCE", 0.3)
+    repo = hub.add("org/model", small)
+    folder = find("org/model")
+    source._fetched.clear()
+    repo.commits["main"] = commit(2)
+    repo.no_list = True
+    with pytest.warns(UserWarning, match="taken from the cache, commit 000000000000: .* does not answer"):
+        assert find("org/model") == folder
+
+
+@pytest.mark.filterwarnings("ignore:.*timed out", "ignore:Retrying in")
+def test_rows_of_a_hub_that_never_answers(here: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_questions, "PATIENCE", 0.3)
+    hub.silent = True
+    began = time.monotonic()
+    with pytest.raises(DataError, match="hub:org/name:train: the Hub does not answer") as caught:
+        next(iter(hub_rows("hub:org/name:train")))
+    assert "check the name and the network" in caught.value.hint
     assert time.monotonic() - began < 10
 
 

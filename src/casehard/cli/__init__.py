@@ -12,10 +12,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from casehard.cli import console
-from casehard.errors import Note, UserError, visible
+from casehard.errors import Note, UserError, is_panic, visible
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -30,30 +30,63 @@ def _on_term(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-def _warner() -> Callable[..., None]:
-    """Return a ``showwarning`` that says each thing once, as a line for users rather than for programmers."""
-    told: set[str] = set()
+class _Messages(logging.Handler):
+    """Warnings and log records of libraries: each said once, as a line for users rather than for programmers."""
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
-        text = " ".join(str(message).split())
-        if text not in told:
-            told.add(text)
-            line = f"{text} ({category.__name__}, {filename}:{lineno})" if console.debugging() else text
-            (console.note if issubclass(category, Note) else console.warn)(line)
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+        self._taken: dict[str, list[logging.Handler]] = {}
 
-    return show
+    def tell(self, text: str, whence: str, *, harmless: bool = False) -> None:
+        text = " ".join(text.split())
+        if text not in self._told:
+            self._told.add(text)
+            (console.note if harmless else console.warn)(f"{text} ({whence})" if console.debugging() else text)
 
+    def show(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Be ``warnings.showwarning``."""
+        self.tell(str(message), f"{category.__name__}, {filename}:{lineno}", harmless=issubclass(category, Note))
 
-def _plain_records(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
-    """Return a maker of log records whose text a terminal does not obey: libraries log names and values of others."""
+    def emit(self, record: logging.LogRecord) -> None:
+        whence = f"{record.name}, {record.pathname}:{record.lineno}"
+        self.tell(record.getMessage(), whence, harmless=record.levelno < logging.WARNING)
 
-    def made(*values: Any, **named: Any) -> logging.LogRecord:
-        record = make(*values, **named)
-        with contextlib.suppress(Exception):  # a record that cannot be formatted is logging's to complain about
-            record.msg, record.args = visible(record.getMessage()), None
-        return record
+    def records(self, make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
+        """Return a maker of log records that takes a library over when it logs for the first time.
 
-    return made
+        Handlers are exchanged then, because a library installs its own while it is imported, by whichever verb.
+        """
+
+        def made(*values: Any, **named: Any) -> logging.LogRecord:
+            record = make(*values, **named)
+            with contextlib.suppress(Exception):  # a record that cannot be formatted is logging's to complain about
+                # Libraries log names and values of others: a terminal must not obey them.
+                record.msg, record.args = visible(record.getMessage(), lines=True), None
+            self._take(record.name.partition(".")[0])
+            return record
+
+        return made
+
+    def _take(self, library: str) -> None:
+        logger = logging.getLogger(library)
+        if library != "root" and self not in logger.handlers:
+            self._taken.setdefault(library, logger.handlers)
+            # Files and the like that somebody set up stay.
+            logger.handlers = [h for h in logger.handlers if type(h) is not logging.StreamHandler] + [self]
+
+    def give_back(self) -> None:
+        """Put every library's handlers back."""
+        for library, handlers in self._taken.items():
+            logging.getLogger(library).handlers = handlers
 
 
 def _invoke(arguments: list[str]) -> int:
@@ -71,7 +104,7 @@ def _invoke(arguments: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _usage(error: Exception) -> int:
+def _usage(error: BaseException) -> int:
     """Print a mistake in the arguments (an exception of typer's parser) and return its exit code."""
     context = getattr(error, "ctx", None)
     message = str(getattr(error, "format_message")()).strip()  # noqa: B009  no public base class to name
@@ -101,7 +134,9 @@ def _run(arguments: list[str]) -> int:
         # Only what is printed past the console (a help page) gets here; the work itself never does.
         console.mute(sys.stdout)
         return BROKEN_PIPE
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if hasattr(error, "format_message"):
             return _usage(error)
         if console.debugging():
@@ -134,13 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Two progress displays at once garble each other; ours stays.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     previous, shown = signal.signal(signal.SIGTERM, _on_term), warnings.showwarning
-    warnings.showwarning, records = _warner(), logging.getLogRecordFactory()
-    logging.setLogRecordFactory(_plain_records(records))
+    messages, records = _Messages(), logging.getLogRecordFactory()
+    warnings.showwarning = messages.show
+    logging.setLogRecordFactory(messages.records(records))
     try:
         return _run(arguments)
     finally:
         warnings.showwarning = shown
         logging.setLogRecordFactory(records)
+        messages.give_back()
         signal.signal(signal.SIGTERM, previous)
 
 

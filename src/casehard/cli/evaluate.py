@@ -34,6 +34,7 @@ def evaluate(
 
 def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     from casehard.config import build, to_dict
+    from casehard.evaluation.suite import load_suite
     from casehard.model.load import load
     from casehard.model.provenance import served_with
     from casehard.model.source import find, origin
@@ -56,6 +57,7 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     console.plan("measure a checkpoint", {**items, "out": out})
     if (served := served_with(folder)) and job.system is None:
         console.warn(f"this checkpoint's defence is a system message that is not used here: --set system={served!r}")
+    load_suite(job.suite)  # rows that cannot be evaluated are told before a model is loaded, and leave no folder
     with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         made_from(run, loaded.digest, loaded.origin)

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Merge adapters in factor space, and look for coefficients.", no_args_is_help=True)
 
-User = Annotated[Path, typer.Option("--user", metavar="DIR", help="The user's adapter, as tuned.")]
+User = Annotated[str, typer.Option("--user", metavar="DIR|ID", help="The user's adapter, as tuned.")]
 Reinforce = Annotated[
-    Path,
-    typer.Option("--reinforce", metavar="DIR", help="The provider's reinforcing adapter, or the folder of its assets."),
+    str,
+    typer.Option(
+        "--reinforce",
+        metavar="DIR|ID",
+        help="The provider's reinforcing adapter, or the (local) folder of its assets.",
+    ),
 ]
 BasisOption = Annotated[
     str | None,
@@ -76,9 +80,9 @@ def reinforce(
         "protect_safety": protect_safety or None,
     }
     settings = _settings(config, sets, flags)
-    provider = _provider(user, reinforce)
+    adapter, provider = _adapters(user, reinforce)
     with new_folder(out):
-        _merge(settings, user, provider, out, inputs)
+        _merge(settings, adapter, provider, out, inputs)
 
 
 def _settings(config: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> MergeConfig:
@@ -91,18 +95,30 @@ def _settings(config: Path | None, sets: list[str] | None, flags: dict[str, Any]
     return build(MergeConfig, values, where="merge")
 
 
-def _provider(user: Path, given: Path) -> Path:
-    """Return the reinforcing adapter; where assets are given whole, the user's is searched for their buffer."""
-    for folder, flag in ((user, "--user"), (given, "--reinforce")):
-        if not folder.is_dir():
-            raise ConfigError(f"{flag}: no such folder: {folder}")
-    inner = given / "reinforce"
-    if (given / "adapter_config.json").exists() or not (inner / "adapter_config.json").exists():
-        return given
+def _adapters(user: str, reinforce: str) -> tuple[Path, Path]:
+    """Return the folders of both adapters; where assets are given whole, the user's is searched for their buffer."""
+    from casehard.model.source import find_any
+    from casehard.train.progress import announce
+
+    folders = []
+    for given, flag in ((user, "--user"), (reinforce, "--reinforce")):
+        folders.append(found := find_any(given, tell=announce))
+        if not found.is_dir():
+            hint = "give the folder of an adapter, or a Hub id org/name[@revision]"
+            raise ConfigError(f"{flag}: no such folder: {given}", hint=hint)
+    adapter, provider = folders
+    if (provider / "adapter_config.json").exists():
+        return adapter, provider
+    from casehard.defences.buffer_reinforce.assets import refuse_fetched
+
+    refuse_fetched(reinforce)
+    inner = provider / "reinforce"
+    if not (inner / "adapter_config.json").exists():
+        return adapter, provider
     from casehard.defences.buffer_reinforce.publish import refuse_buffer_in
 
-    refuse_buffer_in(user, given)
-    return inner
+    refuse_buffer_in(adapter, provider)
+    return adapter, inner
 
 
 def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path, inputs: Path | None) -> None:
@@ -175,12 +191,12 @@ def search(
             raise ConfigError(f"{flag} is missing", hint=f"give {flag}")
     options.check_specs([suite or ""], "--suite")
     options.require_report()
-    provider = _provider(user, reinforce)
+    adapter, provider = _adapters(user, reinforce)
     given = {"c_user": c_user, "c_reinforce": c_reinforce, "alpha": alpha}
     grid = coefficient_grid(**{key: value for key, value in given.items() if value})
     check_out(out, "merge-search")
     job = {
-        "user": str(user),
+        "user": str(adapter),
         "reinforce": str(provider),
         "model": options.model_folder(model or ""),
         "suite": suite,

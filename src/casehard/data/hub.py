@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from casehard.errors import DataError, MissingExtra
+from casehard.io import hub
 
 _SPEC = re.compile(r"hub:(?P<name>\w[\w.-]*/\w[\w.-]*)(?:/(?P<config>\w[\w.-]*))?:(?P<split>[\w.-]+(?:\[[\d:%]*\])?)")
+
+_HINT = "check the name and the network, or download the rows and pass a .jsonl or .parquet file"
 
 
 def rows(spec: str) -> Iterator[dict[str, Any]]:
@@ -26,10 +29,13 @@ def rows(spec: str) -> Iterator[dict[str, Any]]:
     except ImportError:
         raise MissingExtra("datasets", "data", purpose="reading Hub data sets") from None
     try:
-        table = load_dataset(match["name"], match["config"], split=match["split"])
+        with hub.answers():
+            table = load_dataset(match["name"], match["config"], split=match["split"])
         yield from table
+    except hub.Silence:
+        raise DataError(f"{spec}: the Hub does not answer", hint=_HINT) from None
     except Exception as error:  # the Hub client and its decoders of pictures and sounds raise many unrelated types
         raise DataError(
             f"{spec}: cannot be fetched ({type(error).__name__}: {str(error)[:200]})",
-            hint="check the name and the network, or download the rows and pass a .jsonl or .parquet file",
+            hint=_HINT,
         ) from None

@@ -9,17 +9,29 @@ stand-ins turned back, is tokenised as plain text by a twin of the tokenizer tha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from casehard.errors import DataError
+from casehard.errors import DataError, is_panic
 
 # Private-use planes: no template and hardly any text gives these characters a meaning.
 _BASES = (0xF0000, 0xF8000, 0x100000, 0x108000)
 # What the tokenizers library calls white space, which is not what str.strip() does.
 _BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        hint = "a pattern in tokenizer.json takes too long on this text, or is wrong"
+        raise DataError(f"the tokenizer gives up: {error}", hint=hint) from None
 
 
 class Hidden(NamedTuple):
@@ -214,6 +226,7 @@ class Controls:
                 return self._pieces(text, Hidden([])).ids == self._whole(text).ids
         return False
 
+    @_no_panic()
     def _whole(self, text: str) -> Tokens:
         out = self._tokenizer(
             text,
@@ -241,6 +254,7 @@ class Controls:
         pairs = [(twin.token_to_id(name), old) for name, (old, _) in self._ordinary.items()]
         return twin, {new: old for new, old in pairs if new is not None and new != old}
 
+    @_no_panic()
     def _pieces(self, text: str, hidden: Hidden) -> Tokens:
         """Cut at the control tokens of ``text`` and tokenise what lies between as plain text."""
         twin, names = self._plain

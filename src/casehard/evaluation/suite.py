@@ -145,6 +145,12 @@ class Suite:
         return dataclasses.replace(self, examples=tuple(kept))
 
 
+_ROLE_HINT = (
+    f'every row of a suite says what it is asked for, "role": one of {", ".join(EVAL_ROLES)}; rows without one '
+    'are named in a YAML file, --suite suite.yaml with "parts: [{data: rows.jsonl, role: restricted}]"'
+)
+
+
 def _checked(examples: Sequence[Example], name: str) -> list[Example]:
     """Return the examples with id and group filled in, or raise on the first that cannot be evaluated."""
     if not examples:
@@ -156,7 +162,7 @@ def _checked(examples: Sequence[Example], name: str) -> list[Example]:
         where = f"suite {name}: row {number}" + (f" ({example.id})" if example.id else "")
         role, group = example.tags.get("role"), example.tags.get("group") or example.tags.get("role")
         if role not in EVAL_ROLES:
-            raise DataError(f"{where}: role is {role!r}", hint=f"roles: {', '.join(EVAL_ROLES)}")
+            raise DataError(f"{where}: role is {role!r}", hint=_ROLE_HINT)
         if not isinstance(group, str):
             raise DataError(f"{where}: group must be text, got {group!r}")
         _check_expected(example, where)

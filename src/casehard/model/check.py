@@ -27,6 +27,9 @@ _MIB = 1 << 20
 _SIZES = (("*.jinja", _MIB), ("*config.json", 16 * _MIB), ("*.index.json", 256 * _MIB))
 _SIZE = 256 * _MIB
 _DEPTH = 32
+_GROWTH = 1000
+"""Characters that a normalizer may make of one; what is published makes at most three."""
+TOKENIZER = "tokenizer.json"
 
 _CODE = "use a checkpoint of an architecture that transformers itself has"
 _OTHERS = "put what they say into the usual file, and leave the key out"
@@ -96,6 +99,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> Checked:
     refuse(folder, list(_entries(folder)))
     read = {file.name: read_json(file) for file in sorted(folder.glob("*config.json")) if file.is_file()}
     refuse(folder, [problem for name, value in read.items() for problem in _json(name, value)])
+    if (folder / TOKENIZER).is_file():
+        refuse(folder, list(_tokenizer(read_json(folder / TOKENIZER))))
     if weights:
         _check_weights(folder)
     config = read.get("config.json", {})
@@ -217,6 +222,22 @@ def _json(name: str, value: Any) -> Iterator[Problem]:
             yield Problem(Unsupported, name, text, "leave the key out")
     if name == "config.json":
         yield from _values(value)
+
+
+def _tokenizer(value: Any) -> Iterator[Problem]:
+    """Look for replacements that multiply a text: some of them in a row, and a word takes all memory there is."""
+    growth = 1
+    for key, item, depth in _walk(value.get("normalizer") if isinstance(value, dict) else None):
+        if depth > _DEPTH:
+            yield Problem(
+                DataError, TOKENIZER, f"nested more than {_DEPTH} levels deep", "it is not what its name says"
+            )
+            return
+        if key in ("content", "prepend") and isinstance(item, str):
+            growth *= max(1, len(item))
+    if growth > _GROWTH:
+        text = f"its normalizer makes one character {growth:,} long"
+        yield Problem(DataError, TOKENIZER, text, "no tokenizer needs more than a few; take it from the original")
 
 
 def _slashed(value: Any) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from casehard.data.chat import pad_id
 from casehard.distributed.ranks import local
-from casehard.errors import ConfigError, Corrupt, DataError, Unsupported
+from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, is_panic
 from casehard.io.manifest import MANIFEST, verify
 from casehard.model.check import check_folder, refuse_file
 from casehard.model.digest import folder_digest
@@ -30,6 +30,9 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+TRIED = ["a", "Zz 9\n", "\u00e9\U0001f600"]
+"""Texts that a tokenizer must be able to read."""
+
 
 class Read(NamedTuple):
     """A model as it was read, and what should be told about its files."""
@@ -43,9 +46,11 @@ def _tokenizer(folder: Path, config: Any = None) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
-        found(["a", "Zz 9\n", "\u00e9\U0001f600"])
+        found(TRIED)
         return found
-    except Exception as error:  # tokenizers raises bare Exception on a damaged file
+    except BaseException as error:  # tokenizers raises bare Exception on a damaged file, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise DataError(
             f"{folder}: the tokenizer cannot be loaded or used ({type(error).__name__}: {one_line(error)})",
             hint="the folder needs tokenizer.json and tokenizer_config.json",

@@ -25,6 +25,7 @@ from casehard.errors import Corrupt, DataError, Unsupported, UserError
 from casehard.io.files import read_json
 from casehard.io.manifest import MANIFEST, verify
 from casehard.maths.merge import LoraPair
+from casehard.model.source import is_snapshot
 
 MARKER = "casehard_adapter.json"
 CONFIG = "adapter_config.json"
@@ -237,7 +238,7 @@ class AdapterReader:
             pickled = (folder / "adapter_model.bin").exists()
             why = " (adapter_model.bin is a pickle, which can run code)" if pickled else ""
             raise Unsupported(f"{folder}: no {WEIGHTS}{why}", hint="save it with safe_serialization=True")
-        if (folder / MANIFEST).is_file():
+        if (folder / MANIFEST).is_file() and not is_snapshot(folder):
             verify(folder)
         self.config = _config(folder)
         self.marker = read_marker(folder)

@@ -9,20 +9,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from casehard.errors import ConfigError, StorageError, UserError
+from casehard.io import hub
 from casehard.model.provenance import read_provenance
 
-PATIENCE = 10.0
-"""Seconds until a Hub that does not answer is given up."""
 ORIGIN = "origin"
 """Key under which a checkpoint records the Hub model it descends from, as ``org/name@commit``."""
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
@@ -138,17 +136,18 @@ def find_any(given: str | Path, *, root: Path = Path(), tell: Tell | None = None
     Raises:
         UserError: see :func:`find`; whether a local folder is there is left to who reads it.
     """
-    hub = _hub_only(given, root)
-    return _fetch(hub, tell) if hub else Path(given)
+    found = hub_model(given, root)
+    return _fetch(found, tell) if found else Path(given)
 
 
 def pin_any(given: str, *, tell: Tell | None = None) -> str:
     """Return what :func:`pin` does for a folder that need not be a model."""
-    hub = _hub_only(given, Path())
-    return str(_snapshot(_fetch(hub, tell))) if hub else given
+    found = hub_model(given)
+    return str(_snapshot(_fetch(found, tell))) if found else given
 
 
-def _hub_only(given: str | Path, root: Path) -> HubModel | None:
+def hub_model(given: str | Path, root: Path = Path()) -> HubModel | None:
+    """Return the Hub model that is meant, or None where it is a folder or nothing at all; nothing is fetched."""
     try:
         found = read(given, root=root)
     except ConfigError:
@@ -191,14 +190,17 @@ def _fetch(model: HubModel, tell: Tell | None) -> Path:
         "ignore_patterns": LEFT_OUT,
     }
     try:
-        with _log_as_warnings():
+        with hub.answers():
             try:
-                # Asked here because the same question has no time limit in snapshot_download.
-                HfApi().model_info(model.name, revision=wanted["revision"], timeout=PATIENCE)
+                # Asked first, and once: snapshot_download tells less of what the Hub says, and asks six times.
+                HfApi().model_info(model.name, revision=wanted["revision"], timeout=hub.PATIENCE)
             except Exception as error:
                 folder = _kept(model, wanted, error)
             else:
-                folder = Path(snapshot_download(model.name, **wanted, tqdm_class=_bars(tell)))
+                try:
+                    folder = Path(snapshot_download(model.name, **wanted, tqdm_class=_bars(tell)))
+                except hub.Silence as error:
+                    folder = _kept(model, wanted, error)
     except UserError:
         raise
     except Exception as error:  # the Hub client raises many unrelated types, offline ones included
@@ -231,22 +233,6 @@ def _bars(tell: Tell | None) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm
-
-
-class _Warner(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        warnings.warn(record.getMessage(), stacklevel=7)
-
-
-@contextlib.contextmanager
-def _log_as_warnings() -> Iterator[None]:
-    """Let what the client logs reach the user as warnings do, instead of in a shape of its own."""
-    logger = logging.getLogger("huggingface_hub")
-    before, logger.handlers = logger.handlers, [_Warner(logging.WARNING)]
-    try:
-        yield
-    finally:
-        logger.handlers = before
 
 
 class _Reason(NamedTuple):
@@ -299,7 +285,7 @@ def _reason(model: HubModel, error: Exception) -> _Reason:
     # By name: the module of the HTTP client is another one from version to version.
     kinds = {cls.__name__ for cls in type(error).__mro__}
     hint = f"check the network and HF_ENDPOINT, or give {_FOLDER}"
-    if "TimeoutException" in kinds:
+    if kinds & {"TimeoutException", "Silence"}:
         return _Reason(f"{constants.ENDPOINT} does not answer", hint)
     if kinds & {"ReadError", "WriteError", "RemoteProtocolError"}:
         again = "run it again: a transfer goes on where it stopped"

@@ -19,11 +19,12 @@ from typing import Any
 from torch import nn
 
 from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
-from casehard.errors import ConfigError, Corrupt, UserError
+from casehard.errors import ConfigError, Corrupt, Unsupported, UserError
 from casehard.io.manifest import verify
 from casehard.io.stored import read
 from casehard.maths.merge import LoraPair
 from casehard.model.lora_files import load_pairs, read_marker
+from casehard.model.source import hub_model, is_snapshot
 
 RECORD = "assets.json"
 BUFFER, REINFORCE = "buffer", "reinforce"
@@ -132,13 +133,23 @@ class _Record:
     reference: _Reference | None = None
 
 
+def refuse_fetched(given: Path | str) -> None:
+    """Raise Unsupported when provider assets are meant to come from a Hub, ``given`` being a Hub id or a snapshot."""
+    if is_snapshot(Path(given)) or (not Path(given).is_dir() and hub_model(given)):
+        hint = "download the folder with the tool of your storage and give that; a reinforcing adapter may be a Hub id"
+        what = "provider assets hold a buffer, a jailbreak of the base, and are no Hub model"
+        raise Unsupported(f"{given}: {what}", hint=hint)
+
+
 def read_assets(path: Path | str) -> Assets:
     """Open a folder of assets and verify every file of it.
 
     Raises:
         UserError: no such folder, or not a folder of assets.
+        Unsupported: a Hub id, or what was fetched from there.
         Corrupt: a file differs from the manifest, or an adapter from its role.
     """
+    refuse_fetched(path)
     path = Path(path)
     if not (path / RECORD).is_file():
         raise UserError(f"{path}: no {RECORD}", hint="make assets with: casehard buffer prepare --out DIR")
