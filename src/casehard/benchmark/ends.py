@@ -138,11 +138,14 @@ def _with_span(row: Mapping[str, Any], planned: int) -> str:
 
 
 def telemetry(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, per defence, the mean over all its jobs of what the method logged and of its selection's measures."""
+    """Return, per defence, means over its trainings of what the method logged and of its selection's measures."""
     seen: dict[str, list[Mapping[str, Any]]] = {}
     for cell in matrix.cells:
         if cell.attack and cell.digest in done:
             seen.setdefault(cell.defence, []).append(done[cell.digest])
+    for (_, defence, _), name in matrix.defend.items():
+        if matrix.nodes[name].kind == "defend" and name in done:
+            seen.setdefault(defence, []).append(done[name])
     out = []
     for defence, nodes in seen.items():
         told: dict[str, list[float]] = {}

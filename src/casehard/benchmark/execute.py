@@ -164,12 +164,11 @@ def _attack(task: Task) -> Any:
     own = {"attack": config["attack"], "config": config["config"], "full_at": tuple(config["full_at"])}
     step = Attack(**inputs, **own, defence=made, verified=verified)
     step.check_settings()
-    if not step.spec.plants and not config["then"]:
-        return step
-    if made is not None:
-        return step
     then = tuple(_training(task, training, given=("clean",) if _pipes(training) else ()) for training in config["then"])
-    return Chain(attack=step, then=then, verified=config["verified"])
+    # A chain keeps what it attacked for the next one that begins with the same poison.
+    if then or (step.spec.plants and made is None):
+        return Chain(attack=step, then=then, verified=config["verified"])
+    return step
 
 
 def _pipes(training: Mapping[str, Any]) -> bool:
@@ -197,7 +196,8 @@ def execute(task: Task) -> Outcome:
 
         done, made = harden(step, task.out, label=task.node.label)
         assert made is not None
-        return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, log=done.log)
+        told = {key: done.facts[key] for key in ("telemetry", "selection") if done.facts.get(key)}
+        return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, facts=told, log=done.log)
     done = step.run(label=task.node.label)
     facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
     at = task.node.config.get("step")  # a model that is never attacked stands beside the ends of attacks

@@ -109,6 +109,9 @@ class Plan(Limited):
             raise ConfigError(f"{where}: method {row.method!r} stands nowhere in its chain {list(row.chain)}")
         if DEFENCE in chain.before and row.method is not None and not row.rows.get("data"):
             raise ConfigError(f"{where} has no data", hint="data: ['{base}/data/align.jsonl']")
+        repairs = row.method is not None and DEFENCE in chain.after and not self.plants
+        if repairs and not row.rows.get("data"):
+            raise ConfigError(f"{where} has no data to repair with", hint="data: ['{base}/data/align.jsonl']")
         if chain.inside and (row.method is None or row.rows.get("data") or row.train):
             raise ConfigError(
                 f"{where}: inside an attack a row is a method without data or train of its own",

@@ -174,14 +174,14 @@ def _piped(
 
 
 def repair(step: Finetune, attacked: Model, clean: Sequence[Example], known: Sequence[Example], label: str) -> Outcome:
-    """Train an attacked model in memory on verified rows, as role ``clean`` of a pipeline, else as its training rows.
+    """Train an attacked model in memory on its own rows or, without any, on verified ones; a pipeline on the latter.
 
     Args:
         known: rows that the attacked model was trained on.
     """
     if step.spec.pipeline:
         return _piped(step, {"clean": clean}, attacked, place=None, label=label, known=known)
-    return finetune_on(step, {**step.examples(), "data": clean}, attacked, out=None, label=label)
+    return finetune_on(step, {"data": clean, **step.examples()}, attacked, out=None, label=label)
 
 
 def _checked(step: Finetune, rows: Examples) -> dict[str, Any]:
