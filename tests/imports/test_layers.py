@@ -108,6 +108,7 @@ EXTRAS = {
     "datasets": {"data/hub.py"},
     "matplotlib": {"reporting/figures.py"},
     "pyarrow": {"data/tables.py"},
+    "gguf": {"model/gguf_file.py"},
 }
 
 
