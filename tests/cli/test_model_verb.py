@@ -42,15 +42,27 @@ def test_every_command_that_meets_another_form_names_the_import(here, capsys, fo
     (here / "in" / "config.json").write_text("{}")
     name = "pytorch_model.bin" if form.endswith("bin") else "file.gguf"
     (here / "in" / name).write_bytes(b"not opened")
-    (here / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    (here / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "role": "utility"}\n')
     given = "in" if form == "folder" else f"in/{form}"
     wanted = "model import in --allow-pickle" if form.endswith("bin") else "model import in/file.gguf"
-    rows = ["--data", "rows.jsonl"]
+    rows, out = ["--data", "rows.jsonl"], ["--out", "out"]
     for line in (
-        ["defend", "plain", "--model", given, *rows, "--out", "out"],
-        ["evaluate", "--model", given, "--suite", "rows.jsonl", "--out", "out"],
-        ["attack", "finetune", "--model", given, "--harmful", "rows.jsonl", "--out", "out", "--share", "1"],
-        ["scan", "model", "--model", given, "--suite", "rows.jsonl", "--out", "out"],
+        ["defend", "plain", "--model", given, *rows, *out],
+        ["evaluate", "--model", given, "--suite", "rows.jsonl", *out],
+        [
+            "attack",
+            "finetune",
+            "--model",
+            given,
+            "--harmful",
+            "rows.jsonl",
+            "--suite",
+            "rows.jsonl",
+            "--share",
+            "1",
+            *out,
+        ],
+        ["scan", "model", "--model", given, "--suite", "rows.jsonl", *out],
         ["data", "audit", "--model", given, *rows],
         ["doctor", "--model", given],
     ):
