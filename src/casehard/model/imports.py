@@ -238,7 +238,7 @@ def _gguf(file: Path) -> _Source:
     from casehard.model.gguf_file import read_gguf
 
     net, tokenizer, facts = read_gguf(file)
-    said = {"file": file.name, "sha256": file_digest(file), "named": _plain(facts.name), "licence": facts.licence}
+    said = {"sha256": file_digest(file), "named": _plain(facts.name), "licence": facts.licence}
     return _Source("GGUF", net, tokenizer, "float32", f"{', '.join(facts.kinds)} dequantised", facts=said)
 
 
@@ -353,10 +353,11 @@ def _record(place: _Place, hub: HubModel | None, source: _Source, wanted: Wanted
         "kind": source.kind,
         "source": hub.name if hub else _plain(place.path.resolve().name),
         **({"revision": hub.revision} if hub else {}),
+        **({"file": _plain(place.path.name)} if hub and place.path.is_file() else {}),
         **facts,
         **wanted.facts,
         "licence": _plain(wanted.licence or source.facts.get("licence") or "unknown"),
-        "converted": f"{source.converted} -> {dtype}",
+        "converted": f"{source.converted} to {dtype}",
         "dtype": dtype,
     }
 
