@@ -255,7 +255,7 @@ def _row(entry: DataSet, row: Mapping[str, Any]) -> dict[str, str] | None:
         answer = f"{answer}. {options[answer]}" if answer in options else None
         context = "\n".join(f"{label}. {text}" for label, text in options.items())
     if entry.classes:
-        at = int(answer) if str(answer).isdigit() else -1
+        at = int(str(answer)) if str(answer).isdigit() else -1
         answer = entry.classes[at] if 0 <= at < len(entry.classes) else None
     if isinstance(context, str) and context.strip():
         asked = f"{asked}\n\n{context}" if isinstance(asked, str) else None

@@ -46,11 +46,12 @@ def read_gguf(file: Path) -> Read:
     facts = _facts(file)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    read: Any = AutoModelForCausalLM.from_pretrained
     where: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     try:
         # The reader draws a bar of its own, past every switch that transformers has for bars.
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = read(
                 file.parent, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **where
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)

@@ -83,7 +83,7 @@ def _shared(tensor: torch.Tensor, key: str, seen: dict[tuple[int, int, tuple[int
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.numel() * tensor.element_size():
         return True
-    place = (storage.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+    place = (storage.data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
     return seen.setdefault(place, key) != key
 
 
