@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from casehard.data.template import ChatTemplate
 from casehard.errors import ConfigError, Corrupt, MissingExtra, Refused, Unsupported, UserError
 from casehard.io.manifest import file_digest, verify
 from casehard.model import imports
+from casehard.model.gguf_header import read_header
 from casehard.model.headers import read_headers
 from casehard.model.imports import Wanted, import_model
 from casehard.model.load import load, load_tokenizer
@@ -40,6 +43,14 @@ def logits(net: Any) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("imports") / "plain", model())
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    served = FakeHub()
+    with serving(served) as url:
+        use(monkeypatch, tmp_path / "cache", url)
+        yield served
 
 
 def record(out: Path) -> dict[str, Any]:
@@ -118,17 +129,39 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     assert nothing_but(tmp_path, "in")
 
 
-def test_a_hub_model_says_its_commit_and_licence(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_says_its_commit_and_licence(hub: FakeHub, tmp_path: Path) -> None:
     served = write_folder(tmp_path / "served", model())
     (served / "README.md").write_text("---\nlanguage: en\nlicense: cc-by-4.0\n---\n# Model\n")
-    hub = FakeHub()
     hub.add("org/small", served)
-    with serving(hub) as url:
-        use(monkeypatch, tmp_path / "cache", url)
-        import_model("org/small", tmp_path / "out")
+    import_model("org/small", tmp_path / "out")
     said = record(tmp_path / "out")
     assert (said["source"], said["revision"], said["licence"]) == ("org/small", commit(1), "cc-by-4.0")
     assert load(tmp_path / "out").origin == f"org/small@{commit(1)}"
+
+
+def test_pickles_of_the_hub_are_fetched_only_when_allowed(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("org/old", pickled(tmp_path / "served", model()))
+    with pytest.raises(Unsupported, match=r"org/old has no \.safetensors weights on the Hub") as caught:
+        import_model("org/old", tmp_path / "out")
+    assert "--allow-pickle" in caught.value.hint and not any("pytorch_model" in asked for asked in hub.asked)
+    made = import_model("org/old", tmp_path / "out", Wanted(allow_pickle=True))
+    assert made.record["revision"] == commit(1) and list(made.record["sha256"]) == ["pytorch_model.bin"]
+    assert torch.equal(logits(load(tmp_path / "out").net), logits(model()))
+
+
+def test_one_gguf_file_of_a_hub_model_is_fetched(hub: FakeHub, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "served").mkdir()
+    for name in ("a-Q4.gguf", "a-F32.gguf"):
+        (tmp_path / "served" / name).write_bytes(packed.read_bytes())
+    (tmp_path / "served" / "README.md").write_text("# a")
+    hub.add("org/packed", tmp_path / "served")
+    with pytest.raises(Unsupported, match="org/packed has no") as caught:
+        import_model("org/packed", tmp_path / "out")
+    assert "--gguf FILE" in caught.value.hint
+    made = import_model("org/packed", tmp_path / "out", Wanted(gguf="a-F32.gguf"))
+    assert (made.record["source"], made.record["file"]) == ("org/packed", "a-F32.gguf")
+    assert not any("a-Q4.gguf" in asked for asked in hub.asked)
+    assert load(tmp_path / "out").origin == f"org/packed@{commit(1)}"
 
 
 # -- GGUF -----------------------------------------------------------------------------------------------------------
@@ -150,6 +183,8 @@ def test_a_gguf_file_becomes_the_model_it_was_made_of(packed: Path, tmp_path: Pa
     assert (said["kind"], said["sha256"], said["licence"]) == ("GGUF", file_digest(packed), "apache-2.0")
     assert said["converted"] == "F32 dequantised to float32" and made.agreement.largest == 0.0
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    again = import_model(tmp_path / "out", tmp_path / "half", Wanted(dtype="float16"))
+    assert again.record["before"]["sha256"] == file_digest(packed) and again.record["licence"] == "apache-2.0"
 
 
 def test_a_folder_with_one_gguf_file_is_that_file_and_of_several_one_is_named(packed: Path, tmp_path: Path) -> None:
@@ -174,13 +209,33 @@ def test_a_damaged_gguf_file_is_called_one(packed: Path, tmp_path: Path) -> None
     data, bad = packed.read_bytes(), tmp_path / "bad.gguf"
     one_layer_less = data.replace(b"blk.1.", b"blk.7.")
     lacking = data.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight")
+    tokens = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
+    assert data[tokens : tokens + 8] == len(VOCABULARY).to_bytes(8, "little")
+    many = [data[:at] + (1 << 40).to_bytes(8, "little") + data[at + 8 :] for at in (8, 16, tokens, tokens + 8)]
     cases = [(b"", "not a GGUF"), (b"PK" + data[2:], "not a GGUF"), (data[:3000], "damaged or cut short")]
-    cases += [(data[:-64], "damaged or cut short"), (one_layer_less, "holds tensors of 2"), (lacking, "1 missing keys")]
+    cases += [(content, "promises more than the file holds") for content in many]
+    cases += [(data[:-64], "ends beyond the file"), (one_layer_less, "holds tensors of 2"), (lacking, "1 missing keys")]
     for content, said in cases:
         bad.write_bytes(content)
         with pytest.raises(Corrupt, match=said):
             import_model(bad, tmp_path / "out")
+    for content, said in (
+        (data[:4] + b"\1\0\0\0" + data[8:], "version 1"),
+        (data[:4] + data[7:3:-1], "version 50331648"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(Unsupported, match=said):
+            import_model(bad, tmp_path / "out")
     assert nothing_but(tmp_path, "bad.gguf")
+
+
+def test_no_flipped_byte_of_a_gguf_header_hangs_or_escapes(packed: Path, tmp_path: Path) -> None:
+    data, bad = packed.read_bytes(), tmp_path / "bad.gguf"
+    end = data.index(b"output_norm.weight")
+    for at in range(4, end, 61):
+        bad.write_bytes(data[:at] + bytes([data[at] ^ 0x84]) + data[at + 1 :])
+        with contextlib.suppress(UserError):
+            read_header(bad)
 
 
 def test_a_gguf_file_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from casehard.errors import Corrupt, DataError, MissingExtra, Unsupported
+from casehard.model.gguf_header import check_tensors, read_header
 from casehard.model.headers import one_line
 from casehard.model.load import quiet
 
@@ -67,35 +68,27 @@ def read_gguf(file: Path) -> Read:
 
 
 def _facts(file: Path) -> Facts:
-    """Read what stands before the tensors."""
+    """Look at what stands before the tensors."""
     try:
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES
     except ImportError:
         raise MissingExtra("gguf", "gguf", purpose="reading GGUF files") from None
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise Corrupt(f"{file}: not a GGUF file, whatever its name", hint="fetch it again")
-    try:
-        reader: Any = GGUFReader(file)
-        fields = {name: reader.get_field(name) for name in ("general.name", "general.license", "split.count")}
-        said = {name: field.contents() for name, field in fields.items() if field is not None}
-        architecture = str(reader.get_field("general.architecture").contents())
-        count = reader.get_field(f"{architecture}.block_count")
-        wanted = int(count.contents()) if count is not None else None
-        kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors})
-        names = [str(tensor.name) for tensor in reader.tensors]
-    except Exception as error:  # the reader checks nothing: a cut or damaged file fails wherever it is read
-        raise Corrupt(f"{file}: damaged or cut short: {one_line(error)}", hint="fetch it again") from None
-    if int(said.get("split.count", 0)) > 1:
+    header = read_header(file)
+    check_tensors(file, header, {int(kind): layout for kind, layout in GGML_QUANT_SIZES.items()})
+    names = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
+    said = header.values
+    if int(said.get("split.count") or 0) > 1:
         hint = "join the parts first: llama-gguf-split --merge"
         raise Unsupported(f"{file}: one of {said['split.count']} parts of a model", hint=hint)
-    if not names:
+    if not header.tensors:
         raise DataError(f"{file}: holds no tensors, only a vocabulary or settings", hint="take the file of the weights")
-    found = {int(block[1]) for name in names if (block := _BLOCK.match(name))}
-    if wanted is not None and found and found != set(range(wanted)):
+    wanted = said.get(f"{said.get('general.architecture')}.block_count")
+    found = {int(block[1]) for tensor in header.tensors if (block := _BLOCK.match(tensor.name))}
+    if wanted is not None and found and found != set(range(int(wanted))):
         text = f"{file}: says that it has {wanted} layers, and holds tensors of {len(found)}"
         raise Corrupt(text, hint="fetch it again")
-    return Facts(str(said.get("general.name", "")), str(said.get("general.license", "")), tuple(kinds))
+    kinds = tuple(sorted({names[tensor.kind] for tensor in header.tensors}))
+    return Facts(str(said.get("general.name") or ""), str(said.get("general.license") or ""), kinds)
 
 
 def _fresh(loaded: Any) -> nn.Module:

@@ -238,7 +238,7 @@ def _gguf(file: Path) -> _Source:
     from casehard.model.gguf_file import read_gguf
 
     net, tokenizer, facts = read_gguf(file)
-    said = {"sha256": file_digest(file), "named": _plain(facts.name), "licence": facts.licence}
+    said = {"sha256": file_digest(file), "named": _plain(facts.name), "licence": facts.licence or _licence(file.parent)}
     return _Source("GGUF", net, tokenizer, "float32", f"{', '.join(facts.kinds)} dequantised", facts=said)
 
 
@@ -257,9 +257,16 @@ def _folder(folder: Path, wanted: Wanted, tell: Tell | None) -> _Source:
         stored.dtype,
         stored.told,
         parent=model.digest,
-        facts={"sha256": model.digest, "licence": _licence(folder)},
+        facts={"sha256": model.digest, "licence": _licence(folder), "before": _before(known)},
         carried={key: known[key] for key in (KEY, SERVED, ORIGIN) if known.get(key)},
     )
+
+
+def _before(known: Mapping[str, Any]) -> dict[str, str]:
+    """Return where a folder that was imported once already came from."""
+    earlier = known.get(METHOD)
+    told = ("source", "revision", "file", "sha256", "package", "original", "converted")
+    return {key: _plain(earlier[key]) for key in told if earlier.get(key)} if isinstance(earlier, dict) else {}
 
 
 class _Stored(NamedTuple):

@@ -16,7 +16,7 @@ TEXT = (
     "Then she asked: what happens if the lamp goes out before the ships come home?"
 )
 """Words, numbers, code, other scripts: what the weights and the tokenizer may differ on."""
-_LOOSE = 16
+_LOOSE = 8
 """Times the spacing of the stored numbers: rounding every weight of a deep network once stays well below."""
 _FLOOR = 1e-4
 _LENGTH = 128
