@@ -45,27 +45,15 @@ def test_every_command_that_meets_another_form_names_the_import(here, capsys, fo
     (here / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "role": "utility"}\n')
     given = "in" if form == "folder" else f"in/{form}"
     wanted = "model import in --allow-pickle" if form.endswith("bin") else "model import in/file.gguf"
-    rows, out = ["--data", "rows.jsonl"], ["--out", "out"]
-    for line in (
-        ["defend", "plain", "--model", given, *rows, *out],
-        ["evaluate", "--model", given, "--suite", "rows.jsonl", *out],
-        [
-            "attack",
-            "finetune",
-            "--model",
-            given,
-            "--harmful",
-            "rows.jsonl",
-            "--suite",
-            "rows.jsonl",
-            "--share",
-            "1",
-            *out,
-        ],
-        ["scan", "model", "--model", given, "--suite", "rows.jsonl", *out],
-        ["data", "audit", "--model", given, *rows],
-        ["doctor", "--model", given],
+    for command in (
+        "defend plain --data rows.jsonl --out out",
+        "evaluate --suite rows.jsonl --out out",
+        "attack finetune --harmful rows.jsonl --suite rows.jsonl --share 1 --out out",
+        "scan model --suite rows.jsonl --out out",
+        "data audit --data rows.jsonl",
+        "doctor",
     ):
+        line = [*command.split(), "--model", given]
         code = main(line)
         said = capsys.readouterr()
         text = said.err + said.out

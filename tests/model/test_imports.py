@@ -273,8 +273,7 @@ def pickled(folder: Path, net: Any, parts: int = 1) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("parts", "tied"), [(1, True), (3, False), (3, True)])
 def test_pickled_weights_are_converted_when_allowed(tmp_path: Path, parts: int, tied: bool) -> None:
     net = model()
     if tied:
