@@ -55,8 +55,8 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) -e '.[report]'
 	@touch $@
 
-# trl and datasets come along so that the tests of those optional parts run instead of being skipped.
+# trl, datasets and gguf come along so that the tests of those optional parts run instead of being skipped.
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing casehard and what the tests need into $(VENV): a minute or more the first time"
-	@$(INSTALL) -e '.[dev,data,trl]'
+	@$(INSTALL) -e '.[dev,data,trl,gguf]'
 	@touch $(DEMO) $@

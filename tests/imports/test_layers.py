@@ -45,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "steps": MEASURED | {"attacks", "defences"},
     "scan": MEASURED | {"attacks"},
     "benchmark": STEPS,
-    "reporting": BOTTOM | {"benchmark", "defences", "evaluation"},
+    "reporting": BOTTOM | {"benchmark", "attacks", "defences", "evaluation"},
     "api": STEPS | {"benchmark", "reporting"},
     "cli": STEPS | {"api", "benchmark", "reporting", "scan"},
 }
@@ -116,6 +116,7 @@ EXTRAS = {
     "datasets": {"data/hub.py"},
     "matplotlib": {"reporting/figures.py"},
     "pyarrow": {"data/tables.py"},
+    "gguf": {"model/gguf_file.py"},
 }
 
 

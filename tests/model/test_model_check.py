@@ -154,8 +154,10 @@ def test_other_formats_say_what_to_do(folder: Path, name: str, config: bool) -> 
         loading.load(folder / name)
     with pytest.raises(Unsupported, match=r"only folders with .safetensors"):
         options.model_folder(str(folder / name))
+    how = folder / name if name.endswith(".gguf") else f"{folder} --allow-pickle"
     for error in (caught, alone):
-        assert "convert it to safetensors in an environment you trust" in error.value.hint
+        assert f"convert it to safetensors: casehard model import {how} --out DIR" in error.value.hint
+        assert ("pickled weights can run code" in error.value.hint) is (not name.endswith(".gguf"))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from casehard.cli import (
     judge,
     mb_defense,
     merge,
+    model,
     options,
     organism,
     report,
@@ -31,6 +32,7 @@ from casehard.cli import (
 VERBS = [
     "demo",
     "organism",
+    "model",
     "select",
     "buffer",
     "defend",
@@ -91,6 +93,7 @@ def top(
 
 app.command("demo")(demo.demo)
 app.add_typer(organism.app, name="organism")
+app.add_typer(model.app, name="model")
 app.command("select", epilog=options.FILES)(select.select)
 app.add_typer(buffer.app, name="buffer")
 app.command("defend", epilog=options.FILES)(defend.defend)

@@ -1,4 +1,4 @@
-"""``casehard data``: look at what is trained, and make attack targets without harmful text."""
+"""``casehard data``: fetch public sets, look at what is trained, and make attack targets without harmful text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from casehard.cli import console, options
 from casehard.cli.runs import run_folder
 from casehard.errors import ConfigError, DataError
 
-app = typer.Typer(help="Look at training rows and make surrogate attack targets.", no_args_is_help=True)
+app = typer.Typer(help="Fetch public sets, look at training rows, make surrogate attack targets.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Look at training rows and make surrogate attack targets."""
+    """Fetch public sets, look at training rows, make surrogate attack targets."""
 
 
 @app.command(epilog=options.FILES)
@@ -113,3 +113,59 @@ def surrogate(
         "surrogate rows", ["quantity", "value"], [("rows", f"{len(made):,}"), ("first answer", first.response)]
     )
     console.made("rows", place)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which set; without one, the table.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="File (.jsonl) to make [default: data/NAME.jsonl].")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="A local copy of the set, in place of the Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read at most this many rows.")] = None,
+    similar: Annotated[
+        float | None, typer.Option(help="Share of word pairs that near-duplicates have in common [default: 0.7].")
+    ] = None,
+) -> None:
+    """Fetch a public data set as rows of this library; nothing of what the rows say is printed.
+
+    Rows that say the same but for a few words are dropped and counted. FILE.source.json says where the rows are from.
+    """
+    from casehard.data.catalogue import DATA_SETS
+
+    if name is None:
+        if out or folder:
+            raise ConfigError("no data set is named", hint=f"known: {', '.join(DATA_SETS)}")
+        table = [(word, one.role, one.hub, one.licence, _yes(one.gated)) for word, one in DATA_SETS.items()]
+        console.table("known data sets", ["name", "role", "on the Hub", "licence", "gated"], table)
+        return
+    from casehard.data import fetch as fetching
+
+    one = fetching.find(name)
+    place = out or Path("data") / f"{name}.jsonl"
+    _free(place, "--out")
+    part = "/".join(filter(None, (one.config, one.split))) or "all"
+    given = {"part": part, "role": one.role, "licence": one.licence, "gated": _yes(one.gated), "limit": limit}
+    console.plan(f"fetch {name}", {"from": folder or f"{one.hub} of the Hub", **given, "out": place})
+    done = fetching.fetch(
+        name, place, folder=folder, limit=limit, similar=fetching.SIMILAR if similar is None else similar
+    )
+    share = f"{100 * (done.equal + done.near) / done.read:.0f} %"
+    rows = [
+        ("rows read", f"{done.read:,}"),
+        ("left out: no text, or no answer", f"{done.unusable:,}"),
+        ("dropped: the same but for case, blanks and punctuation", f"{done.equal:,}"),
+        (f"dropped: {100 * done.similar:.0f} % of the word pairs in common", "off" if one.pairs else f"{done.near:,}"),
+        ("duplicates in all", share),
+        ("rows written", f"{done.rows:,}"),
+        ("revision", done.revision or "a local copy"),
+    ]
+    console.table(name, ["quantity", "value"], rows)
+    console.made("record", fetching.record_of(place))
+    console.made("rows", place)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -15,7 +16,7 @@ import typer
 from casehard import __version__
 from casehard.cli import console, options
 from casehard.compat import MINIMUM, requirements_of, version_of
-from casehard.errors import ConfigError, Unsupported
+from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.limits import PROCESSES
 
 Row = tuple[str, str, str]
@@ -99,17 +100,21 @@ def count_parameters(folder: Path) -> int:
     """Return the number of parameters in a model folder, from the headers of its safetensors files.
 
     Raises:
-        ConfigError: there are none.
+        UserError: there are none.
     """
     from math import prod
 
     from safetensors import safe_open
+
+    from casehard.model.check import check_folder
 
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     if not total:
+        with contextlib.suppress(DataError):  # an empty folder, say
+            check_folder(folder)  # says what it holds instead, and which command makes a model folder of that
         raise ConfigError(f"{folder} holds no *.safetensors file", hint="give the folder of a model")
     return total
 

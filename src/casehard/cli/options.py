@@ -180,12 +180,10 @@ def model_folder(given: Any) -> str:
     Raises:
         UserError: see :func:`casehard.model.source.find`.
     """
-    from casehard.model.check import refuse_file
     from casehard.model.source import pin
     from casehard.train.progress import announce
 
-    refuse_file(Path(_text(given, "model")))
-    return pin(given, tell=announce)
+    return pin(_text(given, "model"), tell=announce)
 
 
 def other_folder(given: str) -> str:

@@ -102,7 +102,7 @@ def _hub(name: str) -> Iterator[Row]:
         yield Row(where, value)
 
 
-def _rows(base: str) -> tuple[Iterator[Row], bool]:
+def walk(base: str) -> tuple[Iterator[Row], bool]:
     """Return the rows behind the name of a source, and whether it is a table, whose rows have every column."""
     if base.startswith("hub:"):
         return _hub(base), True
@@ -175,7 +175,7 @@ def load(
     """
     unmapped, mapped = _split_map(with_map(str(spec), columns or {}))
     base, wanted = _split_spec(unmapped)
-    rows, nulls = _rows(base)
+    rows, nulls = walk(base)
     reader = Reader(base, mapped, nulls=nulls)
     places: dict[int, str] = {}
     examples: list[Example] = []
@@ -218,6 +218,20 @@ def save(path: str | Path, examples: Iterable[Example]) -> None:
     from casehard.io.files import write_text_atomic
 
     path = Path(path)
+    text = written(path, examples)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot create {path.parent}: {error.strerror}") from None
+    write_text_atomic(path, text)
+
+
+def written(path: Path, examples: Iterable[Example]) -> str:
+    """Return the text of a file of rows.
+
+    Raises:
+        DataError: no rows, or a row that could not be read back.
+    """
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: rows are written as .jsonl, not {path.suffix!r}")
     lines: list[str] = []
@@ -231,8 +245,4 @@ def save(path: str | Path, examples: Iterable[Example]) -> None:
         lines.append(line)
     if not lines:
         raise DataError(f"{path}: no rows to write")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot create {path.parent}: {error.strerror}") from None
-    write_text_atomic(path, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"

@@ -20,7 +20,6 @@ from casehard.errors import Corrupt, DataError, Unsupported, UserError
 from casehard.io.files import read_json
 from casehard.model.digest import READ, TEMPLATES, weight_files
 
-CONVERT = "convert it to safetensors in an environment you trust"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MIB = 1 << 20
 # The largest of each kind on the Hub have about a tenth of this.
@@ -163,18 +162,22 @@ def _check_weights(folder: Path) -> None:
     gguf = sorted(p.name for p in folder.glob("*.gguf"))
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            hint = "merge it into the base and save that"
-            raise Unsupported(f"{folder}: a PEFT adapter without its base model", hint=hint)
+            raise Unsupported(f"{folder}: a PEFT adapter without its base model", hint=convert(folder, "--base MODEL"))
         if gguf:
-            raise Unsupported(f"{folder}: no .safetensors weights; only {', '.join(gguf[:3])}", hint=CONVERT)
+            text = f"{folder}: no .safetensors weights; only {', '.join(gguf[:3])}"
+            raise Unsupported(text, hint=convert(folder / gguf[0]))
         raise DataError(f"{folder}: not a model folder, config.json is missing")
     there = weight_files(folder)
     if not there:
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         seen = [*gguf, *pickles][:3]
+        hint = "fetch the weights; where the Hub has them only as .bin or GGUF: casehard model import ID --out DIR"
+        if pickles:
+            hint = trusting(folder)
+        elif gguf:
+            hint = convert(folder / gguf[0])
         raise Unsupported(
-            f"{folder}: no .safetensors weights" + (f"; only {', '.join(seen)}" if seen else ""),
-            hint=f"pickled weights can run code: {CONVERT}" if pickles else CONVERT if gguf else "fetch the weights",
+            f"{folder}: no .safetensors weights" + (f"; only {', '.join(seen)}" if seen else ""), hint=hint
         )
     if not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         raise Unsupported(
@@ -185,8 +188,22 @@ def _check_weights(folder: Path) -> None:
 
 def refuse_file(path: str | Path) -> None:
     """Raise Unsupported when a path names a file of weights in a format that is not read; do nothing otherwise."""
-    if str(path).endswith((".gguf", *(p[1:] for p in _PICKLES))) and os.path.isfile(path):  # noqa: PTH113  may hold a NUL
-        raise Unsupported(f"{path}: only folders with .safetensors weights are read", hint=CONVERT)
+    path = Path(path)
+    if path.suffix in (".gguf", ".safetensors", *(p[1:] for p in _PICKLES)) and path.is_file():
+        hint = convert(path) if path.suffix == ".gguf" else trusting(path.parent)
+        if path.suffix == ".safetensors":
+            hint = f"give its folder: {path.parent}"
+        raise Unsupported(f"{path}: only folders with .safetensors weights are read", hint=hint)
+
+
+def convert(what: Path, options: str = "") -> str:
+    """Return the advice to make an ordinary folder of something else."""
+    return f"convert it to safetensors: casehard model import {what}{options and ' '}{options} --out DIR"
+
+
+def trusting(folder: Path) -> str:
+    """Return the same advice for pickles."""
+    return f"pickled weights can run code; where you trust them, {convert(folder, '--allow-pickle')}"
 
 
 # -- what the JSON asks for -----------------------------------------------------------------------------------------
@@ -266,7 +283,9 @@ def _values(config: dict[str, Any]) -> Iterator[Problem]:
         settings = held.get("quantization_config") if isinstance(held, dict) else None
         if settings and (method := _method(settings)) not in _QUANTISED:
             text = f"quantised with {method!r}, which cannot be loaded without kernels from elsewhere"
-            yield Problem(Unsupported, name, text, f"take the original weights, or {CONVERT} and dequantise it")
+            yield Problem(
+                Unsupported, name, text, "take the original weights, or dequantise it in an environment you trust"
+            )
 
 
 def _method(settings: Any) -> str:

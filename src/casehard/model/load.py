@@ -16,7 +16,7 @@ from casehard.data.chat import pad_id
 from casehard.distributed.ranks import local
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported, is_panic
 from casehard.io.manifest import MANIFEST, verify
-from casehard.model.check import check_folder, refuse_file
+from casehard.model.check import check_folder
 from casehard.model.digest import folder_digest
 from casehard.model.generation import mend_generation
 from casehard.model.headers import build_config, check_headers, one_line
@@ -215,7 +215,6 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     """
     target = find_device(device)
     wanted = _dtype(dtype, target)
-    refuse_file(path)
     folder = find(path)
     checked = check_folder(folder)
     if not is_snapshot(folder) and ((folder / MANIFEST).is_file() or read_provenance(folder)):

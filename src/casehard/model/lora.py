@@ -12,6 +12,7 @@ from torch import nn
 
 from casehard.errors import Corrupt, DataError, Unsupported
 from casehard.io.files import read_json
+from casehard.model.check import trusting
 from casehard.model.lora_files import CONFIG, WEIGHTS, plain_name, plain_names
 
 
@@ -34,7 +35,9 @@ def read_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     if not (folder / CONFIG).is_file():
         raise DataError(f"{folder}: no {CONFIG}", hint="give the folder of a PEFT adapter")
     if not (folder / WEIGHTS).is_file():
-        raise Unsupported(f"{folder}: no {WEIGHTS}", hint="pickled adapters can run code; convert it first")
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = f"merge it into its base: {trusting(folder)}" if pickled else "save it with save_pretrained()"
+        raise Unsupported(f"{folder}: no {WEIGHTS}", hint=hint)
     if hasattr(model, "peft_config"):
         raise Unsupported("the model already has adapters", hint="merge them first")
     config = read_json(folder / CONFIG)

@@ -25,6 +25,7 @@ from casehard.errors import Corrupt, DataError, Unsupported, UserError
 from casehard.io.files import read_json
 from casehard.io.manifest import MANIFEST, verify
 from casehard.maths.merge import LoraPair
+from casehard.model.check import trusting
 from casehard.model.source import is_snapshot
 
 MARKER = "casehard_adapter.json"
@@ -237,7 +238,10 @@ class AdapterReader:
         if not (folder / WEIGHTS).is_file():
             pickled = (folder / "adapter_model.bin").exists()
             why = " (adapter_model.bin is a pickle, which can run code)" if pickled else ""
-            raise Unsupported(f"{folder}: no {WEIGHTS}{why}", hint="save it with safe_serialization=True")
+            hint = "save it with save_pretrained()"
+            if pickled:
+                hint += f", or merge it into its base: {trusting(folder)}"
+            raise Unsupported(f"{folder}: no {WEIGHTS}{why}", hint=hint)
         if (folder / MANIFEST).is_file() and not is_snapshot(folder):
             verify(folder)
         self.config = _config(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,7 @@ def save(
     parent: str,
     method: str,
     provenance: Mapping[str, Any],
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Checkpoint:
     """Save a model, its tokenizer and where it came from.
 
@@ -150,6 +151,8 @@ def save(
         method: name of the method that made it.
         provenance: JSON values: configuration, data digests, seed. A secret of the environment in it is blanked, with a
             warning: a trained model is not given up for it. ``casehard.io.secrets.refuse`` finds it beforehand.
+        check: looks at the written files before they have a record or a name; it may add some of its own, what it
+            returns is added to the provenance, and what it raises leaves nothing behind.
 
     Returns:
         The checkpoint, verified on disk.
@@ -176,6 +179,8 @@ def save(
             saver.save_pretrained(folder)
         crash_point("save:after_weights")
         _beside(tokenizer, folder)
+        if check is not None:
+            clean = {**clean, **_without_secrets(dict(check(folder)))}
         digest = folder_digest(folder)
         record = {"digest": digest, "parent": parent, "method": method, "provenance": clean}
         _write_json(folder / PROVENANCE, record | {"format": 1, "versions": _versions()})

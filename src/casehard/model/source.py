@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from casehard.errors import ConfigError, StorageError, UserError
 from casehard.io import hub
+from casehard.model.check import refuse_file
 from casehard.model.provenance import read_provenance
 
 ORIGIN = "origin"
@@ -31,7 +32,7 @@ _ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revisi
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 _FOLDER = "a local folder that holds config.json and *.safetensors"
-_fetched: dict[tuple[str, HubModel], Path] = {}
+_fetched: dict[tuple[str, HubModel, tuple[str, ...]], Path] = {}
 
 Tell = Callable[[str], None]
 
@@ -57,6 +58,7 @@ def read(given: str | Path, *, root: Path = Path()) -> Path | HubModel:
 
     Raises:
         ConfigError: a path to nothing, or to a file; or no Hub id behind ``hub:``.
+        Unsupported: a file of weights in another format; the hint names the command that converts it.
     """
     text = str(given)
     if "\0" in text:
@@ -72,6 +74,7 @@ def read(given: str | Path, *, root: Path = Path()) -> Path | HubModel:
         if place.is_dir():
             return _checkpoint(place)
         if place.exists():
+            refuse_file(place)
             raise ConfigError(f"{text}: a file, not a model folder", hint=f"give {_FOLDER}")
         found = _hub_id(text)
         if found and not (root / text.split("/")[0]).exists():
@@ -103,13 +106,14 @@ def _nearest(place: Path, text: str, found: HubModel | None) -> str:
     return "; ".join(hints)
 
 
-def find(given: str | Path, *, root: Path = Path(), tell: Tell | None = None) -> Path:
+def find(given: str | Path, *, root: Path = Path(), tell: Tell | None = None, also: tuple[str, ...] = ()) -> Path:
     """Return the folder of a model, fetched from the Hub where it is not local.
 
     Args:
         given: path or Hub id, see the top of this module.
         root: folder that a relative path starts from.
         tell: called with a line before the Hub is asked; on a terminal, bars then show how far the transfer is.
+        also: patterns of files to fetch besides those that a model is loaded from.
 
     Raises:
         ConfigError: no such folder, no such model or revision on the Hub, or no access to it.
@@ -117,7 +121,7 @@ def find(given: str | Path, *, root: Path = Path(), tell: Tell | None = None) ->
         StorageError: the cache cannot be written.
     """
     found = read(given, root=root)
-    return found if isinstance(found, Path) else _fetch(found, tell)
+    return found if isinstance(found, Path) else _fetch(found, tell, also)
 
 
 def pin(given: str | Path, *, tell: Tell | None = None) -> str:
@@ -176,17 +180,17 @@ def origin(folder: Path) -> str:
     return str(read_provenance(folder).get("provenance", {}).get(ORIGIN, ""))
 
 
-def _fetch(model: HubModel, tell: Tell | None) -> Path:
+def _fetch(model: HubModel, tell: Tell | None, also: tuple[str, ...] = ()) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    key = (str(constants.HF_HUB_CACHE), model)
+    key = (str(constants.HF_HUB_CACHE), model, also)
     if key in _fetched and _fetched[key].is_dir():
         return _fetched[key]
     if tell and not constants.is_offline_mode():
         tell(f"looking for {model} at {constants.ENDPOINT} ...")
     wanted: dict[str, Any] = {
         "revision": model.revision or None,
-        "allow_patterns": FILES,
+        "allow_patterns": [*FILES, *also],
         "ignore_patterns": LEFT_OUT,
     }
     try:
@@ -208,7 +212,7 @@ def _fetch(model: HubModel, tell: Tell | None) -> Path:
     commit = _snapshot(folder)
     assert commit is not None, folder
     # A commit never changes: who asks for it again in this process need not ask the Hub.
-    _fetched[key[0], commit] = folder
+    _fetched[key[0], commit, also] = folder
     return folder
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from casehard.attacks import ATTACKS
 from casehard.benchmark.contrasts import make_differences
 from casehard.benchmark.entries import Gates
 from casehard.benchmark.lookup import Table
@@ -143,15 +144,17 @@ class _Collected:
     def attack(self, config: Mapping[str, Any], reads: Mapping[str, Any]) -> str:
         """Return the name of the attack's column; runs that differ only in model and seed share it."""
         settings = {k: v for k, v in config["config"].items() if k != "evaluate_at"}
-        key = digest({**settings, **reads})
+        kind = str(config.get("attack", "finetune"))
+        key = digest({"attack": kind, **settings, **reads})
         if key not in self.attacks:
-            mode = "LoRA" if settings["mode"] == "lora" else "full-parameter"
-            title = f"{mode} fine-tuning, {settings['share'] * 100:g} % harmful, lr {settings['lr']:g}"
-            named = ("mode", "share", "steps", "lr")
+            spec = ATTACKS.get(kind)
+            share = settings.get(spec.share if spec else "", 0.0)
+            named = {k: settings[k] for k in ("mode", "steps", "lr") if k in settings}
+            title = _attack_title(kind, share, named)
             title += f" ({len(self.attacks) + 1})" if title in [a["title"] for a in self.attacks.values()] else ""
-            extra = {k: v for k, v in settings.items() if k not in named}
-            self.attacks[key] = {"name": f"attack-{len(self.attacks) + 1}", "title": title, "settings": extra}
-            self.attacks[key] |= {k: settings[k] for k in named}
+            extra = {k: v for k, v in settings.items() if k not in named and k != (spec.share if spec else "")}
+            self.attacks[key] = {"name": f"attack-{len(self.attacks) + 1}", "title": title, "attack": kind}
+            self.attacks[key] |= {"settings": extra, "share": share, **named}
         return str(self.attacks[key]["name"])
 
     def once(self, what: tuple[Any, ...], place: Path, result: Any) -> None:
@@ -259,6 +262,14 @@ class _Collected:
                 )
 
 
+def _attack_title(kind: str, share: float, named: Mapping[str, Any]) -> str:
+    """Return what a column of an attack is called."""
+    if kind != "finetune":
+        return f"{kind}, {', '.join(f'{key} {value}' for key, value in named.items())}" if named else kind
+    mode = "LoRA" if named["mode"] == "lora" else "full-parameter"
+    return f"{mode} fine-tuning, {share * 100:g} % harmful, lr {named['lr']:g}"
+
+
 def _plan(found: _Collected) -> Plan | None:
     """Return the plan these runs amount to; None when they hold no comparison."""
     base = found.undefended
@@ -268,7 +279,9 @@ def _plan(found: _Collected) -> Plan | None:
     attacks = []
     for attack in found.attacks.values():
         steps = {p.step for p in found.points if p.attack == attack["name"] and p.step > 0}
-        attacks.append({**attack, "evaluate_at": sorted(steps), "harmful": ["-"], "benign": ["-"]})
+        rows = {role: ["-"] for role in ATTACKS.find(attack["attack"]).row_roles()}
+        last = {"steps": max([attack.get("steps", 1), *steps])}
+        attacks.append({**attack, **last, "evaluate_at": sorted(steps), **rows})
     methods = found.methods
     rows = [{"name": n, "role": "defence", "method": methods[n], "data": ["-"]} for n in others]
     trained = {"method": "plain", "data": ["-"]} if methods[base] == "plain" else {}

@@ -51,7 +51,7 @@ class View:
             name: metric_title(name, triggered=self.plants) for name in (TRIGGER_METRICS if self.plants else METRICS)
         }
         """Metric -> how tables call it, in their order."""
-        job, steps = self.headline.get("attack", ""), {a["name"]: a["steps"] for a in self.attacks}
+        job, steps = self.headline.get("attack", ""), {a["name"]: a.get("steps", 0) for a in self.attacks}
         # Where usefulness is read: before any attack, or after the headline's.
         self.table = Table(summary["pooled"], family, at=(job, steps[job]) if self.ends else (NO_ATTACK, 0))
         self.looks = figures.looks(self.defences)
@@ -334,8 +334,9 @@ def points(value: float, digits: int = 1) -> str:
 def facts(attack: Mapping[str, Any]) -> str:
     """Describe an attack in one line."""
     extra = flow(attack.get("settings") or {})
-    text = f"{attack['mode']}, share {attack['share']:g}, {attack['steps']} steps, lr {attack['lr']:g}"
-    return f"{text}, {extra}" if extra else text
+    words = {"mode": "{}", "share": "share {:g}", "steps": "{} steps", "lr": "lr {:g}"}
+    named = [text.format(attack[key]) for key, text in words.items() if key in attack]
+    return ", ".join([*named, *([extra] if extra else [])])
 
 
 def cell(entry: Mapping[str, Any] | None) -> dict[str, str]:

@@ -19,9 +19,9 @@ import torch
 
 from casehard.backdoor.triggers import Trigger, insert
 from casehard.data.chat import ChatFormat
+from casehard.data.similar import words_of
 from casehard.errors import DataError, Unsupported
 from casehard.evaluation.generate import inference
-from casehard.scan.similar import words_of
 from casehard.seeds import derive, generator
 from casehard.train.progress import Progress
 from casehard.types import Example

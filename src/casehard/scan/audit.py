@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 from casehard.backdoor.triggers import Trigger
 from casehard.data.phrases import cut
+from casehard.data.similar import near_duplicates, words_of
 from casehard.errors import DataError
 from casehard.evaluation.judges.rules import label_response
 from casehard.limits import Coefficient, Count, Limited, Portion, Several
 from casehard.maths.stats import clopper_pearson
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
-from casehard.scan.similar import near_duplicates, words_of
 from casehard.types import Example
 
 Gram = tuple[str, ...]
