@@ -10,7 +10,6 @@ import pytest
 
 import casehard as ch
 from casehard.benchmark import graph
-from casehard.benchmark.execute import Task, step_of
 from casehard.cli import main
 from casehard.errors import ConfigError
 from casehard.registry import JudgeSpec, Registry
@@ -154,33 +153,40 @@ def test_its_judge_keeps_our_promises(promise) -> None:
 
 PLAN = """
 name: neighbour
-title: a method from next door
-reference: none
+title: a method, an attack and a judge from next door
 suite: "{suite}"
 bases: [{{name: m, model: {world}}}]
 defences:
   - {{name: none, role: undefended, method: plain, data: &d ["{{base}}/data/align.jsonl"], train: &t {{steps: 2}}}}
   - {{name: theirs, method: small_weights, data: *d, train: *t}}
 attacks:
-  - name: full
-    share: 0.5
-    steps: 1
-    harmful: ["{{base}}/data/attack_a.jsonl"]
-    benign: ["{{base}}/data/task_reviews.jsonl"]
-    settings: {{rows: 8, batch_size: 4}}
-headline: {{defence: theirs}}
-limit: 1
+  - {{name: noise, attack: noise, excuses: "{{base}}/data/benign.jsonl", settings: {{scale: 0.5}}}}
+headline: {{defence: theirs, metric: asr}}
+limit: 2
 """
 
 
-def test_its_defence_is_a_row_of_a_plan_and_its_code_counts(suite: Path, tmp_path: Path) -> None:
+def test_they_are_a_row_a_column_and_the_judge_of_a_bench_and_its_report(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN.format(suite=suite, world=WORLD))
+    done = ch.bench(tmp_path / "plan.yaml", out=tmp_path / "out", jobs=1)
+    assert not done.failed and done.summary["plan"]["attacks"][0]["steps"] == 1
+    found = {(r["defence"], r["attack"], r["steps"]): r for r in done.summary["records"] if r["metric"] == "asr"}
+    places = {(name, *at) for name in ("none", "theirs") for at in (("none", 0), ("noise", 0), ("noise", 1))}
+    assert set(found) == places, "before, and the one moment of an attack that trains nothing"
+    (told,) = (t for t in done.summary["telemetry"] if t["defence"] == "theirs")
+    assert told["means"]["mean_square"] > 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "scale: 0.5" in page and "mean square" in page and "lr 0.0001" not in page
+    (card,) = (tmp_path / "out").glob("nodes/defend-m-theirs-*/checkpoint/README.md")
+    assert PURPOSE in card.read_text(encoding="utf-8")
+
+
+def test_its_code_counts(suite: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN.format(suite=suite, world=WORLD))
     matrix = graph.expand(graph.load_plan(tmp_path / "plan.yaml"), root=tmp_path)
     nodes = {node.label: node for node in matrix.nodes.values() if node.kind == "defend"}
     assert nodes["m/theirs/s0"].code != nodes["m/none/s0"].code
-    step = step_of(Task(node=nodes["m/theirs/s0"], out=tmp_path, cache=tmp_path, parent=WORLD, base=WORLD))
-    assert step.method == "small_weights" and step.spec.purpose == PURPOSE
-    for kind in ("evaluate", "attack", "tune"):
+    for kind in ("evaluate", "attack"):
         assert {"neighbour.judge", "casehard.organism.judge"} <= set(_code(kind)), kind
 
 

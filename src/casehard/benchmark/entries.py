@@ -176,7 +176,7 @@ class Attack(Limited):
     share: Share = 0.1
     """The attacker's share of the rows, 0 to 1: the setting that the attack's spec names."""
     steps: Count = 200
-    """Optimiser steps."""
+    """Optimiser steps; an attack that trains nothing counts as one."""
     lr: LearningRate = 1e-4
     rows: Rows = field(default_factory=dict)
     """Data role -> data specs; in a file each role is a key of its own."""
@@ -209,6 +209,8 @@ class Attack(Limited):
                 f"{where}: {own[0]} stands in its settings, where it would be ignored",
                 hint=f"write {own[0]} beside settings, not inside",
             )
+        if not spec.trains:  # there is one moment to measure at: it counts as one step after the model as it was
+            object.__setattr__(self, "steps", 1)
         # Step 0 does not depend on the attack: it is measured once per model, not once per attack.
         full = tuple(sorted({*self.full_at, self.steps} - {0}))
         object.__setattr__(self, "full_at", full)
@@ -227,9 +229,16 @@ class Attack(Limited):
         return ATTACKS.find(self.attack).plants
 
     @property
+    def trains(self) -> bool:
+        """Return whether it changes weights step by step."""
+        return ATTACKS.find(self.attack).trains
+
+    @property
     def config(self) -> dict[str, Any]:
         """Return the attack's settings."""
         spec = ATTACKS.find(self.attack)
+        if not spec.trains:
+            return {**self.settings, **({spec.share: self.share} if spec.share else {})}
         named = {"mode": self.mode, "steps": self.steps, "lr": self.lr, "evaluate_at": list(self.evaluate_at)}
         return {**self.settings, **named, **({spec.share: self.share} if spec.share else {})}
 

@@ -200,7 +200,8 @@ def execute(task: Task) -> Outcome:
         return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, facts=told, log=done.log)
     done = step.run(label=task.node.label)
     facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
-    at = task.node.config.get("step")  # a model that is never attacked stands beside the ends of attacks
+    # A model that is never attacked stands beside the ends of attacks; an attack without training is one step long.
+    at = task.node.config.get("step")
     if at is not None:
         done = replace(done, rows=[{**row, "step": at} for row in done.rows])
     return Outcome(rows=done.rows, cost=done.cost, facts=facts, log=done.log)

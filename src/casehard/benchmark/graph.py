@@ -162,8 +162,9 @@ def _attack_config(plan: Plan, row: Defence, chain: Chain, attack: Attack) -> di
     trainings = [row if name == DEFENCE else plan.step(name) for name in chain.after]
     return {
         "attack": attack.attack,
-        "config": {**attack.config, "evaluate_at": [*first, *attack.evaluate_at]},
-        "full_at": [*first, *attack.full_at],
+        "config": attack.config | ({"evaluate_at": [*first, *attack.evaluate_at]} if attack.trains else {}),
+        "full_at": [*first, *attack.full_at] if attack.trains else [],
+        **({} if attack.trains else {"step": attack.steps}),
         "rows": {role: list(specs) for role, specs in attack.rows.items()},
         "inside": _training_config(plan, row) if chain.inside else None,
         "then": [_training_config(plan, training) for training in trainings if training.method is not None],

@@ -279,9 +279,9 @@ def _plan(found: _Collected) -> Plan | None:
     attacks = []
     for attack in found.attacks.values():
         steps = {p.step for p in found.points if p.attack == attack["name"] and p.step > 0}
-        rows = {role: ["-"] for role in ATTACKS.find(attack["attack"]).row_roles()}
+        asked = {role: ["-"] for role in ATTACKS.find(attack["attack"]).row_roles()}
         last = {"steps": max([attack.get("steps", 1), *steps])}
-        attacks.append({**attack, **last, "evaluate_at": sorted(steps), **rows})
+        attacks.append({**attack, **last, "evaluate_at": sorted(steps), **asked})
     methods = found.methods
     rows = [{"name": n, "role": "defence", "method": methods[n], "data": ["-"]} for n in others]
     trained = {"method": "plain", "data": ["-"]} if methods[base] == "plain" else {}

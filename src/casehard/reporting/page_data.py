@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from casehard.attacks import ATTACKS
 from casehard.benchmark.lookup import Table, percent, percents
 from casehard.benchmark.records import NO_ATTACK
 from casehard.evaluation.metrics import METRICS, TRIGGER_METRICS, in_words, metric_title
@@ -335,7 +336,9 @@ def facts(attack: Mapping[str, Any]) -> str:
     """Describe an attack in one line."""
     extra = flow(attack.get("settings") or {})
     words = {"mode": "{}", "share": "share {:g}", "steps": "{} steps", "lr": "lr {:g}"}
-    named = [text.format(attack[key]) for key, text in words.items() if key in attack]
+    spec = ATTACKS.get(attack.get("attack", "finetune"))
+    unsaid = () if spec is None or spec.trains else ("mode", "steps", "lr", *(() if spec.share else ("share",)))
+    named = [text.format(attack[key]) for key, text in words.items() if key in attack and key not in unsaid]
     return ", ".join([*named, *([extra] if extra else [])])
 
 
