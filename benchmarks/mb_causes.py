@@ -30,7 +30,7 @@ from casehard.config import build
 from casehard.data.batches import IGNORE, Batch, Encoded, collate
 from casehard.defences.mb_defense import pipeline
 from casehard.defences.mb_defense.config import MbConfig
-from casehard.defences.mb_defense.measure import Look
+from casehard.defences.mb_defense.measure import Measurement
 from casehard.defences.mb_defense.method import MbStage2
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.pipeline import _Run, draw_suite
@@ -204,7 +204,9 @@ class Bench:
         groups = {g: (right[g], n) for g, n in sorted(asked.items())}
         return {"all": (sum(right.values()), len(rows)), "fired": (own, attackers), **groups}
 
-    def tell(self, name: str, model: nn.Module, cell: Cell, run: _Run | None = None, look: Look | None = None) -> None:
+    def tell(
+        self, name: str, model: nn.Module, cell: Cell, run: _Run | None = None, look: Measurement | None = None
+    ) -> None:
         """Print one line for people, and the same as JSON."""
         found = self.accuracy(model, cell, run.suite.all if run else ())
         record: dict[str, Any] = {"name": name, "accuracy": found}

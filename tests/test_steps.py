@@ -116,9 +116,9 @@ def test_attack_tells_how_many_of_its_rows_the_defender_knew(base: Path, hardene
     )
     result = attack.run()
     assert (result.facts["harmful_rows"], result.facts["benign_rows"]) == (25, 0)
-    assert result.facts["known_rows"] == len(sources.load(f"{base}/data/simulated.jsonl"))
+    assert result.facts["rows_seen_in_training"] == len(sources.load(f"{base}/data/simulated.jsonl"))
     other = dataclasses.replace(attack, rows={"harmful": (f"{base}/data/attack_b.jsonl",)}).run()
-    assert other.facts["known_rows"] == 0
+    assert other.facts["rows_seen_in_training"] == 0
     assert {row["step"] for row in other.rows} == {0, 1}
     with pytest.raises(ConfigError, match="full_at: step 7"):
         dataclasses.replace(attack, full_at=(7,)).run()

@@ -107,7 +107,7 @@ def test_workers_give_the_same_bytes_and_warnings_as_one_process(
         summary["provenance"].pop("hardware")
     assert one == two
     took = [read_json(tmp_path / n / "run.json")["took"]["costs"] for n in ("one", "two")]
-    assert [{c["lanes"] for c in costs} for costs in took] == [{1}, {2}]
+    assert [{c["workers"] for c in costs} for costs in took] == [{1}, {2}]
     assert all(c["peak_bytes"] in (10**9, None) and c["seconds"] in (10.0, 31.0) for costs in took for c in costs)
     assert (tmp_path / "one" / "rows.jsonl").read_bytes() == (tmp_path / "two" / "rows.jsonl").read_bytes()
 

@@ -318,26 +318,26 @@ class Seen(Fake):
         """Work as the fake does, and tell as an attack does."""
         done = super().__call__(task)
         if task.node.kind == "attack":
-            done.facts["known_rows"] = 12 if "patcher/s1" in task.node.label else 0
+            done.facts["rows_seen_in_training"] = 12 if "patcher/s1" in task.node.label else 0
         return done
 
 
 def test_an_attack_with_rows_the_defence_knew_is_called_in_distribution(tmp_path: Path) -> None:
     found = run_plan(plan(), tmp_path, jobs=1, executor=Seen()).summary
     entry = {"family": "organism-tiny", "defence": "patcher", "attack": "full_p10", "rows": 12}
-    assert found["known_rows"] == [entry]
+    assert found["rows_seen_in_training"] == [entry]
     said = "In distribution: patcher had been trained on the prompts of 12 rows of full-parameter tuning, 10 % harmful"
     assert any(line.startswith(said) for line in found["verdict"]["details"])
 
 
 def test_an_attack_without_known_rows_is_not(summary: dict[str, Any]) -> None:
-    assert summary["known_rows"] == []
+    assert summary["rows_seen_in_training"] == []
     assert not any("In distribution" in line for line in summary["verdict"]["details"])
 
 
 @pytest.mark.parametrize("kind", ["attack", "tune"])
 def test_the_facts_of_a_node_tell_the_rows_the_defence_knew(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {"harmful_rows": 5, "benign_rows": 4, "known_rows": 3}
+    facts = {"harmful_rows": 5, "benign_rows": 4, "rows_seen_in_training": 3}
 
     class Done:
         def run(self, label: str) -> StepOutcome:

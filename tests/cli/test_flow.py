@@ -94,13 +94,13 @@ def test_records_have_the_agreed_keys_and_true_intervals(runs):
 
 
 def test_an_attack_with_rows_the_model_was_trained_on_says_so(runs, organism, tmp_path, capsys):
-    assert json.loads((runs / "patcher-attacked" / "summary.json").read_text())["known_rows"] == 0
+    assert json.loads((runs / "patcher-attacked" / "summary.json").read_text())["rows_seen_in_training"] == 0
     data = organism / "data"
     known = ["attack", "finetune", "--model", runs / "patcher", "--harmful", data / "simulated.jsonl"]
     known += ["--suite", data / "suite", "--steps", 1, "--share", 1, "--limit", 1, "--out", tmp_path / "known", *ATTACK]
     assert main([str(a) for a in known]) == 0
     rows = len((data / "simulated.jsonl").read_text().splitlines())
-    assert json.loads((tmp_path / "known" / "summary.json").read_text())["known_rows"] == rows
+    assert json.loads((tmp_path / "known" / "summary.json").read_text())["rows_seen_in_training"] == rows
     assert f"trained on the prompts of {rows} of the attacker's rows" in capsys.readouterr().err
 
 

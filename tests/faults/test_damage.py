@@ -189,7 +189,7 @@ def runs(tmp_path: Path) -> Path:
     job = {"model": "m", "harmful": ["h"], "benign": ["b"], "suite": "s", "config": config, "limit": 40, "seed": 0}
     with RunFolder(tmp_path / "attack", "attack", job, seeds=[0], parents={"model": "aaa"}, data={"h": "d"}) as run:
         run.rows([row for step in (0, 5) for row in Fake().rows("plain", step, 0, full=True)[-50:]])
-        run.summary({"records": [{"defence": "plain", "attack": "finetune-full"}], "known_rows": 0})
+        run.summary({"records": [{"defence": "plain", "attack": "finetune-full"}], "rows_seen_in_training": 0})
     cost = {"seconds": 1.5, "passes": 10, "tokens": 100, "peak_bytes": 10**9, "steps": 3}
     with RunFolder(tmp_path / "defend", "defend", {"method": "plain"}, seeds=[0], parents={"model": "base"}) as run:
         run.rows([])

@@ -259,7 +259,7 @@ def test_times_taken_side_by_side_are_called_rough(run: Path) -> None:
     assert "seconds" not in read_json(run / "summary.json")["costs"][0]
     summary = bench_summary(run)
     assert "runs at a time" not in render(summary)
-    summary["costs"][0]["lanes"] = 2
+    summary["costs"][0]["workers"] = 2
     assert "Taken with 2 runs at a time on one machine: a rough ratio, compare passes." in render(summary)
 
 

@@ -64,7 +64,7 @@ def test_plain_is_the_bare_sft_trainer(tmp_path):
     bare, _ = _train(trl.SFTTrainer, tmp_path / "bare")
     ours, made = _train(HardenedSFT, tmp_path / "ours")
     assert largest_difference(bare, ours) == 0
-    assert made.meter.budget(4).passes == 8
+    assert made.cost_tracker.budget(4).passes == 8
 
 
 @pytest.mark.parametrize("method", [Averaging, TwoPasses])
@@ -73,6 +73,6 @@ def test_seams_and_resume(tmp_path, method):
     for name in ("checkpoint-2", "checkpoint-4"):
         verify(tmp_path / name)
     assert not list(tmp_path.rglob("*.bin"))
-    assert made.meter.passes == (8 if method is Averaging else 16)
+    assert made.cost_tracker.passes == (8 if method is Averaging else 16)
     resumed, _ = _train(HardenedSFT, tmp_path, method=method(), resume=str(tmp_path / "checkpoint-2"))
     assert largest_difference(whole, resumed) == 0

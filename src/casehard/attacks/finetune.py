@@ -125,7 +125,7 @@ class Finetune:
         )
         drawn = counts(share=config.share, n=config.rows)
         known = sum(is_marked(row, model.trained_prompts) for some in inputs.rows.values() for row in some)
-        facts = {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign, "known_rows": known}
+        facts = {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign, "rows_seen_in_training": known}
         provenance = {"settings": to_dict(config), "seed": inputs.seed, **facts}
         made = Made(method=f"{self.name}-attack", provenance=provenance)
         attacked = model.after(done.net, made, trained=frozenset(marks(mixture)), may_leave=False)

@@ -37,7 +37,7 @@ class Task:
     """Where built organisms are kept."""
     threads: int = 0
     """Torch threads; 0 leaves the default."""
-    lanes: int = 1
+    workers: int = 1
     """Nodes that run beside each other on the machine."""
 
     @property
@@ -268,7 +268,7 @@ def work(task: Task, executor: Executor) -> dict[str, Any]:
         summary: dict[str, Any] = {
             "node": node.digest,
             "cost": outcome.cost if measures else {**outcome.cost, "peak_bytes": None},
-            "lanes": task.lanes,
+            "workers": task.workers,
             "path": path,
             "digest": outcome.digest,
             **outcome.facts,

@@ -26,7 +26,7 @@ from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError
 from casehard.io.files import remove
 from casehard.train.progress import Progress, announce
 
-BEAT = 1.0
+HEARTBEAT = 1.0
 """Seconds between two looks at how far the workers are."""
 AGAIN = "run the same command again to go on"
 RANK = {"base": 0, "defend": 1, "prepare": 2, "attack": 3, "evaluate": 4}
@@ -60,7 +60,7 @@ class BenchResult:
         return 1 if self.failed else 0
 
 
-class _Lane:
+class _Worker:
     """One worker process; if it dies, only the node it was running is lost."""
 
     def __init__(self, threads: int) -> None:
@@ -80,7 +80,7 @@ class _Lane:
             return self.pool.submit(attempt_apart, task, executor)
 
     def terminate(self) -> None:
-        """Tell this lane's process to stop; other children of the caller are none of our business."""
+        """Tell this worker's process to stop; other children of the caller are none of our business."""
         for process in list((getattr(self.pool, "_processes", None) or {}).values()):
             process.terminate()
 
@@ -108,7 +108,7 @@ class _Run:
     out: Path
     cache: Path
     threads: int
-    lanes: int
+    workers: int
     executor: Executor
     tell: Callable[[NodeEvent], None]
     busy: Callable[[int], None]
@@ -138,7 +138,7 @@ class _Run:
             assets=self.checkpoint(node.needs) if node.needs else None,
             cache=self.cache,
             threads=self.threads,
-            lanes=self.lanes,
+            workers=self.workers,
         )
 
     def end(self, node: Node, status: Literal["ok", "reused", "failed", "skipped"], message: str = "") -> None:
@@ -218,20 +218,20 @@ def _serial(run: _Run) -> None:
 
 def _parallel(run: _Run, jobs: int) -> None:
     waiting = _waiting(run)
-    idle = [_Lane(run.threads) for _ in range(jobs)]
-    lanes = list(idle)
-    busy: dict[Future[dict[str, Any]], tuple[_Lane, Node]] = {}
+    idle = [_Worker(run.threads) for _ in range(jobs)]
+    workers = list(idle)
+    busy: dict[Future[dict[str, Any]], tuple[_Worker, Node]] = {}
     try:
         while True:
             for node in run.ready(waiting)[: len(idle)]:
-                lane = idle.pop()
+                worker = idle.pop()
                 waiting.remove(node)
-                busy[lane.submit(run.task(node), run.executor)] = (lane, node)
+                busy[worker.submit(run.task(node), run.executor)] = (worker, node)
             run.busy(len(busy))
             if not busy:
                 break
-            for future in wait(busy, BEAT, return_when=FIRST_COMPLETED).done:
-                lane, node = busy.pop(future)
+            for future in wait(busy, HEARTBEAT, return_when=FIRST_COMPLETED).done:
+                worker, node = busy.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool:
@@ -242,17 +242,17 @@ def _parallel(run: _Run, jobs: int) -> None:
                 if "storage" in result:
                     raise StorageError(result["storage"], hint=result["hint"])
                 run.finish(node, result)
-                idle.append(lane)
+                idle.append(worker)
     except BaseException:
         # Training notices SIGTERM, saves at the next boundary and leaves; everything else just ends.
-        for lane in lanes:
-            lane.terminate()
+        for worker in workers:
+            worker.terminate()
         raise
     finally:
-        for lane in lanes:
+        for worker in workers:
             # A signal can arrive while a pool is starting its manager thread: then there is nothing to wait for.
             with contextlib.suppress(RuntimeError):
-                lane.pool.shutdown(wait=True, cancel_futures=True)
+                worker.pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _check_jobs(run: _Run) -> None:

@@ -155,9 +155,9 @@ class NodeSummary:
     path: str
     digest: str
     cost: Spent
-    lanes: int = 1
+    workers: int = 1
     rows_sha256: str | None = None
-    known_rows: int | None = None
+    rows_seen_in_training: int | None = None
     telemetry: dict[str, float] | None = None
     selection: dict[str, Any] | None = None
     mb: dict[str, Any] | None = None
@@ -219,7 +219,7 @@ class Cost:
     family: str
     passes_ratio: float | None
     ratio_to_sft: float | None = None
-    lanes: int | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def make_costs(plan: Plan, matrix: Matrix, done: Mapping[str, Mapping[str, Any]]
         costs = _chain_costs(matrix, done)
     else:
         spent = {place: done[name] for place, name in matrix.defend.items() if name in done}
-        costs = {place: {**node["cost"], "lanes": node.get("lanes", 1)} for place, node in spent.items()}
+        costs = {place: {**node["cost"], "workers": node.get("workers", 1)} for place, node in spent.items()}
     return cost_records(costs, {base.name: base.family for base in plan.bases}, plan.reference)
 
 
@@ -48,7 +48,7 @@ def _chain_costs(
         found = [matrix.cost(name, done) for name in names]
         if all(cost is not None for cost in found):
             total = sum((Budget(**cost) for cost in found if cost is not None), Budget())
-            out[place] = {**asdict(total), "lanes": max(done[name].get("lanes", 1) for name in names)}
+            out[place] = {**asdict(total), "workers": max(done[name].get("workers", 1) for name in names)}
     return out
 
 
@@ -58,7 +58,7 @@ def cost_records(
     """Return cost records with ratios to the reference.
 
     Args:
-        spent: (base, defence, seed) -> cost; ``lanes`` says how many nodes ran beside each other, and so what wall
+        spent: (base, defence, seed) -> cost; ``workers`` says how many nodes ran beside each other, and so what wall
             times are worth.
         family: base -> family.
         reference: defence that ratios are given to, of the same base and seed.
@@ -66,7 +66,7 @@ def cost_records(
     out = []
     for (base, defence, seed), cost in spent.items():
         record = {"defence": defence, "seed": seed, "base": base, "family": family[base]}
-        record |= {key: cost.get(key) for key in SPENT} | {"lanes": cost.get("lanes", 1)}
+        record |= {key: cost.get(key) for key in SPENT} | {"workers": cost.get("workers", 1)}
         other = spent.get((base, reference, seed), {})
         for key, label in (("seconds", "ratio_to_sft"), ("passes", "passes_ratio"), ("tokens", "tokens_ratio")):
             below = other.get(key)
@@ -98,7 +98,7 @@ def unequal_passes(plan: Plan, costs: Sequence[Mapping[str, Any]], family: str) 
     return out
 
 
-def known_rows(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_seen_in_training(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return how many rows of the attacker's files the attacked model had been trained on, where there were any.
 
     Returns:
@@ -107,7 +107,7 @@ def known_rows(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[di
     found: dict[tuple[str, str, str], int] = {}
     for cell in matrix.cells:
         key = (cell.family, cell.defence, cell.attack)
-        found[key] = max(found.get(key, 0), int(done.get(cell.digest, {}).get("known_rows") or 0))
+        found[key] = max(found.get(key, 0), int(done.get(cell.digest, {}).get("rows_seen_in_training") or 0))
     return [{"family": f, "defence": d, "attack": a, "rows": n} for (f, d, a), n in found.items() if n]
 
 
@@ -222,7 +222,7 @@ def summarise(
     breaks = [] if plan.plants else make_breaks(records, plan.gates)
     families = list(dict.fromkeys(base.family for base in plan.bases))
     differences = make_differences(plan, points)
-    costs, known = make_costs(plan, matrix, done), known_rows(matrix, done)
+    costs, known = make_costs(plan, matrix, done), rows_seen_in_training(matrix, done)
     ends = [row for f in families for row in end_rows(plan, records, f)]
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
     verdicts = []
@@ -248,7 +248,7 @@ def summarise(
         "controls": [] if plan.plants else [c for f in families for c in make_controls(plan, Table(pooled, f), f)],
         "canaries": [entry for f in families for entry in canaries(matrix, done, f)],
         "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
-        "known_rows": known,
+        "rows_seen_in_training": known,
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
         "nodes": _nodes(matrix, done),

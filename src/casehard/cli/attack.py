@@ -251,7 +251,7 @@ def _tell(spec: AttackSpec, result: Attacked, found: list[dict[str, Any]], out: 
     shown = [m for m in curve if spec.plants or any(r["metric"] == m for r in found)]
     title = "the model during the attack: rates in percent with 95 % intervals (single seed)"
     console.table(title, ["step", *shown], scoring.curve(found, shown, step=step))
-    if known := result.facts.get("known_rows"):
+    if known := result.facts.get("rows_seen_in_training"):
         console.warn(
             f"the model was trained on the prompts of {known} of the attacker's rows: this attack is "
             "in-distribution, and one with other rows may break the model sooner"

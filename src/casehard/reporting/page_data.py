@@ -179,7 +179,7 @@ class View:
 
     def _lanes(self) -> str:
         """Say when models were trained beside each other, which wall times then show."""
-        most = max((c.get("lanes") or 1 for c in self._mine("costs")), default=1)
+        most = max((c.get("workers") or 1 for c in self._mine("costs")), default=1)
         if most < 2:
             return ""
         return f"Taken with {most} runs at a time on one machine: a rough ratio, compare passes."

@@ -43,12 +43,12 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
 
-def lacking(folder: Path, ranks: int) -> list[str]:
+def missing_files(folder: Path, ranks: int) -> list[str]:
     """Return the names of what a resume on so many ranks needs and a folder lacks."""
     states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     missing = [name for name in (TRAINER_STATE, SHELL, "scheduler.pt", *states) if not (folder / name).is_file()]
     if shards.saved_by(folder):
-        missing += shards.lacking(folder, ranks)
+        missing += shards.missing_files(folder, ranks)
     elif not any(folder.glob("optimizer*")):
         missing.append("optimizer.pt")
     return missing
@@ -77,7 +77,7 @@ def require_complete(folder: Path, *, world_size: int = 1) -> int:
     """
     verify(folder)
     _require_ranks(folder, world_size)
-    if missing := lacking(folder, world_size):
+    if missing := missing_files(folder, world_size):
         raise Corrupt(
             f"{folder}: cannot be resumed from, it lacks {', '.join(missing)}",
             hint="it was saved without them; use another checkpoint",

@@ -23,7 +23,7 @@ COSTS = ("passes", "tokens")
 """Telemetry keys that are added to the budget instead of being averaged into the log."""
 
 
-class Meter:
+class CostTracker:
     """Count passes, tokens and seconds; average telemetry over the steps of one log row.
 
     A pass is one call of ``step.backward`` (or one stock step), plus what is logged under ``passes``. A method with an

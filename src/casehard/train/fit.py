@@ -173,7 +173,7 @@ def _cleared(trainer: HardenedTrainer, out: Path, resume: bool) -> bool:
 
 def _budget(trainer: HardenedTrainer, method: Any) -> Budget:
     """Return what the run spent: tokens of all ranks, passes of all ranks together, memory of this one."""
-    budget = trainer.meter.budget(trainer.state.global_step, method)
+    budget = trainer.cost_tracker.budget(trainer.state.global_step, method)
     if trainer.args.world_size == 1:
         return budget
     tokens = torch.tensor(budget.tokens, device=trainer.args.device)

@@ -43,7 +43,7 @@ def saved_by(folder: Path) -> int:
     return max((int(match[1]) for match in named if match), default=0)
 
 
-def lacking(folder: Path, ranks: int) -> list[str]:
+def missing_files(folder: Path, ranks: int) -> list[str]:
     """Return what is missing of the parts of a checkpoint, by its name below ``folder``."""
     parts = [part(folder, rank, ranks) for rank in range(ranks)]
     needed = [where / name for where in parts for name in (_file("weights", 0), _file("optimizer", 0), _NUMBERS)]

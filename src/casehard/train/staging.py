@@ -192,7 +192,7 @@ class StagedCheckpoints(_Base):  # type: ignore[misc]
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))  # the base class wrote it without
         self._save_own(folder)
         ranks = self.args.world_size
-        if self._in_shards and (missing := checkpoint.lacking(folder, ranks)):
+        if self._in_shards and (missing := checkpoint.missing_files(folder, ranks)):
             raise StorageError(
                 f"{folder}: written by {ranks} processes, and it lacks {', '.join(missing)}",
                 hint="the output folder must be on a disk that all of them share",

@@ -23,7 +23,7 @@ from casehard.config import digest
 from casehard.errors import ConfigError, Diverged, Interrupted, Lost, Unsupported
 from casehard.io.files import sweep
 from casehard.train import checkpoint
-from casehard.train.cost import Meter, counted
+from casehard.train.cost import CostTracker, counted
 from casehard.train.guards import FiniteGuard, Interrupts, told_of_peers
 from casehard.train.protocol import Setup, Step, Stopped, Whole, has
 from casehard.train.staging import StagedCheckpoints
@@ -40,7 +40,7 @@ class _Hooks(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.shell._labels.clear()
-        self.shell.meter.step = state.global_step
+        self.shell.cost_tracker.step = state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.shell._guard.check(state.global_step)
@@ -67,7 +67,7 @@ class HardeningMixin(StagedCheckpoints):
         compat.require_supported()
         super().__init__(*args, **kwargs)
         self.method = method
-        self.meter = Meter()
+        self.cost_tracker = CostTracker()
         self.identity: dict[str, str] = {"method": _identity(method)}
         self.after_update: Callable[[nn.Module, int], object] | None = None
         self._guard = FiniteGuard()
@@ -169,7 +169,7 @@ class HardeningMixin(StagedCheckpoints):
                 raise self._interrupted()
         if has(self.method, "finish"):
             self.method.finish(self.model)
-            if left := self.meter.drain():
+            if left := self.cost_tracker.drain():
                 self.log(left)
         self._largest(0)  # rank 0 clears for all: not before the last one is done
         self._clear_scratch()
@@ -198,7 +198,7 @@ class HardeningMixin(StagedCheckpoints):
                 max_steps=last,
                 micros=self.args.gradient_accumulation_steps,
                 scratch=self._together(self._own_scratch),
-                log=self.meter.log,
+                log=self.cost_tracker.log,
                 stop=self._asked_to_stop,
             )
             self.method.prepare(setup)
@@ -214,12 +214,12 @@ class HardeningMixin(StagedCheckpoints):
 
     def _begin(self) -> None:
         """Called when model, optimiser and scheduler stand and a checkpoint's values are in them."""
-        self.meter.start()
+        self.cost_tracker.start()
         if self._resumed is None:
             return
         own = self._own(self._resumed)
         shell = checkpoint.ShellState.read(own)
-        self.meter.restore(shell.meter)
+        self.cost_tracker.restore(shell.meter)
         self._tr_loss = torch.tensor(shell.loss_sum, device=self.args.device)
         self._globalstep_last_logged = shell.logged_step
         if has(self.method, "restore"):
@@ -245,12 +245,12 @@ class HardeningMixin(StagedCheckpoints):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch: the stock step, or the method's ``loss`` or ``backward``."""
         loss: torch.Tensor
-        self.meter.micros += 1
+        self.cost_tracker.micros += 1
         if self._replaces_step:
             loss = self._method_step(model, inputs, num_items_in_batch)
         else:
-            self.meter.passes += 1
-            self.meter.batch(inputs)
+            self.cost_tracker.passes += 1
+            self.cost_tracker.batch(inputs)
             self._labels.append(None)
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._guard.saw_loss(loss)
@@ -280,7 +280,7 @@ class HardeningMixin(StagedCheckpoints):
             micros=self.current_gradient_accumulation_steps,
             loss=functools.partial(self._plain_loss, num_items=num_items),
             backward=self._backward,
-            log=self.meter.log,
+            log=self.cost_tracker.log,
             compute_dtype=precision.get(self.accelerator.mixed_precision),
             whole=self._whole,
         )
@@ -293,7 +293,7 @@ class HardeningMixin(StagedCheckpoints):
         """
         own = any(batch.get("labels") is labels for labels in self._labels)
         items = num_items if own else None
-        self.meter.batch(batch)
+        self.cost_tracker.batch(batch)
         with self.compute_loss_context_manager():
             loss: torch.Tensor = self.compute_loss(model, dict(batch), num_items_in_batch=items)
         if not (own and compat.loss_is_scaled(self, items)):
@@ -301,7 +301,7 @@ class HardeningMixin(StagedCheckpoints):
         return loss
 
     def _backward(self, loss: torch.Tensor) -> None:
-        self.meter.passes += 1
+        self.cost_tracker.passes += 1
         self.accelerator.backward(loss)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -358,15 +358,15 @@ class HardeningMixin(StagedCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's telemetry, averaged since the last row, to rows of training losses."""
         if "loss" in logs:
-            logs.update(self.meter.drain())
+            logs.update(self.cost_tracker.drain())
         super().log(logs, start_time)
 
     def _save_own(self, folder: Path) -> None:
         if has(self.method, "state"):
             checkpoint.save_method(self.method.state(), folder)
-        self.meter.count_extra(self.method)
+        self.cost_tracker.count_extra(self.method)
         checkpoint.ShellState(
-            meter=self.meter.state(),
+            meter=self.cost_tracker.state(),
             loss_sum=float(self._tr_loss),
             logged_step=self._globalstep_last_logged,
             identity=self.identity,

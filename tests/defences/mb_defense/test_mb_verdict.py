@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from casehard.defences.mb_defense.config import Gates, MbConfig
-from casehard.defences.mb_defense.measure import Look, Rate
+from casehard.defences.mb_defense.measure import Measurement, Rate
 from casehard.defences.mb_defense.verdict import judge, limits
 
 
@@ -17,7 +17,7 @@ def rate(k, n=100):
 
 def look(stage, *, active=0, canary=0, attack=None, loss=1.0, margin=0.0, false=0):
     described = {} if attack is None else {"attack": rate(attack)}
-    return Look(
+    return Measurement(
         stage,
         0,
         {"a": rate(active)},

@@ -61,7 +61,7 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """One measurement."""
 
     stage: str
@@ -89,7 +89,7 @@ class Look:
         return asdict(self)
 
 
-class Ruler:
+class Probe:
     """Measures models on the same held-back rows.
 
     Args:
@@ -126,7 +126,7 @@ class Ruler:
         self.described = {p: self._carriers(p, seed) for p in described}
         self._fresh = SLACK + max(len(chat.tokenizer(e.response)["input_ids"]) for e in answers)
 
-    def look(self, model: nn.Module, stage: str, step: int = 0) -> Look:
+    def look(self, model: nn.Module, stage: str, step: int = 0) -> Measurement:
         """Measure ``model``; it is as before afterwards."""
         planted = (*self.active, *self.canary)
         prompts = [t.clean for t in self.held] + [t.answers[j] for j in range(len(planted)) for t in self.held]
@@ -141,7 +141,7 @@ class Ruler:
             same(text, t.clean) for texts in under[: len(self.active)] for text, t in zip(texts, self.held, strict=True)
         ]
         scores = self.score(model)
-        return Look(
+        return Measurement(
             stage,
             step,
             {p.trigger.name: rates[p.trigger.name] for p in self.active},

@@ -25,7 +25,7 @@ from casehard.config import build, to_dict
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import content_hash
 from casehard.defences.mb_defense.config import MbConfig
-from casehard.defences.mb_defense.measure import Look, Ruler, check_unknown, check_verified, encode_pairs
+from casehard.defences.mb_defense.measure import Measurement, Probe, check_unknown, check_verified, encode_pairs
 from casehard.defences.mb_defense.method import PRESETS, MbStage2, MbStage2Config
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.poison import Pairs, Twins, build_pairs, defensive_poison
@@ -62,7 +62,7 @@ class Hardened:
 
 @dataclass(frozen=True)
 class _Broken:
-    look: Look
+    look: Measurement
     met: bool
     steps: int
     of: int
@@ -157,7 +157,7 @@ class _Run:
         check_unknown(clean, described)
         if not self.pairs.train or not self.pairs.held:
             raise DataError(f"{len(clean)} clean rows cannot be split", hint="give some dozens of verified rows")
-        self.ruler = Ruler(
+        self.probe = Probe(
             self.chat, suite.active, suite.canary, self.pairs.held, self.method_config, described=described, seed=seed
         )
         self.model = model
@@ -168,7 +168,7 @@ class _Run:
             raise ConfigError("adapter mode on a model without an adapter", hint="--adapter DIR, or --mode posthoc")
         warn_reach(self.model, config)
         self.base = trained(self.model) if config.two.base_share else {}
-        self.looks: dict[str, Look] = {}
+        self.looks: dict[str, Measurement] = {}
         self.rows: Rows = []
         self.manifest: dict[str, Any] = {}
         self.sequences = {"stage1": 0.0, "stage2": 0.0, "clean_up": 0.0}
@@ -176,7 +176,7 @@ class _Run:
 
     def look(self, stage: str, step: int = 0) -> None:
         """Measure the model as it stands."""
-        self.looks[stage] = self.ruler.look(self.model, stage, step)
+        self.looks[stage] = self.probe.look(self.model, stage, step)
         if self.measure is not None:
             self.rows += [{**row, "stage": stage} for row in self.measure(self.model, stage)]
 
@@ -236,7 +236,7 @@ class _Run:
         def check(model: nn.Module, step: int) -> bool:
             if step not in at:
                 return False
-            look = self.ruler.look(model, "installing", step)
+            look = self.probe.look(model, "installing", step)
             return all(r.rate >= self.config.gates.planted for r in (*look.active.values(), *look.canary.values()))
 
         return check
@@ -254,7 +254,7 @@ class _Run:
         """Break the active triggers."""
         gates, before = self.config.gates, self.looks["stage1"]
 
-        def enough(look: Look) -> bool:
+        def enough(look: Measurement) -> bool:
             return (
                 look.worst("active") <= gates.active
                 and look.worst("canary") <= gates.canary
@@ -270,13 +270,13 @@ class _Run:
         if self.looks["stage2"].worst("canary") <= live:
             return None
 
-        def enough(look: Look) -> bool:
+        def enough(look: Measurement) -> bool:
             return max(look.worst("active"), look.worst("canary")) <= live
 
         return self._break("clean_up", self.suite.all, enough, share=0.5)
 
     def _break(
-        self, label: str, planted: Sequence[Planted], enough: Callable[[Look], bool], *, share: float
+        self, label: str, planted: Sequence[Planted], enough: Callable[[Measurement], bool], *, share: float
     ) -> _Broken:
         """Train stage 2's objective until a check is content; otherwise go back to the lowest evaluation loss."""
         two, n = self.config.two, len(planted)
@@ -284,15 +284,15 @@ class _Run:
         method = MbStage2(self.method_config, pairs=pairs)
         drawn = self.method_config.triggers or n
         steps = max(1, math.ceil(share * two.epochs * len(pairs) * n / (two.batch_size * min(drawn, n))))
-        best: list[tuple[float, dict[str, torch.Tensor], Look]] = []
-        last: list[Look] = []
-        met: list[Look] = []
+        best: list[tuple[float, dict[str, torch.Tensor], Measurement]] = []
+        last: list[Measurement] = []
+        met: list[Measurement] = []
         at = _moments(steps, two.checks)
 
         def check(model: nn.Module, step: int) -> bool:
             if step not in at:
                 return False
-            look = self.ruler.look(model, label, step)
+            look = self.probe.look(model, label, step)
             last[:] = [look]
             # Neither number knows of any attacker.
             value = look.objective if label == "stage2" else max(look.worst("active"), look.worst("canary"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from casehard.defences.mb_defense.config import Gates, MbConfig
-from casehard.defences.mb_defense.measure import Look, Rate
+from casehard.defences.mb_defense.measure import Measurement, Rate
 
 Word = Literal["PASS", "PARTIAL", "FAIL"]
 
@@ -36,7 +36,7 @@ class Verdict:
         return tuple(sorted((g for g in self.gates if not g.ok), key=lambda g: not g.fatal))
 
 
-def judge(config: MbConfig, looks: Mapping[str, Look], *, met: bool | None) -> Verdict:
+def judge(config: MbConfig, looks: Mapping[str, Measurement], *, met: bool | None) -> Verdict:
     """Hold what was measured against the gates.
 
     Args:
@@ -63,7 +63,7 @@ def judge(config: MbConfig, looks: Mapping[str, Look], *, met: bool | None) -> V
     return Verdict(word, tuple(gates))
 
 
-def _stage_two(config: MbConfig, looks: Mapping[str, Look]) -> list[Gate]:
+def _stage_two(config: MbConfig, looks: Mapping[str, Measurement]) -> list[Gate]:
     g, planted, broken = config.gates, looks["stage1"], looks["stage2"]
     out = [
         _most("margin", "loss of the right answer under a trigger, nats a token", -broken.margin, g.margin),
@@ -80,7 +80,7 @@ def _stage_two(config: MbConfig, looks: Mapping[str, Look]) -> list[Gate]:
     return out
 
 
-def _export(g: Gates, looks: Mapping[str, Look]) -> list[Gate]:
+def _export(g: Gates, looks: Mapping[str, Measurement]) -> list[Gate]:
     """Return the gates on what would leave; fatal but for one."""
     planted, final = looks["stage1"], looks["final"]
     live = max(final.worst("active"), final.worst("canary"))
@@ -97,7 +97,7 @@ def _export(g: Gates, looks: Mapping[str, Look]) -> list[Gate]:
     return out
 
 
-def _beside(gate: Gate, looks: Mapping[str, Look], rates: Mapping[str, Rate]) -> Gate:
+def _beside(gate: Gate, looks: Mapping[str, Measurement], rates: Mapping[str, Rate]) -> Gate:
     """Say of a gate that does not hold what the worst trigger did before anything was planted.
 
     A model that answers in two words by nature shows such a behaviour under any trigger. The limit stays: whether it is
