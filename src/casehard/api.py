@@ -114,10 +114,11 @@ def defend(
     model: Model | str | Path,
     method: Any = "patcher",
     *,
-    data: Data,
+    data: Data | None = None,
     unsafe: Data | None = None,
     retain: Data | None = None,
     safe: Data | None = None,
+    clean: Data | None = None,
     more: Mapping[str, Data] | None = None,
     assets: str | Path = "",
     preset: str = "",
@@ -136,10 +137,11 @@ def defend(
     Args:
         model: what to start from; left as it is.
         method: name in ``casehard.DEFENCES``, its configuration object, or a method object of your own.
-        data: rows to train on.
+        data: rows to train on. A defence that trains the model itself may repair it without any.
         unsafe: restricted prompts with compliant answers, for methods that need them.
         retain: harmless prompts with answers, for a retain term.
         safe: restricted prompts with refusals, and harmless rows.
+        clean: rows that somebody verified, which nobody can have poisoned.
         more: rows of further data roles, for methods of other packages.
         assets: folder that the method reads what was prepared earlier from.
         preset: named settings of the method to start from.
@@ -176,9 +178,10 @@ def defend(
         max_length=max_length,
         seed=seed,
     )
-    roles = _roles({"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, **(more or {})})
+    given = {"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, "clean": clean}
+    roles = _roles({**given, **(more or {})})
     if ready is None:
-        step.check([role for role in roles if role != "data"])
+        step.check([role for role in roles if role != "data"], trains="data" in roles)
     done = finetune_on(step, roles, start, method=ready, out=None if out is None else Path(out), label=name)
     assert done.model is not None
     return done.model

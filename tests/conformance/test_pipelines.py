@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from casehard.data import sources
 from casehard.data.mix import content_hash
 from casehard.data.sources import load_many
 from casehard.defences import DEFENCES
 from casehard.errors import ConfigError, DataError
 from casehard.model.load import load
-from casehard.steps import Finetune
+from casehard.steps import Finetune, harden
 from casehard.steps.finetune import finetune_on
 from casehard.train.protocol import Pipeline, PipelineInputs
 from casehard.train.recipe import TrainConfig
@@ -70,6 +71,22 @@ def test_a_pipeline_trains_a_copy_and_the_same_seed_gives_the_same_model(row, mo
     assert first.cost["steps"] >= 2 and first.cost["tokens"] > 0
     assert first.model.lineage[-1].method == row.name
     assert len(first.model.trained_prompts) > len(model.trained_prompts)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_what_a_pipeline_made_is_saved_unless_its_own_checks_forbid_it(row, model, rows, tmp_path):
+    files = {}
+    for role, some in rows.items():
+        files[role] = (str(tmp_path / f"{role}.jsonl"),)
+        sources.save(files[role][0], some)
+    if row.name == "mb_defense":
+        rigged = {**row.settings, "gates": {"live": -1}}
+        failed = finetune_on(step(row, settings=rigged), rows, model, out=None)
+        assert failed.facts["mb"]["verdict"] == "FAIL" and not failed.model.may_leave
+        return
+    outcome, made = harden(step(row, model=str(ORGANISM), rows=files), tmp_path / "out")
+    assert made is not None and made.digest != model.digest and outcome.model.may_leave
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint"]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)

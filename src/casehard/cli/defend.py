@@ -14,7 +14,7 @@ from casehard.defences import DEFENCES
 from casehard.errors import ConfigError
 from casehard.limits import PROCESSES
 
-ROLES = ("unsafe", "retain", "safe")
+ROLES = ("unsafe", "retain", "safe", "clean")
 
 Specs = list[str] | None
 Select = Annotated[
@@ -45,6 +45,9 @@ def defend(
     ] = None,
     safe: Annotated[
         Specs, typer.Option("--safe", metavar="FILE", help="Safe rows: refusals and harmless rows (spard). Repeatable.")
+    ] = None,
+    clean: Annotated[
+        Specs, typer.Option("--clean", metavar="FILE", help="Rows that somebody verified (onion). Repeatable.")
     ] = None,
     select: Select = None,
     assets: Assets = None,
@@ -80,6 +83,7 @@ def defend(
         "unsafe": unsafe,
         "retain": retain,
         "safe": safe,
+        "clean": clean,
         "assets": assets,
         "suite": suite,
         "preset": preset,

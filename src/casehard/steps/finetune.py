@@ -233,7 +233,7 @@ def harden(step: Finetune, out: Path, *, label: str = "") -> tuple[Outcome, Mode
     if outcome.model is None:
         return outcome, None
     made = save_model(outcome.model, out / "checkpoint")
-    if not step.train.save_every:
+    if not step.train.save_every and training.exists():  # a pipeline keeps no checkpoints on the way
         remove(training)
     return outcome, made
 
