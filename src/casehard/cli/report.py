@@ -1,4 +1,4 @@
-"""``casehard report RUN_DIR...``: write the HTML report of finished runs."""
+"""``casehard report RUN_DIR...``: write the report of finished runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def report(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="HTML file to make [default: RUN_DIR/report.html].")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="File to make, .html or .md [default: RUN_DIR/report.html]."),
     ] = None,
 ) -> None:
-    """Write the HTML report of finished runs.
+    """Write the report of finished runs: one HTML file, or the tables as a Markdown page.
 
     One benchmark's folder, or several folders of single verbs: the same attack on an undefended and on a hardened
     checkpoint together make a comparison.
@@ -35,6 +36,8 @@ def report(
             )
     if out is not None and out.is_dir():
         raise ConfigError(f"{out} is a folder", hint=f"name the file: --out {out / 'report.html'}")
+    if out is not None and out.suffix not in (".html", ".md"):
+        raise ConfigError(f"--out {out} is neither .html nor .md", hint=f"--out {out.name}.html: the whole report")
     options.require_report()
     from casehard.reporting.page import write_report
 

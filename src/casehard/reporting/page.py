@@ -23,6 +23,7 @@ from casehard.reporting.card import write_cards
 from casehard.reporting.ends import canary_part, ends_part, telemetry_part
 from casehard.reporting.from_run_folders import summary_of_runs
 from casehard.reporting.legend import legend
+from casehard.reporting.markdown import markdown
 from casehard.reporting.page_data import View, transcripts
 
 REPORT = "report.html"
@@ -209,7 +210,8 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     Args:
         folders: a benchmark's run folder, or one or several run folders of single verbs (attack, evaluate, defend):
             attacks on an undefended and on a hardened checkpoint together make a comparison.
-        out: the HTML file; default ``report.html`` in the (first) folder.
+        out: the file, HTML or, where its name ends in ``.md``, a Markdown page of the tables; default ``report.html``
+            in the (first) folder.
 
     Raises:
         UserError: not a run folder, the last run there did not come to its end (a benchmark some of whose nodes failed
@@ -224,11 +226,14 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     kinds = [run.get("kind") for run in runs]
     if "bench" in kinds and len(places) > 1:
         raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
-    if kinds == ["bench"]:
-        summary = bench_summary(places[0])
-        html = render(summary, _rows(places[0], summary))
+    summary = bench_summary(places[0]) if kinds == ["bench"] else summary_of_runs(places)
+    if target.suffix == ".md":
+        command = f"casehard bench plans/{summary['plan']['name'].replace('-', '_')}.yaml" if kinds == ["bench"] else ""
+        text = markdown(summary, command)
+    elif kinds == ["bench"]:
+        text = render(summary, _rows(places[0], summary))
         write_cards(places[0], summary)
     else:
-        html = render(summary_of_runs(places))
-    write_text_atomic(target, html)
+        text = render(summary)
+    write_text_atomic(target, text)
     return target
