@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -51,6 +52,22 @@ def test_debug_says_where_a_warning_comes_from(bench: Bench, monkeypatch: pytest
 
 
 @dataclass(frozen=True)
+class Logs:
+    """Logs as libraries do, with a handler of its own that writes to stderr."""
+
+    def __call__(self, task: Task) -> Outcome:
+        """Work, and log."""
+        logger = logging.getLogger("somebody.models")
+        logging.getLogger("somebody").handlers = [logging.StreamHandler()]
+        logger.warning("a thing to know\nof \x1b[31mlogs")
+        return Fake()(task)
+
+
+def test_what_a_library_logs_in_a_worker_is_one_line_once(bench: Bench) -> None:
+    assert said(bench(Logs(), jobs=2)) == ["warning: a thing to know of \\u001b[31mlogs"]
+
+
+@dataclass(frozen=True)
 class Slow:
     """Takes its time with attacks, and warns of everything."""
 
@@ -64,7 +81,7 @@ class Slow:
 def test_lines_count_what_runs_and_say_each_warning_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "quiet", False)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.1)
-    monkeypatch.setattr(running, "BEAT", 0.1)
+    monkeypatch.setattr(running, "HEARTBEAT", 0.1)
     err = bench(Slow(), jobs=2)
     lines = err.splitlines()
     counts = [re.match(r"fake: (\d+) done, (\d+) running of 9\b", line) for line in lines]

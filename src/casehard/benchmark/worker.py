@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import logging
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from casehard.errors import Interrupted, StorageError, UserError
 from casehard.io.leash import end_with
+from casehard.io.logs import AsWarnings
 from casehard.train import progress
 
 if TYPE_CHECKING:
@@ -84,4 +86,5 @@ def start_worker(threads: int) -> None:
         os.environ[name] = str(threads)
     # The parent decides when to stop and tells the workers; a Ctrl-C reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.setLogRecordFactory(AsWarnings().records(logging.getLogRecordFactory()))
     progress.set_quiet()

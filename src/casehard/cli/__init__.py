@@ -10,12 +10,13 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from casehard.cli import console
-from casehard.errors import Note, UserError, is_panic, visible
+from casehard.errors import Note, UserError, is_panic
+from casehard.io.logs import LibraryLogs
 
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
@@ -30,13 +31,12 @@ def _on_term(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-class _Messages(logging.Handler):
+class _Messages(LibraryLogs):
     """Warnings and log records of libraries: each said once, as a line for users rather than for programmers."""
 
     def __init__(self) -> None:
         super().__init__()
         self._told: set[str] = set()
-        self._taken: dict[str, list[logging.Handler]] = {}
 
     def tell(self, text: str, whence: str, *, harmless: bool = False) -> None:
         text = " ".join(text.split())
@@ -57,36 +57,9 @@ class _Messages(logging.Handler):
         self.tell(str(message), f"{category.__name__}, {filename}:{lineno}", harmless=issubclass(category, Note))
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
         whence = f"{record.name}, {record.pathname}:{record.lineno}"
         self.tell(record.getMessage(), whence, harmless=record.levelno < logging.WARNING)
-
-    def records(self, make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
-        """Return a maker of log records that takes a library over when it logs for the first time.
-
-        Handlers are exchanged then, because a library installs its own while it is imported, by whichever verb.
-        """
-
-        def made(*values: Any, **named: Any) -> logging.LogRecord:
-            record = make(*values, **named)
-            with contextlib.suppress(Exception):  # a record that cannot be formatted is logging's to complain about
-                # Libraries log names and values of others: a terminal must not obey them.
-                record.msg, record.args = visible(record.getMessage(), lines=True), None
-            self._take(record.name.partition(".")[0])
-            return record
-
-        return made
-
-    def _take(self, library: str) -> None:
-        logger = logging.getLogger(library)
-        if library != "root" and self not in logger.handlers:
-            self._taken.setdefault(library, logger.handlers)
-            # Files and the like that somebody set up stay.
-            logger.handlers = [h for h in logger.handlers if type(h) is not logging.StreamHandler] + [self]
-
-    def give_back(self) -> None:
-        """Put every library's handlers back."""
-        for library, handlers in self._taken.items():
-            logging.getLogger(library).handlers = handlers
 
 
 def _invoke(arguments: list[str]) -> int:
