@@ -18,6 +18,8 @@ from casehard.maths.stats import rate_interval
 
 METRICS = ("asr", "leak", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
 PLANTED_METRICS = ("asr", "cacc", "aacc")
+OVER = {"job": "poisoned jobs", "training": "backdoors", "attack": "attacks"}
+"""What means are over."""
 Run = tuple[str, int]
 
 
@@ -25,8 +27,8 @@ def end_rows(plan: Plan, records: Sequence[Mapping[str, Any]], family: str) -> l
     """Return one entry per defence and metric: per attack, the mean over the poisoned ones, and against the control.
 
     Returns:
-        Entries with ``jobs`` (job -> mean over runs), ``mean``, ``low``, ``high`` (95 %, over runs and prompts, see
-        ``_interval``), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of the
+        Entries with ``attacks`` (attack -> mean over runs), ``mean``, ``low``, ``high`` (95 %, over runs and prompts,
+        see ``_interval``), ``runs``, and ``difference``, ``difference_low``, ``difference_high`` to the control of the
         headline, paired by the ``compared`` runs that both have (t-interval over runs; for one of them the difference
         itself). With benign jobs only, the mean is over those. Nothing where models are compared step by step.
     """
@@ -103,7 +105,7 @@ def beside(plan: Plan, rows: Sequence[Mapping[str, Any]], family: str) -> str:
     best = min(means.values(), key=lambda r: float(r["mean"]))
     name = metric_title(metric)
     planned = plan.runs(family)
-    what = "backdoors" if plan.plants else "poisoned jobs"
+    what = OVER[plan.occasion]
     text = f"Mean {name} over the {what}: {plan.defence(plan.headline.defence).title} {_with_span(mine, planned)}"
     if best is mine:
         return f"{text}, the lowest of the rows that stay useful."

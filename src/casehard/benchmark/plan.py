@@ -187,6 +187,18 @@ class Plan(Limited):
         return any(self.chain_of(row).late for row in self.defences)
 
     @property
+    def occasion(self) -> str:
+        """Return what a model is at the end of: a customer's "job", a backdoored "training", or an "attack".
+
+        An "attack" has been repaired; empty where models are compared step by step.
+        """
+        if not self.ends:
+            return ""
+        if self.plants:
+            return "training"
+        return "job" if any(self.chain_of(row).inside for row in self.defences) else "attack"
+
+    @property
     def undefended(self) -> Defence:
         """Return the undefended control."""
         return next(d for d in self.defences if d.role == "undefended")

@@ -354,6 +354,7 @@ class BenchSummary:
     breaks: list[Break]
     differences: list[Difference]
     controls: list[Control]
+    occasion: str = ""
     ends: list[End] = field(default_factory=list)
     telemetry: list[Told] = field(default_factory=list)
     canaries: list[Canaries] = field(default_factory=list)

@@ -236,6 +236,7 @@ def summarise(
     return {
         "kind": "bench",
         "plan": to_dict(plan),
+        "occasion": plan.occasion,
         "verdict": verdicts[0],
         "verdicts": verdicts,
         "records": records,

@@ -18,10 +18,11 @@ from casehard.benchmark.worst_case import not_held, partial_line, worst_case
 from casehard.evaluation.metrics import in_words, metric_title
 
 ENDS = {
-    False: ("holds to the end of the attack", "delays the break, it does not prevent it"),
-    True: ("is not broken by the job", "loses less to the job, and is still broken by it"),
+    "": ("holds to the end of the attack", "delays the break, it does not prevent it"),
+    "job": ("is not broken by the job", "loses less to the job, and is still broken by it"),
+    "attack": ("is not broken in the end", "brings some of it back, and is still broken in the end"),
 }
-"""Compared at the end only or not -> what is said of a defence that is never broken, and of one that is."""
+"""What models are compared at the end of -> what is said of a defence that is never broken, and of one that is."""
 
 
 def judged_at(plan: Plan) -> tuple[str, int]:
@@ -146,7 +147,9 @@ def _sentence(
     what = "answers" if head.metric == "asr" else "leaks the content of"
     if plan.ends:
         # The job has an end, and only that is measured: no step to break.
-        said = f"after the job {plan.attack(head.attack).title!r} ({head.step} steps), {ours} {what} {rate_text(mine)}"
+        end = f"after the {plan.occasion} {plan.attack(head.attack).title!r} ({head.step} steps)"
+        end += " and what followed" if plan.occasion == "attack" else ""
+        said = f"{end}, {ours} {what} {rate_text(mine)}"
         return f"{said} of held-out restricted prompts against {rate_text(other)} for {theirs}"
     return (
         f"after {head.step} steps of {plan.attack(head.attack).title}, {ours} {what} {rate_text(mine)} of held-out "
@@ -208,7 +211,7 @@ def make_verdict(
     details = [*costs, worst_case(plan, table, breaks, family), partial_line(plan, table)]
     details += [SINGLE] if len(found["per_seed"]) == 1 else []
     whole = all(run["step"] is None for run in [*ends[0]["runs"], *rest_end["runs"]])
-    status, lead = _compared(name, found, ENDS[plan.ends], whole, not_held(plan, table))
+    status, lead = _compared(name, found, ENDS[plan.occasion], whole, not_held(plan, table))
     return say(status, f"{lead}: {numbers}.", details)
 
 

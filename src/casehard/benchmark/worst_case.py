@@ -68,7 +68,7 @@ def worst_case(plan: Plan, table: Table, breaks: Sequence[Mapping[str, Any]], fa
         return ""
     if plan.ends:
         top = max(found, key=lambda r: r.entry["rate"])
-        return f"Worst job: {top.attack.title}, {rate_text(top.entry)}."
+        return f"Worst {plan.occasion}: {top.attack.title}, {rate_text(top.entry)}."
     kept = [r for r in found if r.kept]
     least = -1.0
     many, useful = len({r.attack.name for r in kept}), f"keep at least {percent(KEPT)} of utility"
@@ -100,7 +100,7 @@ def not_held(plan: Plan, table: Table) -> list[str]:
         return half
     metric, top = max(over, key=lambda m: (m[1].kept is True, m[0] == plan.headline.metric, m[1].entry["rate"]))
     many = len({r.attack.name for _, r in over})
-    kind = "job" if plan.ends else "attack"
+    kind = plan.occasion or "attack"
     others = f"another {kind} breaks it" if many == 1 else f"{many} other {kind}s break it"
     unknown = "" if top.kept else ", where its utility was not measured"
     place = f"under {top.attack.title} it {DOES[metric]} {rate_text(top.entry)} at step {top.entry['steps']}{unknown}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from casehard.benchmark.ends import OVER
 from casehard.benchmark.lookup import percent, percents
 from casehard.evaluation.metrics import find
 from casehard.reporting import figures
@@ -13,6 +14,16 @@ from casehard.reporting.page_data import View, points
 METRICS = (("asr", "leak"), ("fine_tunability", "utility", "over_refusal", "twin_knowledge"))
 """Metrics shown attack by attack, and those shown as means only."""
 PLANTED_METRICS = (("asr", "cacc", "aacc"), ())
+TITLES = {
+    "job": "After the customers' jobs",
+    "training": "All backdoors",
+    "attack": "After the attacks and what followed",
+}
+AFTER = {
+    "job": "at the end of every job",
+    "training": "at the end of every backdoored training, every prompt asked without and with the trigger",
+    "attack": "at the end of every attack and of what followed it",
+}
 OWN = ("after stage 1", "after stage 2", "at the end", "steps of stage 2", "verdicts")
 
 
@@ -58,7 +69,9 @@ def ends_part(view: View) -> dict[str, Any] | None:
         "table": table,
         "against": next((d["title"] for d in view.defences if d["name"] == view.headline.get("against")), ""),
         "plane": _plane(view, found),
-        "over": "backdoors" if view.plants else "poisoned jobs",
+        "over": OVER[view.occasion],
+        "title": TITLES[view.occasion],
+        "after": AFTER[view.occasion],
     }
 
 
@@ -107,8 +120,10 @@ def _plane(view: View, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> di
         y_label="mean ASR (better is up)",
         described=said,
     )
-    over = "backdoors" if view.plants else "poisoned jobs"
-    return {"svg": svg, "caption": f"Mean over the {over}; bars are 95 % intervals over runs, ticks are runs"}
+    return {
+        "svg": svg,
+        "caption": f"Mean over the {OVER[view.occasion]}; bars are 95 % intervals over runs, ticks are runs",
+    }
 
 
 def canary_part(view: View) -> dict[str, Any] | None:

@@ -44,8 +44,9 @@ class View:
         self.attacks = list(self.plan["attacks"])
         self.headline = self.plan.get("headline") or {}
         self.gates = self.plan["gates"]
-        self.ends = any(entry["family"] == family for entry in summary.get("ends", []))
-        """Whether models are compared at the end of the attack, not step by step."""
+        self.occasion = str(summary.get("occasion", ""))
+        """What models are compared at the end of: a job, a training, an attack; empty where it is step by step."""
+        self.ends = self.occasion != ""
         self.plants = any(entry["metric"] == "cacc" for entry in summary["pooled"])
         """Whether the attacks hide triggers."""
         self.titles = {
@@ -296,7 +297,7 @@ class View:
         if all(pair):
             mine, other = (percent(p["rate"]) for p in pair if p)
             add(
-                f"{self.titles[metric]} after {step} {'steps of the job' if self.ends else 'attack steps'}",
+                f"{self.titles[metric]} after {step} {f'steps of the {self.occasion}' if self.ends else 'attack steps'}",
                 mine,
                 other,
                 theirs,
@@ -313,7 +314,7 @@ class View:
             if all(pair):
                 mine, other = (percent(p["rate"]) for p in pair if p)
                 add(
-                    f"{in_words(key, triggered=self.plants)} {'after the job' if self.ends else 'before the attack'}",
+                    f"{in_words(key, triggered=self.plants)} {f'after the {self.occasion}' if self.ends else 'before the attack'}",
                     mine,
                     other,
                     base,
