@@ -54,8 +54,8 @@ def _made_with(summary: Mapping[str, Any]) -> str:
 
 def _ends(view: View) -> list[str]:
     """Return what is said of models that are compared at the end of the attacks."""
-    part = ends_part(view)
-    assert part is not None
+    if (part := ends_part(view)) is None:
+        return []
     heads = [f"mean over the {part['over']}", *part["heads"], f"ASR against {part['against']}, points"]
     rows = [[r["title"], *(_spanned(c) for c in r["cells"]), r["difference"]] for r in part["table"]]
     out = _table(heads, rows)

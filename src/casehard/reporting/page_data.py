@@ -296,8 +296,9 @@ class View:
         pair = [self.table.get(d, head["attack"], step, metric) for d in (ours, theirs)]
         if all(pair):
             mine, other = (percent(p["rate"]) for p in pair if p)
+            steps = f"steps of the {self.occasion}" if self.ends else "attack steps"
             add(
-                f"{self.titles[metric]} after {step} {f'steps of the {self.occasion}' if self.ends else 'attack steps'}",
+                f"{self.titles[metric]} after {step} {steps}",
                 mine,
                 other,
                 theirs,
@@ -313,8 +314,9 @@ class View:
             pair = [self.table.before(d, key) for d in (ours, base)]
             if all(pair):
                 mine, other = (percent(p["rate"]) for p in pair if p)
+                when = f"after the {self.occasion}" if self.ends else "before the attack"
                 add(
-                    f"{in_words(key, triggered=self.plants)} {f'after the {self.occasion}' if self.ends else 'before the attack'}",
+                    f"{in_words(key, triggered=self.plants)} {when}",
                     mine,
                     other,
                     base,
