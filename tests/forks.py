@@ -20,7 +20,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["preloaded"])
-OURS = ("CASEHARD_", "LOCAL_", "MASTER_", "PYTEST_", "RANK", "TMPDIR", "WORLD_SIZE")
+OURS = ("CASEHARD_", "GROUP_", "LOCAL_", "MASTER_", "PYTEST_", "RANK", "ROLE_", "TMPDIR", "TORCHELASTIC_", "WORLD_SIZE")
 """Variables that nothing reads while it is imported: a child may have others than the server had."""
 SAME = ("HF_HUB_DISABLE_PROGRESS_BARS", "USE_HUB_KERNELS")
 """Variables that casehard sets before it imports what reads them, and ``preloaded`` with it."""
@@ -111,6 +111,50 @@ class Command:
     def done(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         """Wait for its end and return it."""
         return subprocess.CompletedProcess([], self.wait(timeout), *self.said())
+
+
+class Ranks:
+    """The command line in several processes, told of each other as torchrun tells them, which keeps their store."""
+
+    def __init__(self, ranks: int, arguments: list[object], *, cwd: object = None) -> None:
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port), "TORCHELASTIC_RESTART_COUNT": "0"}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "0"}
+        place |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(ranks))
+        own = [dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)) for rank in range(ranks)]
+        self.commands = [Command(arguments, env={**place, **mine}, cwd=cwd) for mine in own]
+
+    def poll(self) -> int | None:
+        """Return the exit code of a rank that failed, or None; end the others then."""
+        for code in (command.poll() for command in self.commands):
+            if code:
+                self.kill()
+                return code
+        return None
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on to every rank."""
+        for command in self.commands:
+            command.send_signal(number)
+
+    def kill(self) -> None:
+        """End them."""
+        for command in self.commands:
+            command.kill()
+
+    def done(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """Wait for the end of all; return the first exit code that is not 0 and what they said, rank by rank."""
+        deadline, codes = time.monotonic() + timeout, [None]
+        while None in codes:
+            codes = [command.poll() for command in self.commands]
+            if any(codes) or time.monotonic() > deadline:
+                time.sleep(1)  # the others notice, or are ended
+                self.kill()
+            time.sleep(0.02)
+        said = ["".join(part) for part in zip(*(command.said() for command in self.commands), strict=True)]
+        return subprocess.CompletedProcess([], next((code for code in codes if code), 0), *said)
 
 
 def _command(words: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
