@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["preloaded"])
 OURS = ("CASEHARD_", "GROUP_", "LOCAL_", "MASTER_", "PYTEST_", "RANK", "ROLE_", "TMPDIR", "TORCHELASTIC_", "WORLD_SIZE")
+OURS += ("HF_TOKEN", "OPENAI_API_KEY")
 """Variables that nothing reads while it is imported: a child may have others than the server had."""
 SAME = ("HF_HUB_DISABLE_PROGRESS_BARS", "USE_HUB_KERNELS")
 """Variables that casehard sets before it imports what reads them, and ``preloaded`` with it."""
@@ -73,13 +75,20 @@ def can_fork(env: dict[str, str]) -> bool:
 class Command:
     """The command line in a process of its own: what a test needs of ``subprocess.Popen``."""
 
-    def __init__(self, arguments: list[object], *, env: dict[str, str] | None = None, cwd: object = None) -> None:
+    def __init__(
+        self,
+        arguments: list[object],
+        *,
+        env: dict[str, str] | None = None,
+        cwd: object = None,
+        first: Callable[[], object] | None = None,
+    ) -> None:
         self._said = tempfile.TemporaryDirectory(prefix="casehard-said-")
         self._files = [Path(self._said.name) / name for name in ("out", "err")]
         env = {**os.environ, **(env or {})}
         assert can_fork(env), "this environment decides what is imported: use a new interpreter"
         words = [str(word) for word in arguments]
-        given = (words, env, str(cwd or Path.cwd()), [str(path) for path in self._files])
+        given = (words, env, str(cwd or Path.cwd()), [str(path) for path in self._files], first)
         self.process = CONTEXT.Process(target=_command, args=given)
         self.process.start()
 
@@ -157,7 +166,9 @@ class Ranks:
         return subprocess.CompletedProcess([], next((code for code in codes if code), 0), *said)
 
 
-def _command(words: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
+def _command(
+    words: list[str], env: dict[str, str], cwd: str, files: list[str], first: Callable[[], object] | None
+) -> None:
     """Become ``casehard`` with these arguments."""
     os.environ.clear()
     os.environ.update(env)
@@ -168,6 +179,8 @@ def _command(words: list[str], env: dict[str, str], cwd: str, files: list[str]) 
         os.dup2(there, number)
         os.close(there)
     sys.argv = ["casehard", *words]
+    if first is not None:
+        first()
     code = 1
     try:
         from casehard.cli import script

@@ -13,7 +13,7 @@ import hypothesis  # noqa: F401
 import peft  # noqa: F401
 import pytest  # noqa: F401
 import safetensors.torch  # noqa: F401
-import torch.distributed.checkpoint  # noqa: F401
+import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 import transformers
 from transformers.models.llama import modeling_llama  # noqa: F401

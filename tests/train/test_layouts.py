@@ -17,8 +17,9 @@ FAULTS = Path(__file__).parents[1] / "faults"
 sys.path.insert(0, str(FAULTS))
 
 import children  # noqa: E402
-import forks  # noqa: E402
 from children import layout  # noqa: E402
+
+import forks  # noqa: E402
 
 
 def _free_port():
