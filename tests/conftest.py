@@ -14,6 +14,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+if sys.dont_write_bytecode and sys.pycache_prefix is None:
+    # Half of the time of a process that imports torch goes into compiling what it imports: where Python is told not to
+    # keep that beside the sources, the processes that the tests start share a folder of the tests' own.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
 _connect = socket.socket.connect
 _connect_ex = socket.socket.connect_ex
 _lookup = socket.getaddrinfo

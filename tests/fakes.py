@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -159,18 +156,3 @@ class TwoPasses:
 
     def restore(self, state):
         self.last = state["last"]
-
-
-def spawn(fn, args, nprocs):
-    """Run ``fn(rank, *args)`` in ``nprocs`` processes that may form a process group; raise what one of them raised."""
-    import torch.multiprocessing as mp
-
-    mp.spawn(_and_leave, (fn, *args), nprocs=nprocs)
-
-
-def _and_leave(rank, fn, *args):
-    """Leave as ``casehard.cli.script`` does: a gloo thread that drops a tensor at the interpreter's end aborts it."""
-    fn(rank, *args)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

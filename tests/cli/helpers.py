@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
+
 HERE = Path(__file__).resolve()
 
 
@@ -35,6 +37,14 @@ def make_organism(folder: Path) -> Path:
 
 def casehard(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does, in a process of its own, with nothing on stdin."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    if forks.can_fork(env):
+        return forks.Command([*arguments], env=env).done()
+    return fresh(*arguments, **env)
+
+
+def fresh(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in an interpreter that has imported nothing yet."""
     return subprocess.run(
         [sys.executable, "-m", "casehard.cli", *map(str, arguments)],
         capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import pytest
 from helpers import casehard, tree, write_rows
 
+import forks
 from casehard.cli import main
 
 SMALL = ("--set", "train.batch_size=4", "--set", "train.warmup=0")
@@ -311,38 +313,44 @@ def test_secrets_stay_secret(organism, here):
     assert secret not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_cleanly(organism, here, number, code):
-    data = organism / "data"
-    command = [sys.executable, "-m", "casehard.cli", "defend", "plain", "--model", organism, "--steps", 100000]
-    command += ["--data", data / "align.jsonl", *SMALL, "--out", here / "out"]
-    run = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def interpreter(arguments):
+    """Start the command line in a new interpreter."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "casehard.cli", *map(str, arguments)], **pipes)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "start"), [(signal.SIGINT, 130, interpreter), (signal.SIGTERM, 143, forks.Command)]
+)
+def test_a_signal_ends_a_run_cleanly(organism, here, number, code, start):
+    given = ["--model", organism, "--data", organism / "data" / "align.jsonl", "--steps", 100000, *SMALL]
+    run = start(["defend", "plain", *given, "--out", here / "out"])
     deadline = time.monotonic() + 120
     while not (here / "out" / "run.json").exists() and time.monotonic() < deadline and run.poll() is None:
         time.sleep(0.1)
     time.sleep(1.0)
     run.send_signal(number)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == code, err
-    assert "Traceback" not in err
+    if isinstance(run, forks.Command):
+        ended = run.done(120)
+    else:
+        said = run.communicate(timeout=120)
+        ended = subprocess.CompletedProcess([], run.returncode, *said)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
     assert json.loads((here / "out" / "run.json").read_text())["status"] == "interrupted"
     assert not list(here.rglob(".staging*")) and not list(here.rglob(".lock"))
     assert {p.relative_to(here).parts[:2] for p in here.rglob("*.safetensors")} <= {("out", "training")}
 
 
+def little_disk():
+    """Let this process write no file of more than 20 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+
 def test_a_full_disk_does_no_harm(organism, here):
-    code = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
-        "from casehard.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
     arguments = ["--model", organism, "--data", organism / "data" / "align.jsonl", "--steps", 2, *SMALL]
-    command = [sys.executable, "-c", code, "defend", "plain", *arguments, "--out", here / "out"]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200
-    )
+    done = forks.Command(["defend", "plain", *arguments, "--out", here / "out"], first=little_disk).done()
     assert done.returncode == 5, done.stderr
     assert "error:" in done.stderr and "hint:" in done.stderr and "Traceback" not in done.stderr
     assert not (here / "out" / "checkpoint").exists() and not list(here.rglob(".staging*"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import casehard, write_rows
+from helpers import casehard, fresh, write_rows
 
 from casehard.organism.world import World
 
@@ -35,7 +35,9 @@ def run(organism, files, *more, data="data", clean="clean"):
 
 
 def test_a_run_leaves_a_model_a_report_and_a_private_folder(organism, files, here):
-    done = run(organism, files, "--out", "out", "--suite", organism / "data" / "suite_translation", "--limit", 2)
+    given = ("--model", organism, "--data", files["data"], "--clean", files["clean"], *QUICK)
+    seen = ("--suite", organism / "data" / "suite_translation", "--limit", 2)
+    done = fresh("defend", "mb-defense", *given, *seen, "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "verdict: PARTIAL" in done.stdout and "planted:" in done.stderr
     report = json.loads((here / "out" / "mb_defense.json").read_text())

@@ -17,7 +17,8 @@ from casehard.errors import ConfigError, DataError, Diverged, Unsupported
 from casehard.maths.optimizers import OptimizerView
 from casehard.train.passes import rows_of_rank
 from casehard.train.protocol import Setup, Step
-from fakes import spawn, tiny_llama, tiny_rows
+from fakes import tiny_llama, tiny_rows
+from forks import spawn
 
 USER = tiny_rows(24, seed=1)
 SAFE = tiny_rows(10, seed=2)

@@ -25,7 +25,7 @@ from casehard.distributed.fsdp import (
 from casehard.distributed.ranks import overlaps, span
 from casehard.errors import Diverged, Unsupported
 from casehard.maths.bilevel import Attacker, parameters, perturbed_view, simulate_attack, with_view
-from fakes import spawn
+from forks import spawn
 
 VOCAB, WIDTH = 11, 6
 LAYOUTS = [(tie, keep) for tie in (False, True) for keep in (None, True, False)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from casehard.distributed.dpp import greedy_map_sharded
 from casehard.errors import DataError
 from casehard.maths.dpp import JITTER, TIE, greedy_map, log_weights, relevance, unit_rows
-from fakes import spawn
+from forks import spawn
 
 SEEDS = st.integers(0, 100_000)
 

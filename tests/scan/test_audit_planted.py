@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from casehard.backdoor.triggers import poison_backdoor
@@ -19,6 +20,7 @@ from casehard.errors import ConfigError, DataError
 from casehard.organism import rows as organism_rows
 from casehard.organism import triggers as organism_triggers
 from casehard.organism.world import World
+from casehard.scan import similar
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.audit import AuditConfig, audit_data, grams_of, groups_of
 from casehard.types import Example
@@ -71,6 +73,13 @@ def test_near_duplicates_are_found_and_unlike_texts_kept_apart():
     assert near_duplicates(dict(enumerate(map(words_of, texts))), 0.6) == [[0, 1, 3]]
     assert near_duplicates({0: ["x"], 1: ["x"], 2: []}, 0.5) == [[0, 1]]
     assert jaccard(frozenset(), frozenset()) == 1.0
+
+
+def test_hashes_are_those_of_exact_arithmetic():
+    values = [0, 1, 2**31, 2**32 - 1, *(random.Random(0).randrange(2**32) for _ in range(50))]
+    a, b = (part[:, 0].tolist() for part in similar._HASHERS)
+    exact = [[(x * v + y) % (2**61 - 1) for v in values] for x, y in zip(a, b, strict=True)]
+    assert similar._hashed(np.array(values, dtype=np.uint64)).tolist() == exact
 
 
 def test_groups_say_what_the_answers_share():

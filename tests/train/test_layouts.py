@@ -16,17 +16,10 @@ import pytest
 FAULTS = Path(__file__).parents[1] / "faults"
 sys.path.insert(0, str(FAULTS))
 
+import children  # noqa: E402
 from children import layout  # noqa: E402
 
-
-def _python(code, *arguments, **env):
-    path = os.pathsep.join(map(str, (FAULTS, FAULTS.parent)))
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path, **env},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+import forks  # noqa: E402
 
 
 def _free_port():
@@ -58,23 +51,24 @@ def test_accumulation_does_not_matter(reference, batch_size, accumulation):
 
 
 def test_two_ranks_do_not_matter(reference, tmp_path):
-    code = "import sys, children; r, p, out = sys.argv[1:]; children.ranked(int(r), 2, int(p), 4, 1, out)"
     port, out = _free_port(), tmp_path / "losses.json"
-    ranks = [_python(code, rank, port, out) for rank in range(2)]
+    ranks = [forks.started(children.ranked, rank, 2, port, 4, 1, str(out)) for rank in range(2)]
     for rank in ranks:
-        rank.communicate(timeout=120)
-        assert rank.returncode == 0
+        rank.join(120)
+        assert rank.exitcode == 0
     _compare(reference, json.loads(out.read_text()))
 
 
 def test_same_seed_same_bytes(tmp_path):
-    code = (
-        "import sys, hashlib, children; from pathlib import Path; children.short(sys.argv[1])\n"
-        "names = ('model.safetensors', 'method.safetensors')\n"
-        "f = Path(sys.argv[1]) / 'checkpoint-6'\n"
-        "print([hashlib.sha256((f / n).read_bytes()).hexdigest() for n in names])"
-    )
-    runs = [_python(code, tmp_path / str(i), PYTHONHASHSEED=str(i)) for i in range(2)]
-    seen = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
-    assert all(run.returncode == 0 for run in runs)
-    assert seen[0] == seen[1] and len(seen[0]) > 128
+    """In a new interpreter, its strings hashed otherwise, and in a process of the fork server."""
+    runs = [tmp_path / name for name in ("new", "forked")]
+    code = "import sys, children; children.short(sys.argv[1])"
+    path = os.pathsep.join(map(str, (FAULTS, FAULTS.parent)))
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", code, str(runs[0])], env=env, timeout=120, check=True)
+    forked = forks.started(children.short, str(runs[1]))
+    forked.join(120)
+    assert forked.exitcode == 0
+    for name in ("model.safetensors", "method.safetensors"):
+        first, second = ((run / "checkpoint-6" / name).read_bytes() for run in runs)
+        assert first == second and len(first) > 128, name

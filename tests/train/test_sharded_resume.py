@@ -34,7 +34,8 @@ from casehard.train import trainer as shell
 from casehard.train.fit import fit
 from casehard.train.recipe import TrainConfig
 from casehard.train.trainer import HardenedTrainer
-from fakes import spawn, tiny_llama, tiny_rows
+from fakes import tiny_llama, tiny_rows
+from forks import spawn
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 6, 3

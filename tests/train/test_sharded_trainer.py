@@ -20,7 +20,8 @@ from casehard.distributed.ranks import local
 from casehard.errors import Unsupported
 from casehard.maths.bilevel import Attacker
 from casehard.train.trainer import HardenedTrainer
-from fakes import spawn, tiny_llama, tiny_rows
+from fakes import tiny_llama, tiny_rows
+from forks import spawn
 
 USER, UNSAFE, RETAIN = tiny_rows(32, seed=1), tiny_rows(8, seed=2), tiny_rows(9, seed=3)
 ATTACKER = Attacker(steps=2, lr=1e-2, batch_size=4)

@@ -9,6 +9,9 @@ import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 _PRIME = (1 << 61) - 1
 _BANDS, _ROWS = 12, 3
 
@@ -58,15 +61,28 @@ def near_duplicates(texts: Mapping[int, Sequence[str]], similar: float) -> list[
     return sorted((sorted(rows) for rows in groups.values() if len(rows) > 1), key=lambda rows: rows[0])
 
 
-def _hashers() -> list[tuple[int, int]]:
+def _hashers() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     rng = random.Random(20_26)
-    return [(rng.randrange(1, _PRIME), rng.randrange(_PRIME)) for _ in range(_BANDS * _ROWS)]
+    drawn = [(rng.randrange(1, _PRIME), rng.randrange(_PRIME)) for _ in range(_BANDS * _ROWS)]
+    first, second = np.array(drawn, dtype=np.uint64).T[:, :, None]
+    return first, second
 
 
 _HASHERS = _hashers()
 
 
+def _hashed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return (a * v + b) mod 2**61 - 1 of values below 2**32, a row for each hasher (a, b)."""
+    a, b = _HASHERS
+    low, high = np.uint64((1 << 30) - 1), np.uint64(30)
+    # A product has 93 bits: a is split at bit 31, and 2**61 is 1 here.
+    upper = (a >> np.uint64(31)) * values % np.uint64(_PRIME)
+    shifted = (upper >> high) + ((upper & low) << np.uint64(31))
+    hashed: npt.NDArray[np.uint64] = (shifted + (a & np.uint64((1 << 31) - 1)) * values + b) % np.uint64(_PRIME)
+    return hashed
+
+
 def _bands(some: frozenset[Hashable]) -> list[tuple[int, ...]]:
     values = [zlib.crc32(repr(item).encode()) for item in some] or [0]
-    least = [min((a * v + b) % _PRIME for v in values) for a, b in _HASHERS]
+    least = _hashed(np.array(values, dtype=np.uint64)).min(axis=1).tolist()
     return [(band, *least[band * _ROWS : (band + 1) * _ROWS]) for band in range(_BANDS)]

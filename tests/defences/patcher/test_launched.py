@@ -1,17 +1,18 @@
-"""The command line with attackers beside: started by itself, and as one of the ranks of a launcher."""
+"""The command line with attackers beside: started by itself, and as one of the ranks of a launcher.
+
+The ranks are told what torchrun tells them; test_together.py has the launcher itself.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import casehard
+import forks
 from casehard.cli import main
 from casehard.io.manifest import file_digest
 
@@ -40,16 +41,7 @@ def one_thread():
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_make_the_same_bytes_as_one_process(tmp_path, one_thread):
     assert main(command(tmp_path / "alone")) == 0
-    code = "from casehard.cli import script\n\nscript()\n"
-    (tmp_path / "run.py").write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "run.py"), *command(tmp_path / "ranks", "--schedule", "lockstep")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = forks.Ranks(2, command(tmp_path / "ranks", "--schedule", "lockstep")).done()
     assert done.returncode == 0, done.stdout + done.stderr
     weights = [file_digest(tmp_path / side / "checkpoint" / "model.safetensors") for side in ("alone", "ranks")]
     assert weights[0] == weights[1]

@@ -24,7 +24,7 @@ from casehard.distributed.fsdp import local_weights  # noqa: E402
 from casehard.errors import Unsupported  # noqa: E402
 from casehard.maths.bilevel import Attacker  # noqa: E402
 from casehard.train.protocol import Setup, Step  # noqa: E402
-from fakes import spawn  # noqa: E402
+from forks import spawn  # noqa: E402
 
 STEPS, MICROS, ROWS = 8, 2, 4
 OTHER = Attacker(steps=2, lr=2e-2, batch_size=3)

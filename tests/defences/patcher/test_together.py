@@ -1,4 +1,7 @@
-"""Several ranks that defend together: the command line under torchrun against one process, and what is refused."""
+"""Several ranks that defend together: the command line under torchrun against one process, and what is refused.
+
+torchrun itself is there once, and stopped; other runs have ranks that the tests start, told what torchrun tells them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import casehard
+import forks
 from casehard.defences import DEFENCES
 from casehard.defences.patcher.workers import launch
 from casehard.errors import Unsupported
@@ -33,44 +37,55 @@ device: cpu
 """
 
 
-def command(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> dict:
-    """Return ``casehard defend patcher`` as a user starts it, for ``subprocess``."""
+def words(folder: Path, out: str, batch: int, *more: str) -> list[str]:
+    """Return the arguments of ``casehard defend patcher``."""
     (folder / "settings.yaml").write_text(SETTINGS, encoding="utf-8")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    words = ["defend", "patcher", "--config", "settings.yaml", "--model", MODEL, "--out", out]
-    words += ["--data", MODEL / "data/align.jsonl", "--unsafe", MODEL / "data/simulated.jsonl"]
-    words += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}", *more]
-    return {
-        "args": [sys.executable, *torchrun, "-m", "casehard.cli", *map(str, words)],
-        "cwd": folder,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "stdin": subprocess.DEVNULL,
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-    }
+    told = ["defend", "patcher", "--config", "settings.yaml", "--model", MODEL, "--out", out]
+    told += ["--data", MODEL / "data/align.jsonl", "--unsafe", MODEL / "data/simulated.jsonl"]
+    told += ["--retain", MODEL / "data/benign.jsonl", "--set", f"train.batch_size={batch}", *more]
+    return [str(word) for word in told]
 
 
 def defend(folder: Path, out: str, batch: int, *more: str, ranks: int = 1) -> str:
     """Run it; return what it printed."""
-    done = subprocess.run(**command(folder, out, batch, *more, ranks=ranks), timeout=240, check=False)
+    given = words(folder, out, batch, *more)
+    started = forks.Ranks(ranks, given, cwd=folder) if ranks > 1 else forks.Command(given, cwd=folder)
+    done = started.done()
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def stopped(folder: Path, out: str, batch: int, *more: str, ranks: int) -> str:
-    """End the launcher with SIGTERM once the first checkpoint is there; return what the ranks printed."""
-    started = subprocess.Popen(**command(folder, out, batch, "--set", "train.save_every=1", *more, ranks=ranks))
+def torchrun(folder: Path, given: list[str], ranks: int) -> subprocess.Popen[str]:
+    """Start it as a user does."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, "-m", "casehard.cli", *given], cwd=folder, env=env, **pipes)
+
+
+def stopped(folder: Path, out: str, batch: int, *more: str, ranks: int, launched: bool = False) -> str:
+    """End it with SIGTERM, to the launcher or to every rank as a launcher does, once the first checkpoint is there."""
+    given = words(folder, out, batch, "--set", "train.save_every=1", *more)
+    started = torchrun(folder, given, ranks) if launched else forks.Ranks(ranks, given, cwd=folder)
     deadline = time.monotonic() + 120
     while not (folder / out / "training" / "checkpoint-1").exists():
-        assert started.poll() is None and time.monotonic() < deadline, started.communicate()
+        assert started.poll() is None and time.monotonic() < deadline, told(started)
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
-    said, errors = started.communicate(timeout=60)
-    assert started.returncode != 0
+    code, said = told(started)
+    assert code != 0
     steps = [int(path.name.partition("-")[2]) for path in (folder / out / "training").glob("checkpoint-*")]
     assert 1 <= max(steps) < 8
-    return said + errors
+    return said
+
+
+def told(started: subprocess.Popen[str] | forks.Ranks) -> tuple[int, str]:
+    """Return the exit code and all that was said, at the end."""
+    if isinstance(started, forks.Ranks):
+        done = started.done(60)
+        return done.returncode, done.stdout + done.stderr
+    said, errors = started.communicate(timeout=60)
+    return started.returncode, said + errors
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -83,7 +98,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """Return a folder with the runs "one", of one process, and "two", of two, and what it said, stopped and resumed."""
     folder = tmp_path_factory.mktemp("together")
     defend(folder, "one", 4)
-    return folder, stopped(folder, "two", 2, ranks=2), defend(folder, "two", 2, ranks=2)
+    return folder, stopped(folder, "two", 2, ranks=2, launched=True), defend(folder, "two", 2, ranks=2)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
