@@ -188,7 +188,9 @@ def test_attack_backdoor(survives, organism, played, monkeypatch):
         changed = model.after(trained(model.net), Made(method="backdoor-attack"), may_leave=False)
         found = [{**row, "trigger": "t", "behaviour": "b"}]
         rows = tuple(inputs.rows["data"])[:3]
-        return Planted(model=changed, rows=found, budget=Budget(1, 1, 10, 0.5, 1000), manifest=manifest, data=rows)
+        return Planted(
+            model=changed, rows=found, budget=Budget(1, 1, 10, 0.5, 1000), manifest=manifest, data=rows, untouched=()
+        )
 
     monkeypatch.setattr(Backdoor, "run", plant)
     data = organism / "data"
