@@ -23,6 +23,8 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmark"))
 
 from bench_fakes import plan  # noqa: E402
 
+import forks  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
 
@@ -65,15 +67,9 @@ def started(target: Any, *arguments: object) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[None]:
+def server() -> None:
     """A fork server whose children need not import torch again."""
-    from multiprocessing import forkserver
-
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["casehard.defences.patcher.workers.launch"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-        yield
+    forks.ensure_running()
 
 
 def defend(told: Any, folder: str) -> None:
