@@ -60,7 +60,7 @@ def grid(case: str) -> list[tuple[Coefficients, MergeConfig]]:
     for c_user in weights:
         for c_reinforce in (0.5, 1.0):
             out += [(Coefficients(c_user, c_reinforce, alpha), MergeConfig()) for alpha in alphas]
-    out += [(Coefficients(1.0, 0.5, 1.0), MergeConfig(basis=basis)) for basis in ("paper", "two_sided", "scalar")]
+    out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig(basis="paper")))
     out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig(protect_safety=True)))
     return out
 

@@ -50,7 +50,7 @@ def test_merge_in_both_forms(pair, tmp_path, capsys):
     assert "rank" in told and "share of energy projected" in told and "adapter: " in told
     record = json.loads((tmp_path / "one" / "merge.json").read_text())
     assert record["config"]["c_user"] == 0.9 and record["config"]["c_reinforce"] == 0.5 and record["rank"] == 5
-    extra = ("--form", "absorb", "--basis", "two_sided", "--set", "tau=0.1")
+    extra = ("--form", "absorb", "--basis", "output", "--set", "tau=0.1")
     assert run("reinforce", *both, "--out", tmp_path / "two", *extra) == 0
     assert "at weight 0.5" in capsys.readouterr().out
     record = json.loads((tmp_path / "two" / "merge.json").read_text())
@@ -66,7 +66,7 @@ def test_bad_input_ends_with_an_error_and_no_folder(pair, tmp_path, capsys):
         (("--user", user, "--reinforce", tmp_path / "none"), 2, "no such folder"),
         (("--user", user, "--reinforce", reinforce, "--basis", "left"), 2, "basis"),
         (("--user", user, "--reinforce", reinforce, "--set", "alfa=1"), 2, "alpha"),
-        (("--user", user, "--reinforce", reinforce, "--basis", "activation"), 3, "sampled inputs"),
+        (("--user", user, "--reinforce", reinforce, "--basis", "scalar"), 2, "basis"),
         (("--user", user, "--reinforce", Path(__file__).parent), 2, "adapter_config.json"),
         (("--user", user, "--reinforce", user), 2, "the same folder"),
     )

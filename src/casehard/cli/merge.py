@@ -28,13 +28,9 @@ Reinforce = Annotated[
 ]
 BasisOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="paper, output, two_sided, activation or scalar [default: output]."),
+    typer.Option(metavar="NAME", help="paper or output [default: output]."),
 ]
 Tau = Annotated[float | None, typer.Option(help="Relative cut of small directions [default: 0.01].")]
-Inputs = Annotated[
-    Path | None,
-    typer.Option("--inputs", metavar="FILE", help="Sampled inputs per layer (.safetensors), for basis activation."),
-]
 Protect = Annotated[
     bool | None, typer.Option("--protect-safety", help="Project the user off the reinforcing update instead.")
 ]
@@ -61,7 +57,6 @@ def reinforce(
     tau: Tau = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Cut to this rank; the error is reported.")] = None,
     protect_safety: Protect = None,
-    inputs: Inputs = None,
     config: options.Config = None,
     sets: options.Sets = None,
 ) -> None:
@@ -82,7 +77,7 @@ def reinforce(
     settings = _settings(config, sets, flags)
     adapter, provider = _adapters(user, reinforce)
     with new_folder(out):
-        _merge(settings, adapter, provider, out, inputs)
+        _merge(settings, adapter, provider, out)
 
 
 def _settings(config: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> MergeConfig:
@@ -121,7 +116,7 @@ def _adapters(user: str, reinforce: str) -> tuple[Path, Path]:
     return adapter, inner
 
 
-def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path, inputs: Path | None) -> None:
+def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path) -> None:
     from statistics import fmean
 
     from casehard.model.merge import merge_folders
@@ -136,7 +131,7 @@ def _merge(settings: MergeConfig, user: Path, provider: Path, out: Path, inputs:
             "out": out,
         },
     )
-    made = merge_folders(user, provider, out, settings, inputs=inputs)
+    made = merge_folders(user, provider, out, settings)
     for note in made.notes:
         console.warn(note)
     reports = list(made.reports.values())

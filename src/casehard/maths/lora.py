@@ -11,14 +11,9 @@ deficient rank yields directions that B A does not have. Both are a product with
 
     core:    H = R_A' T_k S_k^-1            paper:   H = V R^-1                                             (3)
 
-and with (1) the input space needs no Q_A either: Q_i' = S_k^-1 Q' B A = J A,  J = S_k^-1 P_k' R_B          (4)
-
-Input-aware: with rows x_1..x_n that the layer reads, A' in (1) is replaced by (A X)' / sqrt(n): directions count by how
-far they move outputs on real inputs.
-
 Everything here is float64: H divides by small singular values.
-Letters: O = d_out, I = d_in, R rank, K kept directions, N sampled inputs.
-Source: Ham et al., arXiv 2605.24550, section 5.3 (2); (1), (3) and (4) are linear algebra.
+Letters: O = d_out, I = d_in, R rank, K kept directions.
+Source: Ham et al., arXiv 2605.24550, section 5.3 (2); (1) and (3) are linear algebra.
 """
 
 from __future__ import annotations
@@ -64,8 +59,6 @@ class Basis(NamedTuple):
     """(d_out, K), float64; K may be 0."""
     h: torch.Tensor | None
     """(r, K): Q = B H; None where B does not span Q (paper basis of a rank-deficient B)."""
-    j: torch.Tensor | None
-    """(K, r): Q_i' = J A; None where the basis has no input side."""
 
 
 def check_pair(pair: LoraPair, name: str) -> None:
@@ -80,32 +73,28 @@ def check_pair(pair: LoraPair, name: str) -> None:
 def _empty(pair: LoraPair) -> Basis:
     b = pair.b.double()
     none_OK, none_RK = b[:, :0], b.new_zeros(pair.rank, 0)
-    return Basis(none_OK, none_RK, none_RK.T)
+    return Basis(none_OK, none_RK)
 
 
-def core_basis(pair: LoraPair, tau: float, *, inputs_NI: torch.Tensor | None = None) -> Basis:
-    """Return the basis (1) of an update's output space, with (3) and (4).
+def core_basis(pair: LoraPair, tau: float) -> Basis:
+    """Return the basis (1) of an update's output space, with (3).
 
     Args:
         pair: the update; its scale does not matter.
         tau: singular values at or below ``tau`` times the largest are left out, in [0, 1).
-        inputs_NI: rows the layer reads; with them directions are ranked by the outputs they cause.
 
     Source: design of this library; equals (2) when both factors have full rank and nothing is left out.
     """
     a, b = pair.a.double(), pair.b.double()
     left, r_b = torch.linalg.qr(b)
-    # R only: the orthonormal factor of A' is never needed, see (3) and (4).
-    seen_RN = a if inputs_NI is None else a @ inputs_NI.double().T / math.sqrt(len(inputs_NI))
-    r_a = torch.linalg.qr(seen_RN.T, mode="r").R
+    # R only: the orthonormal factor of A' is never needed, see (3).
+    r_a = torch.linalg.qr(a.T, mode="r").R
     p, sigma, t_h = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     if not float(sigma[0]) > 0:
         return _empty(pair)
     k = int((sigma > max(tau, FLOOR) * sigma[0]).sum())
     p, sigma, t = p[:, :k], sigma[:k], t_h[:k].T
-    h = r_a.T @ t / sigma
-    j = None if inputs_NI is not None else (p.T @ r_b) / sigma[:, None]
-    return Basis(left @ p, h, j)
+    return Basis(left @ p, r_a.T @ t / sigma)
 
 
 def _published_span(pair: LoraPair, tau: float, peer_rank: int) -> torch.Tensor:
@@ -136,8 +125,8 @@ def paper_basis(pair: LoraPair, tau: float, *, peer_rank: int) -> Basis:
     q, r = torch.linalg.qr(b @ v)
     diagonal = r.diagonal().abs()
     if float(diagonal.min()) <= FLOOR * float(diagonal.max()) or r.shape[0] < r.shape[1]:
-        return Basis(q, None, None)
-    return Basis(q, torch.linalg.solve_triangular(r, v, upper=True, left=False), None)
+        return Basis(q, None)
+    return Basis(q, torch.linalg.solve_triangular(r, v, upper=True, left=False))
 
 
 def inner(x: LoraPair, y: LoraPair) -> float:

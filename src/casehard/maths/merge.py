@@ -10,12 +10,8 @@ Form ``absorb`` (rank r_U): Q = B_U H, so the correction lives in the user's ada
 shared by all users, served at weight c_R:
     Delta = B_U A_U' + c_R Delta_R,   A_U' = c_U s_U A_U - alpha c_R s_R H C A_R                             (7)
 
-What is projected off, by basis:
-    paper, output, activation   Q Q' W_R            the whole output space of the user
-    two_sided                   Q Q' W_R Q_i Q_i'   only what maps the user's inputs to the user's outputs = B_U M A_U,
-                                M = H N J, N = C (A_R A_U') J'                                               (8)
-    scalar                      <W_R, W_U> / |W_U|^2 W_U                                                     (9)
-``protect_safety`` swaps the roles: the user is projected off the reinforcing update.
+What is projected off is the whole output space of the user, Q Q' W_R; the bases ``paper`` and ``output`` differ in how
+they find it. ``protect_safety`` swaps the roles: the user is projected off the reinforcing update.
 
 Letters as in ``lowrank_bases``.
 Source: Ham et al., arXiv 2605.24550, section 5.3, eqs. 5-9 (basis ``paper``, alpha 0.1, both coefficients 1/2).
@@ -40,7 +36,7 @@ from casehard.maths.lora import check_pair, core_basis, inner, paper_basis, scal
 from casehard.maths.lora import compress as compress
 from casehard.maths.lora import dense_parity as dense_parity
 
-BasisName = Literal["paper", "output", "two_sided", "activation", "scalar"]
+BasisName = Literal["paper", "output"]
 Form = Literal["concat", "absorb"]
 BASES: tuple[str, ...] = get_args(BasisName)
 FORMS: tuple[str, ...] = get_args(Form)
@@ -74,11 +70,6 @@ class MergeConfig(Limited):
                 raise ConfigError(f"merge: unknown {name} {value!r}", hint=f"one of {', '.join(known)}")
         if self.rank is not None and self.form != "concat":
             raise ConfigError(f"merge: rank {self.rank} with form {self.form}", hint="a rank only with form concat")
-        if self.form == "absorb" and self.protect_safety and self.basis in ("two_sided", "scalar"):
-            raise ConfigError(
-                f"merge: basis {self.basis} with protect_safety would change the shared reinforcing adapter",
-                hint="use form concat, or basis output",
-            )
 
 
 class LayerReport(NamedTuple):
@@ -126,60 +117,34 @@ class MergeResult(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is taken off the moving update B A (scales left out): ``q c A``, or ``B_f m A_f`` of the fixed one."""
+    """What is taken off the moving update B A (scales left out): ``q c A``."""
 
     k: int
-    q: torch.Tensor | None
-    c: torch.Tensor | None
+    q: torch.Tensor
+    c: torch.Tensor
     h: torch.Tensor | None
-    m: torch.Tensor | None
 
 
-def basis_of(fixed: LoraPair, config: MergeConfig, *, peer_rank: int, inputs_NI: torch.Tensor | None = None) -> Basis:
-    """Return the basis that ``config.basis`` names, of ``fixed``'s output space.
-
-    Raises:
-        DataError: basis ``activation`` without sampled inputs, or inputs of another width.
-    """
+def basis_of(fixed: LoraPair, config: MergeConfig, *, peer_rank: int) -> Basis:
+    """Return the basis that ``config.basis`` names, of ``fixed``'s output space."""
     if config.basis == "paper":
         return paper_basis(fixed, config.tau, peer_rank=peer_rank)
-    if config.basis != "activation":
-        return core_basis(fixed, config.tau)
-    if inputs_NI is None:
-        raise DataError("basis activation needs sampled inputs of every merged layer", hint="or use basis output")
-    if inputs_NI.ndim != 2 or inputs_NI.shape[1] != fixed.a.shape[1] or len(inputs_NI) == 0:
-        raise DataError(f"inputs of shape {tuple(inputs_NI.shape)} for a layer that reads {fixed.a.shape[1]} features")
-    return core_basis(fixed, config.tau, inputs_NI=inputs_NI)
+    return core_basis(fixed, config.tau)
 
 
-def _part(fixed: LoraPair, moving: LoraPair, config: MergeConfig, inputs_NI: torch.Tensor | None) -> _Part:
+def _part(fixed: LoraPair, moving: LoraPair, config: MergeConfig) -> _Part:
     """Return what ``config.basis`` projects off ``moving``; its scale is left out."""
-    if config.basis == "scalar":
-        plain = fixed._replace(scale=1.0)
-        square = inner(plain, plain)
-        factor = inner(moving._replace(scale=1.0), plain) / square if square > 0 else 0.0
-        eye = torch.eye(fixed.rank, dtype=torch.float64, device=fixed.b.device)
-        return _Part(int(square > 0), None, None, None, factor * eye)
-    basis = basis_of(fixed, config, peer_rank=moving.rank, inputs_NI=inputs_NI)
-    k = basis.q.shape[1]
-    c = basis.q.T @ moving.b.double()
-    if config.basis != "two_sided":
-        return _Part(k, basis.q, c, basis.h, None)
-    assert basis.h is not None and basis.j is not None
-    n_KK = c @ (moving.a.double() @ fixed.a.double().T) @ basis.j.T
-    return _Part(k, None, None, None, basis.h @ n_KK @ basis.j)
+    basis = basis_of(fixed, config, peer_rank=moving.rank)
+    return _Part(basis.q.shape[1], basis.q, basis.q.T @ moving.b.double(), basis.h)
 
 
 def _concat(user: LoraPair, reinforce: LoraPair, part: _Part, config: MergeConfig) -> torch.Tensor:
     """Return B of (6), float64."""
     pairs = [(user, config.c_user * user.scale), (reinforce, config.c_reinforce * reinforce.scale)]
     blocks = [weight * pair.b for pair, weight in pairs]
-    fixed, moving = (1, 0) if config.protect_safety else (0, 1)
+    moving = 0 if config.protect_safety else 1
     step = config.alpha * pairs[moving][1]
-    if step != 0 and part.m is not None:
-        blocks[fixed] -= step * (pairs[fixed][0].b @ part.m)
-    elif step != 0 and part.k > 0:
-        assert part.q is not None and part.c is not None
+    if step != 0 and part.k > 0:
         blocks[moving] -= step * (part.q @ part.c)
     return torch.cat(blocks, dim=1)
 
@@ -191,30 +156,18 @@ def _absorb(user: LoraPair, reinforce: LoraPair, part: _Part, config: MergeConfi
     if part.k == 0 or (step == 0 and not config.protect_safety):
         return LoraPair(a, w_user * b), 1.0
     if config.protect_safety:
-        assert part.q is not None and part.c is not None
         return LoraPair(a, w_user * (b - config.alpha * (part.q @ part.c))), 1.0
-    if part.m is None and part.h is None:
+    if part.h is None:
         raise Unsupported(
             "absorb: B of the user's adapter has deficient rank, so the published basis holds directions it lacks",
             hint="use basis output, or form concat",
         )
-    if part.m is not None:
-        moved = w_user * a - step * (part.m @ a)
-    else:
-        assert part.h is not None and part.c is not None
-        moved = w_user * a - step * (part.h @ part.c @ reinforce.a)
+    moved = w_user * a - step * (part.h @ part.c @ reinforce.a)
     before = abs(w_user) * float(a.norm())
     return LoraPair(moved, b), float(moved.norm()) / before if before > 0 else 1.0
 
 
-def merge_pair(
-    user: LoraPair,
-    reinforce: LoraPair,
-    config: MergeConfig,
-    *,
-    name: str = "layer",
-    inputs_NI: torch.Tensor | None = None,
-) -> MergedLayer:
+def merge_pair(user: LoraPair, reinforce: LoraPair, config: MergeConfig, *, name: str = "layer") -> MergedLayer:
     """Merge one layer, (5): form (6) or (7).
 
     Args:
@@ -222,7 +175,6 @@ def merge_pair(
         reinforce: the provider's.
         config: coefficients, basis, form.
         name: of the layer, for messages.
-        inputs_NI: sampled inputs, for basis ``activation``.
 
     Returns:
         Factors of scale 1, fp32 (float64 if an input is), computed in float64.
@@ -247,7 +199,7 @@ def merge_pair(
         dtype = torch.promote_types(dtype, b.dtype)
     user, reinforce = user.wide(), reinforce.wide()
     fixed, moving = (reinforce, user) if config.protect_safety else (user, reinforce)
-    part = _part(fixed, moving, config, inputs_NI)
+    part = _part(fixed, moving, config)
     growth, error = 1.0, 0.0
     if config.form == "absorb":
         pair, growth = _absorb(user, reinforce, part, config)
@@ -264,29 +216,17 @@ def _report(
 ) -> LayerReport:
     squares = {"user": max(inner(user, user), 0.0), "reinforce": max(inner(reinforce, reinforce), 0.0)}
     u, r = math.sqrt(squares["user"]), math.sqrt(squares["reinforce"])
-    fixed, moving = (reinforce, user) if config.protect_safety else (user, reinforce)
+    moving = user if config.protect_safety else reinforce
     whole = squares["user" if config.protect_safety else "reinforce"]
     taken = 0.0
     if part.k > 0 and whole > 0:
-        if part.m is not None:
-            taken_pair = LoraPair(part.m @ fixed.a, fixed.b, moving.scale)
-            taken = inner(taken_pair, taken_pair) / whole
-        else:
-            assert part.c is not None
-            side = part.c @ moving.a
-            taken = moving.scale**2 * float(side.square().sum()) / whole
+        taken = moving.scale**2 * float((part.c @ moving.a).square().sum()) / whole
     cosine = inner(user, reinforce) / (u * r) if u * r > 0 else 0.0
-    invented = part.m is None and part.h is None
-    return LayerReport(part.k, u, r, cosine, taken, growth, error, invented)
+    return LayerReport(part.k, u, r, cosine, taken, growth, error, invented=part.h is None)
 
 
 def merge_layer(
-    user: LoraPair | None,
-    reinforce: LoraPair | None,
-    config: MergeConfig,
-    *,
-    name: str = "layer",
-    inputs_NI: torch.Tensor | None = None,
+    user: LoraPair | None, reinforce: LoraPair | None, config: MergeConfig, *, name: str = "layer"
 ) -> tuple[LoraPair | None, LayerReport | None]:
     """Merge one layer of the union: :func:`merge_pair`, or the one adapter that has it, at its coefficient.
 
@@ -295,7 +235,7 @@ def merge_layer(
         adapters have the layer, the report.
     """
     if user is not None and reinforce is not None:
-        merged = merge_pair(user, reinforce, config, name=name, inputs_NI=inputs_NI)
+        merged = merge_pair(user, reinforce, config, name=name)
         return merged.pair, merged.report
     if user is not None:
         check_pair(user, f"user, {name}")
@@ -343,20 +283,13 @@ def notes_of(
     return tuple(out)
 
 
-def merge_states(
-    user: Mapping[str, LoraPair],
-    reinforce: Mapping[str, LoraPair],
-    config: MergeConfig,
-    *,
-    inputs: Mapping[str, torch.Tensor] | None = None,
-) -> MergeResult:
+def merge_states(user: Mapping[str, LoraPair], reinforce: Mapping[str, LoraPair], config: MergeConfig) -> MergeResult:
     """Merge two adapters held in memory, layer by layer, over the union of their layers.
 
     Args:
         user: layer -> update; ranks may differ between layers and adapters.
         reinforce: the provider's, for the same base.
         config: coefficients, basis, form.
-        inputs: layer -> sampled inputs (n, d_in), for basis ``activation``.
 
     Raises:
         DataError: nothing to merge, or factors that do not fit each other.
@@ -366,8 +299,7 @@ def merge_states(
         raise DataError("merge: neither adapter has a layer")
     layers, reports = {}, {}
     for name in sorted({*user, *reinforce}):
-        seen = None if inputs is None else inputs.get(name)
-        pair, report = merge_layer(user.get(name), reinforce.get(name), config, name=name, inputs_NI=seen)
+        pair, report = merge_layer(user.get(name), reinforce.get(name), config, name=name)
         if pair is not None:
             layers[name] = pair
         if report is not None:

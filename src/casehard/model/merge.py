@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from casehard import __version__
@@ -111,39 +110,17 @@ def _targets(readers: Collection[AdapterReader], layers: Collection[str]) -> set
     return wanted if fits else set(layers)
 
 
-class _Inputs:
-    """Sampled inputs of each layer, (n, d_in), from one safetensors file; read when needed."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._handle: Any = None
-        if path is not None:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                self._handle = safe_open(path, framework="pt")
-            except (FileNotFoundError, SafetensorError) as error:
-                raise DataError(f"{path}: cannot be read: {error}", hint="one tensor (n, d_in) a layer") from None
-            self._names = set(self._handle.keys())
-
-    def get(self, layer: str) -> torch.Tensor | None:
-        if self._handle is None or layer not in self._names:
-            return None
-        found: torch.Tensor = self._handle.get_tensor(layer)
-        return found
-
-
 def _stream(
     names: Collection[str],
     user: AdapterReader,
     reinforce: AdapterReader,
     config: MergeConfig,
-    inputs: _Inputs,
     reports: dict[str, LayerReport],
 ) -> Iterator[tuple[str, LoraPair]]:
     for name in names:
         u = user.pair(name) if name in user.shapes else None
         r = reinforce.pair(name) if name in reinforce.shapes else None
-        pair, report = merge_layer(u, r, config, name=name, inputs_NI=inputs.get(name))
+        pair, report = merge_layer(u, r, config, name=name)
         assert pair is not None
         if report is not None:
             reports[name] = report
@@ -183,7 +160,6 @@ def merge_folders(
     out: Path | str,
     config: MergeConfig,
     *,
-    inputs: Path | None = None,
     buffer_digests: Collection[str] = (),
 ) -> Merged:
     """Merge two PEFT adapter folders into a new one.
@@ -193,7 +169,6 @@ def merge_folders(
         reinforce: the provider's; read, never changed.
         out: the folder to make; whole or absent.
         config: coefficients, basis, form.
-        inputs: safetensors file with sampled inputs (n, d_in) under each layer's name, for basis ``activation``.
         buffer_digests: digests of the provider's buffer tensors; an input that holds one is refused.
 
     Returns:
@@ -225,7 +200,7 @@ def merge_folders(
             digests = write_adapter(
                 folder,
                 shapes,
-                _stream(shapes, u, r, config, _Inputs(inputs), reports),
+                _stream(shapes, u, r, config, reports),
                 rank=rank,
                 target_modules=_targets(readers, shapes),
                 base=u.config.get("base_model_name_or_path"),

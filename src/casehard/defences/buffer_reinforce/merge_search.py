@@ -66,7 +66,6 @@ def search(
     measure: Callable[[nn.Module], Rows],
     *,
     config: MergeConfig,
-    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[Measured]:
     """Measure every point of a grid of coefficients; only factors change between points.
 
@@ -77,7 +76,6 @@ def search(
         grid: points, measured in order.
         measure: gives the rows of a model.
         config: basis and cut; its coefficients are replaced, its form is ``concat``.
-        inputs: sampled inputs of each layer, for basis ``activation``.
 
     Raises:
         DataError: the model lacks a layer, or a layer has another shape.
@@ -86,7 +84,7 @@ def search(
     try:
         for point in grid:
             here = dataclasses.replace(config, **point._asdict(), form="concat")
-            layers = merge_states(user, reinforce, here, inputs=inputs).layers
+            layers = merge_states(user, reinforce, here).layers
             if wrapped is None:
                 wrapped = _attach(model, layers, max(pair.rank for pair in layers.values()))
             _fill(wrapped, layers)

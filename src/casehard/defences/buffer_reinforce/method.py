@@ -62,11 +62,6 @@ class BufferReinforceConfig(Limited):
                 f"merge.form is {self.merge.form!r}: the method leaves one adapter that computes the result",
                 hint="form concat here; reinforce: false, then `casehard merge reinforce`, for a shared adapter",
             )
-        if self.reinforce and self.merge.basis == "activation":
-            raise ConfigError(
-                "merge.basis activation needs sampled inputs, which the method does not have",
-                hint="reinforce: false, then `casehard merge reinforce` with inputs",
-            )
 
 
 PRESETS: dict[str, BufferReinforceConfig] = {
