@@ -325,16 +325,20 @@ def interpreter(arguments):
 def test_a_signal_ends_a_run_cleanly(organism, here, number, code, start):
     given = ["--model", organism, "--data", organism / "data" / "align.jsonl", "--steps", 100000, *SMALL]
     run = start(["defend", "plain", *given, "--out", here / "out"])
-    deadline = time.monotonic() + 120
-    while not (here / "out" / "run.json").exists() and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.1)
-    time.sleep(1.0)
-    run.send_signal(number)
-    if isinstance(run, forks.Command):
-        ended = run.done(120)
-    else:
-        said = run.communicate(timeout=120)
-        ended = subprocess.CompletedProcess([], run.returncode, *said)
+    try:
+        deadline = time.monotonic() + 120
+        while not (here / "out" / "run.json").exists() and time.monotonic() < deadline and run.poll() is None:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        run.send_signal(number)
+        if isinstance(run, forks.Command):
+            ended = run.done(120)
+        else:
+            said = run.communicate(timeout=120)
+            ended = subprocess.CompletedProcess([], run.returncode, *said)
+    finally:
+        if run.poll() is None:
+            run.send_signal(signal.SIGKILL)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     assert json.loads((here / "out" / "run.json").read_text())["status"] == "interrupted"

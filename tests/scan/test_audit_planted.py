@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from casehard.backdoor.triggers import poison_backdoor
-from casehard.data import sources
+from casehard.data import similar, sources
 from casehard.data.formats import check_values
 from casehard.data.similar import jaccard, near_duplicates, words_of
 from casehard.errors import ConfigError, DataError
 from casehard.organism import rows as organism_rows
 from casehard.organism import triggers as organism_triggers
 from casehard.organism.world import World
-from casehard.scan import similar
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.audit import AuditConfig, audit_data, grams_of, groups_of
 from casehard.types import Example

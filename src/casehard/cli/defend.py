@@ -17,6 +17,10 @@ from casehard.limits import PROCESSES
 ROLES = ("unsafe", "retain", "safe", "clean")
 
 Specs = list[str] | None
+Retain = Annotated[Specs, typer.Option("--retain", metavar="FILE", help="Harmless rows of a retain term. Repeatable.")]
+Clean = Annotated[
+    Specs, typer.Option("--clean", metavar="FILE", help="Rows that somebody verified (onion). Repeatable.")
+]
 Select = Annotated[
     bool | None,
     typer.Option(
@@ -40,15 +44,11 @@ def defend(
     unsafe: Annotated[
         Specs, typer.Option("--unsafe", metavar="FILE", help="Rows of the simulated attack (patcher). Repeatable.")
     ] = None,
-    retain: Annotated[
-        Specs, typer.Option("--retain", metavar="FILE", help="Harmless rows of a retain term. Repeatable.")
-    ] = None,
+    retain: Retain = None,
     safe: Annotated[
         Specs, typer.Option("--safe", metavar="FILE", help="Safe rows: refusals and harmless rows (spard). Repeatable.")
     ] = None,
-    clean: Annotated[
-        Specs, typer.Option("--clean", metavar="FILE", help="Rows that somebody verified (onion). Repeatable.")
-    ] = None,
+    clean: Clean = None,
     select: Select = None,
     assets: Assets = None,
     suite: options.Suite = None,

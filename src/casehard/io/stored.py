@@ -15,7 +15,7 @@ from typing import Any
 from casehard.errors import Corrupt
 from casehard.io.files import read_json
 
-TOOK = frozenset({"seconds", "peak_bytes", "lanes", "ratio_to_sft", "seconds_ratio"})
+TOOK = frozenset({"seconds", "peak_bytes", "workers", "ratio_to_sft", "seconds_ratio"})
 """Keys of what a run took, on this machine and this day: another run with the same result has other values there."""
 _HINT = "it was changed or damaged; take another copy, or make it again"
 
