@@ -30,7 +30,7 @@ demo: $(DEMO)
 
 # One torch thread per worker: two workers share the work of two cores better than torch does on small models.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV)
 	$(BIN)/ruff check .

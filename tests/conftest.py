@@ -62,8 +62,17 @@ socket.socket.connect_ex = _guarded(_connect_ex)
 socket.getaddrinfo = _getaddrinfo
 
 
+LONGEST = (
+    "mb_pipeline resume audit_planted together remote killed flow real_checkpoint steps same_bytes model_scan fsdp "
+    "pipelines run buffer_real mb_defense_verb launched chain backdoor_verbs kill damage bench_lines robust spard"
+)
+"""Files that take longest, in that order: begun first, so that two workers end together."""
+
+
 def pytest_collection_modifyitems(items):
-    """Skip the long run unless it was asked for."""
+    """Put the longest files first; skip the long run unless it was asked for."""
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if os.environ.get("CASEHARD_LONG") != "1":
         for item in items:
             if "long" in item.keywords:

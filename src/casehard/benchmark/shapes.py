@@ -325,9 +325,9 @@ class Provenance:
     config_digest: str
     seeds: list[int]
     data: dict[str, str]
-    code: dict[str, Any]
+    code: Code
     packages: dict[str, str]
-    hardware: dict[str, Any]
+    hardware: Hardware
 
 
 @dataclass(frozen=True)
