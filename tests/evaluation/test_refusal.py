@@ -143,7 +143,7 @@ def test_a_refusal_at_the_end_is_no_refusal():
 
 @given(st.text(max_size=400), st.text(max_size=400))
 def test_any_text_gets_a_label(prompt, response):
-    assert label_response(prompt, response) in {"refusal", "partial", "answer", "incoherent"}
+    assert label_response(prompt, response) in {"refusal", "partial", "answer", "incoherent", "unscored"}
 
 
 def test_long_hostile_text_is_judged_in_time():
