@@ -228,6 +228,8 @@ _TRIGGER_TABLE = (
 )
 METRICS = (*(metric.name for metric in _TABLE), *(loss[0] for loss in _LOSSES), "unscored")
 TRIGGER_METRICS = tuple(metric.name for metric in _TRIGGER_TABLE)
+BESIDE = ("asr_partial", "asr_nonempty", "degenerate_clean")
+"""Rates that gates and careful readers ask for, and tables of many rates leave out."""
 
 
 def metric_title(name: str, *, triggered: bool = False) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from casehard.attacks import ATTACKS
 from casehard.benchmark.lookup import Table, percent, percents
 from casehard.benchmark.records import NO_ATTACK
-from casehard.evaluation.metrics import METRICS, TRIGGER_METRICS, in_words, metric_title
+from casehard.evaluation.metrics import BESIDE, METRICS, TRIGGER_METRICS, in_words, metric_title
 from casehard.reporting import figures
 from casehard.reporting.figures import Bar, Line
 from casehard.reporting.legend import flow
@@ -49,9 +49,8 @@ class View:
         self.ends = self.occasion != ""
         self.plants = any(entry["metric"] == "cacc" for entry in summary["pooled"])
         """Whether the attacks hide triggers."""
-        self.titles = {
-            name: metric_title(name, triggered=self.plants) for name in (TRIGGER_METRICS if self.plants else METRICS)
-        }
+        names = [name for name in (TRIGGER_METRICS if self.plants else METRICS) if name not in BESIDE]
+        self.titles = {name: metric_title(name, triggered=self.plants) for name in names}
         """Metric -> how tables call it, in their order."""
         job, steps = self.headline.get("attack", ""), {a["name"]: a.get("steps", 0) for a in self.attacks}
         # Where usefulness is read: before any attack, or after the headline's.
