@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,11 @@ if sys.dont_write_bytecode and sys.pycache_prefix is None:
     sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+# One commit gives one result: draws are a function of the test. With CASEHARD_FUZZ_SECONDS they are new ones each time.
+hypothesis.settings.register_profile("suite", derandomize=True, database=None)
+if not os.environ.get("CASEHARD_FUZZ_SECONDS"):
+    hypothesis.settings.load_profile("suite")
 
 # A shell starts background jobs deaf to Ctrl-C, and what they start inherits it; the commands under test must hear it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
