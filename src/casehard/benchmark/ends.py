@@ -98,7 +98,8 @@ def beside(plan: Plan, rows: Sequence[Mapping[str, Any]], family: str) -> str:
     """Say how the headline's defence stands over all jobs, and which useful row's mean is lowest."""
     metric = plan.headline.metric
     found = {(r["defence"], r["metric"]): r for r in rows if r["family"] == family}
-    means = {d.name: r for d in plan.defences if (r := found.get((d.name, metric))) and _useful(plan, found, d.name)}
+    names = [d.name for d in plan.defences if d.role != "unattacked"]
+    means = {name: r for name in names if (r := found.get((name, metric))) and _useful(plan, found, name)}
     mine = found.get((plan.headline.defence, metric))
     if mine is None or len(means) < 2:  # so too where models are compared step by step
         return ""
