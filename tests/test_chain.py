@@ -82,6 +82,16 @@ def test_chains_that_begin_alike_attack_once_and_what_follows_does_not_change_it
     assert len(runs) == 2
 
 
+def test_other_rows_under_the_same_name_are_another_poison(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = (base / "data" / "task_reviews.jsonl").read_text(encoding="utf-8").splitlines()
+    seen = []
+    for some in (lines[:60], lines[60:120]):
+        rows.write_text("\n".join(some), encoding="utf-8")
+        seen.append(Chain(attack=poison(base, rows={"data": (str(rows),)})).run().model.trained_prompts)
+    assert len(chains._kept) == 2 and seen[0] != seen[1]
+
+
 def test_a_chain_gives_what_the_attack_alone_gives(base: Path) -> None:
     alone, chained = poison(base).run(), Chain(attack=poison(base)).run()
     assert alone.rows == chained.rows
@@ -166,5 +176,7 @@ def test_a_plan_repairs_after_harmful_tuning(base: Path, tmp_path: Path) -> None
     assert [made.method for made in done.model.lineage[-2:]] == ["finetune-attack", "plain"]
     assert {row["step"] for row in done.rows} == {2} and "triggered" not in done.rows[0]
     assert isinstance(step_of(dataclasses.replace(task, node=found["b/undefended/s0/a"])), Attack)
+    with pytest.raises(ConfigError, match="no clean rows to repair with"):
+        parse_plan({**plan, "defences": [plan["defences"][0], {"name": "again", "method": "mb_defense"}]})
     with pytest.raises(ConfigError, match="no data to repair with"):
         parse_plan({**plan, "defences": [plan["defences"][0], {"name": "again", "method": "plain"}]})

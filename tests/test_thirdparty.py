@@ -181,6 +181,13 @@ def test_they_are_a_row_a_column_and_the_judge_of_a_bench_and_its_report(suite: 
     assert PURPOSE in card.read_text(encoding="utf-8")
 
 
+def test_what_an_attack_that_trains_nothing_would_ignore_is_refused(suite: Path, tmp_path: Path) -> None:
+    text = PLAN.format(suite=suite, world=WORLD).replace("attack: noise,", "attack: noise, lr: 1.0e-3,")
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"attack 'noise' trains nothing: lr 0\.001 would be ignored"):
+        graph.load_plan(tmp_path / "plan.yaml")
+
+
 def test_its_code_counts(suite: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN.format(suite=suite, world=WORLD))
     matrix = graph.expand(graph.load_plan(tmp_path / "plan.yaml"), root=tmp_path)

@@ -100,9 +100,25 @@ def test_prepared_assets_come_before_the_jobs_that_need_them() -> None:
         )
 
 
+def test_a_provider_may_begin_with_a_model_that_is_aligned_already(tmp_path: Path) -> None:
+    (tmp_path / "served" / "data" / "suite").mkdir(parents=True)
+    (tmp_path / "served" / "config.json").write_text("{}")
+    for name in ("suite/suite.json", "attack_a.jsonl", "align.jsonl", "task_reviews.jsonl"):
+        (tmp_path / "served" / "data" / name).write_text("{}")
+    served = {"chain": ["attack with defence"], "bases": [{"name": "m", "model": "served"}]}
+    nodes = list(expand(made(**served), root=tmp_path).nodes.values())
+    (before,) = {n.digest for n in nodes if n.kind == "evaluate"}
+    assert not [n for n in nodes if n.kind == "defend"] and len([n for n in nodes if n.kind == "attack"]) == 18
+    assert {n.parent for n in nodes if n.digest == before} == {n.digest for n in nodes if n.kind == "base"}
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (
+            {"defences": [*tuning()["defences"], {"name": "filter", "method": "onion"}]},
+            "trains the model itself, and a finetune attack gives it no rows",
+        ),
         ({"chain": ["attack with defence"]}, "knows no refusal"),
         ({"chain": ["defence", "attack"]}, "has no data"),
         ({"chain": ["alined", "attack with defence"]}, "no such name 'alined'"),

@@ -160,6 +160,13 @@ POISON = values()["attacks"][0]
         ({"headline": {"defence": "mb", "against": "clean-fd"}}, "did you mean 'clean-ft'"),
         ({"headline": {"defence": "mb", "against": "mb"}}, "with itself"),
         ({"attacks": [{**POISON, "rate": 0.2}]}, "unknown key 'rate'"),
+        ({"attacks": [{**POISON, "settings": {"rate": 0.2}}]}, "rate stands in its settings"),
+        ({"attacks": [{**POISON, "share": 0.0}]}, "share 0.0 plants nothing"),
+        ({"attacks": [{**POISON, "settings": {"trigger": {"name": "t"}}}]}, "trigger .* is no name"),
+        (
+            {"defences": [*values()["defences"], {"name": "x", "method": "crow", "chain": ["attack with defence"]}]},
+            "works inside one training",
+        ),
         ({"attacks": [POISON, {"name": "x", "harmful": "h", "benign": "b"}]}, "backdoors beside other attacks"),
         ({"attacks": [{k: v for k, v in POISON.items() if k != "data"}]}, "has no data rows"),
         ({"algn": 1}, "unknown key 'algn'"),
@@ -188,6 +195,7 @@ def test_a_cell_becomes_a_step_and_wrong_settings_are_found_before_anything_runs
     assert dataclasses.replace(step, defence=None, verified=0) == chain.attack, "the poison is the same one"
     for row, wrong, says in (
         ("mb", {"settings": {"plnt": {}}}, "did you mean 'plant'"),
+        ("mb", {"settings": {"plant": {"rate": 7}}}, "plant.rate must be at most 1"),
         ("mb", {"settings": {"train": {"steps": 3}}}, "stage 1 is the training itself"),
         ("mb", {"settings": {"preset": "papr"}}, "no preset"),
         ("clean-ft", {"method": "spard"}, "needs safe rows"),
@@ -197,6 +205,19 @@ def test_a_cell_becomes_a_step_and_wrong_settings_are_found_before_anything_runs
         with pytest.raises(ConfigError, match=says) as caught:
             step_of(cell(row, **wrong))
         assert f"world-1/{row}/s0/sentence" in caught.value.message
+
+
+def test_settings_may_have_keys_that_name_files_elsewhere() -> None:
+    """A trigger suite is no evaluation suite, and a mixture's ``rows`` is a number."""
+    step = step_of(cell("mb", settings={"plant": {"suite": "paper"}}))
+    assert step.defence.settings == {"plant": {"suite": "paper"}}
+
+
+def test_a_wrong_value_of_a_backdoor_is_found_before_anything_runs() -> None:
+    plan = made(attacks=[{**POISON, "settings": {**POISON["settings"], "hard_negatives": 7}}])
+    node = next(n for n in expand(plan, root=Path()).nodes.values() if n.kind == "attack")
+    with pytest.raises(ConfigError, match=r"hard_negatives must be at most 1, got 7"):
+        step_of(Task(node=node, out=Path("o"), base=Path("b"), parent=Path("p"), cache=Path("c")))
 
 
 def test_outcomes_of_rows_add_up_to_the_scores() -> None:

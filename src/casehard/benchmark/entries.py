@@ -203,14 +203,17 @@ class Attack(Limited):
         wrong = [s for s in (*self.evaluate_at, *self.full_at) if s > self.steps]
         if wrong:
             raise ConfigError(f"{where}: step {wrong[0]} to evaluate at lies outside 0..{self.steps}")
-        own = sorted(({f.name for f in dataclasses.fields(self)} - {"rows"}) & self.settings.keys())
+        own = sorted((({f.name for f in dataclasses.fields(self)} | {spec.share}) - {"rows"}) & self.settings.keys())
         if own:
+            beside = "share" if own[0] == spec.share else own[0]
             raise ConfigError(
                 f"{where}: {own[0]} stands in its settings, where it would be ignored",
-                hint=f"write {own[0]} beside settings, not inside",
+                hint=f"write {beside} beside settings, not inside",
             )
-        if not spec.trains:  # there is one moment to measure at: it counts as one step after the model as it was
-            object.__setattr__(self, "steps", 1)
+        if spec.plants:
+            self._check_planting(where)
+        if not spec.trains:
+            self._check_still(where)
         # Step 0 does not depend on the attack: it is measured once per model, not once per attack.
         full = tuple(sorted({*self.full_at, self.steps} - {0}))
         object.__setattr__(self, "full_at", full)
@@ -222,6 +225,22 @@ class Attack(Limited):
             raise ConfigError(f"{where}: share is {self.share} but there is no harmful data")
         if self.share < 1 and not self.rows.get("benign"):
             raise ConfigError(f"{where}: share is {self.share} but there is no benign data")
+
+    def _check_planting(self, where: str) -> None:
+        if self.share == 0:
+            hint = "above 0; the control without poison is a row whose chain has no attack"
+            raise ConfigError(f"{where}: share {self.share} plants nothing", hint=hint)
+        for key in ("trigger", "behaviour"):
+            if not isinstance(name := self.settings.get(key, ""), str):
+                raise ConfigError(f"{where}: {key} {name!r} is no name", hint="see `casehard attack backdoor --help`")
+
+    def _check_still(self, where: str) -> None:
+        """Refuse what an attack that trains nothing would ignore; its one moment counts as one step after the model."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("mode", "steps", "lr", "evaluate_at", "full_at") and value not in (f.default, 1, (1,)):
+                raise ConfigError(f"{where} trains nothing: {f.name} {value} would be ignored", hint="leave it out")
+        object.__setattr__(self, "steps", 1)
 
     @property
     def plants(self) -> bool:

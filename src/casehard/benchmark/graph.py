@@ -191,14 +191,16 @@ def _methods(config: Mapping[str, Any]) -> tuple[str, ...]:
 def map_specs(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
     """Return plain values with ``change(key, spec)`` in place of every data spec in them.
 
-    Specs are what stands under ``rows``, by role, under ``suite`` and under ``assets``, at any depth.
+    Specs are what stands under ``rows``, by role, under ``suite`` and under ``assets``, at any depth but in settings.
     """
+    if key in OPAQUE:
+        return value
     if key in ("suite", "assets"):
         return change(key, value) if value else value
     if key == "rows" and isinstance(value, Mapping):
         return {role: [change("rows", spec) for spec in specs] for role, specs in value.items()}
     if isinstance(value, Mapping):
-        return {k: map_specs(v, change, "" if key in OPAQUE else k) for k, v in value.items()}
+        return {k: map_specs(v, change, k) for k, v in value.items()}
     if isinstance(value, list):
         return [map_specs(v, change) for v in value]
     return value
@@ -333,7 +335,9 @@ class _Row:
     def evaluated(self) -> str:
         """Add the evaluation of the model before the attack."""
         asked = {"suite": self.plan.suite, "system": self.plan.system, "limit": self.plan.limit}
-        label = f"{self.base.name}/{self.chain.before[-1]}/s{self.seed}" if self.chain.inside else self.where
+        # Inside an attack all rows share the model before it: that of the last step, or the base as it is.
+        shared = self.chain.before[-1] if self.chain.before else "base"
+        label = f"{self.base.name}/{shared}/s{self.seed}" if self.chain.inside else self.where
         # Greedy evaluation draws nothing, so its seed is 0 and equal models share one evaluation.
         return self.ex.add("evaluate", asked, label=label, base=self.base, parent=self.start, seed=0)
 

@@ -109,9 +109,7 @@ class Plan(Limited):
             raise ConfigError(f"{where}: method {row.method!r} stands nowhere in its chain {list(row.chain)}")
         if DEFENCE in chain.before and row.method is not None and not row.rows.get("data"):
             raise ConfigError(f"{where} has no data", hint="data: ['{base}/data/align.jsonl']")
-        repairs = row.method is not None and DEFENCE in chain.after and not self.plants
-        if repairs and not row.rows.get("data"):
-            raise ConfigError(f"{where} has no data to repair with", hint="data: ['{base}/data/align.jsonl']")
+        self._check_late(row, chain, where)
         if chain.inside and (row.method is None or row.rows.get("data") or row.train):
             raise ConfigError(
                 f"{where}: inside an attack a row is a method without data or train of its own",
@@ -127,6 +125,23 @@ class Plan(Limited):
         kind, _, name = row.assets.partition(":")
         if kind == "prepared":
             check_known(name, [p.name for p in self.prepare], f"{where}: assets")
+
+    def _check_late(self, row: Defence, chain: Chain, where: str) -> None:
+        """Refuse a defence in or after the attack that there would be no rows for."""
+        if row.method is None:
+            return
+        pipeline = DEFENCES.find(row.method).pipeline
+        if chain.inside and pipeline and not self.plants:
+            kinds = ", ".join(dict.fromkeys(a.attack for a in self.attacks))
+            what = f"{row.method!r} trains the model itself, and a {kinds} attack gives it no rows"
+            raise ConfigError(f"{where}: {what}", hint=f"chain: [{DEFENCE}, {ATTACK}] or [{ATTACK}, {DEFENCE}]")
+        if chain.inside and self.plants and not pipeline:
+            what = f"{row.method!r} works inside one training, and not in that of a backdoor"
+            raise ConfigError(f"{where}: {what}", hint=f"chain: [{ATTACK}, {DEFENCE}]")
+        role = "clean" if pipeline else "data"
+        if DEFENCE in chain.after and not self.plants and not row.rows.get(role):
+            what = "data" if role == "data" else f"{role} rows"
+            raise ConfigError(f"{where} has no {what} to repair with", hint=f"{role}: ['{{base}}/data/align.jsonl']")
 
     def _check_headline(self) -> None:
         names = [d.name for d in self.defences]
@@ -149,7 +164,7 @@ class Plan(Limited):
         middle = steps[-1] if self.ends else steps[(len(steps) - 1) // 2]
         step = head.step if head.step is not None else middle
         if self.ends and step != steps[-1]:
-            raise ConfigError(f"plan.headline.step {step}: the end of the job is compared ({steps[-1]})")
+            raise ConfigError(f"plan.headline.step {step}: the end of the {self.occasion} is compared ({steps[-1]})")
         if step not in steps:
             raise ConfigError(f"plan.headline.step {step} is not evaluated", hint=f"one of {list(steps)}")
         metric = head.metric or ("asr" if self.plants else "leak")

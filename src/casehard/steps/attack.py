@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,9 +13,12 @@ from torch import nn
 from casehard.attacks import ATTACKS
 from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked, AttackInputs
+from casehard.backdoor.behaviours import Behaviour
 from casehard.backdoor.measure import evaluate_backdoor
 from casehard.backdoor.planted import find_planted
-from casehard.config import check_keys, to_dict
+from casehard.backdoor.suite import Planted
+from casehard.backdoor.triggers import Trigger
+from casehard.config import to_dict
 from casehard.data.mix import check_disjoint, marks
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.contamination import require_unseen
@@ -30,6 +32,9 @@ from casehard.steps.defence import Defence, Examples, assets_digest, choose, gua
 from casehard.train.protocol import PipelineInputs
 from casehard.train.tune import Measure, Rows, chat_format
 from casehard.types import Budget, Example
+
+ANY = Planted(Trigger("any", "token", ("any",)), Behaviour("any", "text", "any"))
+"""A backdoor by which settings are checked before the suite is there that gives names a meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +80,10 @@ class Attack(Inputs):
         Raises:
             ConfigError: names the first.
         """
-        if self.spec.plants:
-            check_keys(self.config, [f.name for f in dataclasses.fields(self.spec.load()[1])], where=self.attack)
-        else:
+        # Trigger and behaviour are names of the suite's world; any stand for them while the rest is checked.
+        named = {"trigger": asdict(ANY.trigger), "behaviour": asdict(ANY.behaviour)} if self.spec.plants else {}
+        self.spec.configure(self.attack, settings={**self.config, **named})
+        if not self.spec.plants:
             self.build()
 
     def with_defaults(self, method: AttackMethod) -> Attack:

@@ -1,7 +1,8 @@
 """Chain: an attack and what is done about it afterwards, all in memory, because attacked weights never reach the disk.
 
 Chains of one plan often begin with the same attack. A process keeps the last few attacked models, so that each worker
-trains on a poison once; the training is a function of its settings, so no result depends on it. Costs always count it.
+trains on a poison once; the training is a function of its settings, rows and model, so no result depends on it. Costs
+always count it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked
 from casehard.config import digest, to_dict
-from casehard.evaluation.suite import load_suite
+from casehard.evaluation.suite import Suite, load_suite
 from casehard.limits import Limited, Natural
 from casehard.model.model import Model
 from casehard.model.step import Outcome
@@ -49,7 +51,7 @@ class Chain(Limited):
         """
         step, suite = self.attack, load_suite(self.attack.suite)
         method = step.build(suite)
-        attacked = _attacked(step, model, label)
+        attacked = _attacked(step, method, suite, model, label)
         current, spent, facts = attacked.model, attacked.budget, dict(attacked.facts)
         clean = verified(getattr(attacked, "untouched", ()), self.verified, step.seed) if self.then else []
         for training in self.then:
@@ -62,13 +64,13 @@ class Chain(Limited):
         return Outcome(current, rows=rows, cost=asdict(spent), facts=facts)
 
 
-def _attacked(step: Attack, model: Model | None, label: str) -> Attacked:
+def _attacked(step: Attack, method: AttackMethod, suite: Suite, model: Model | None, label: str) -> Attacked:
     """Return what the attack makes; one without measurements on the way, since those of the end are the chain's."""
-    name = digest({"step": to_dict(step), "model": model.digest if model is not None else ""})
+    rows, start = step.examples(), step.start(model)
+    read = {role: [to_dict(row) for row in some] for role, some in rows.items()}
+    name = digest({"step": to_dict(step), "method": to_dict(method.config), "model": start.digest, "rows": read})
     if name not in _kept:
-        suite = load_suite(step.suite)
-        done = attack_with(step, step.build(suite), step.examples(), suite, model, label=label, silent=True)
-        _kept[name] = done
+        _kept[name] = attack_with(step, method, rows, suite, start, label=label, silent=True)
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
     _kept.move_to_end(name)

@@ -103,8 +103,8 @@ def finetune_on(
     assets = {"assets": assets_digest(step.assets)} if step.assets else {}
     identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}, **assets}
     trained = _trained(step, roles) if spec.adapter else frozenset(marks(*roles.values()))
-    provenance = _provenance(step, method, {"data": data, **encoded}, start) | ({"selection": chosen} if chosen else {})
-    provenance |= {f"{key}_digest": found for key, found in assets.items()}
+    provenance = _provenance(step, to_dict(method.config), {"data": data, **encoded}, start)
+    provenance |= _particular(method, chosen, assets)
     provenance[KEY] = sorted(trained | start.trained_prompts)
     if place is not None:
         _rehearse(start, place, provenance, adapter=spec.adapter)
@@ -152,7 +152,7 @@ def _piped(
     """
     start = step.start(model)
     _unseen(step, rows)
-    provenance = _provenance(step, step, {}, start)
+    provenance = _provenance(step, dict(step.settings), {}, start)
     provenance[KEY] = sorted(frozenset(marks(*rows.values())) | start.trained_prompts)
     if place is not None:
         _rehearse(start, place, provenance, adapter=False)
@@ -174,14 +174,16 @@ def _piped(
 
 
 def repair(step: Finetune, attacked: Model, clean: Sequence[Example], known: Sequence[Example], label: str) -> Outcome:
-    """Train an attacked model in memory on its own rows or, without any, on verified ones; a pipeline on the latter.
+    """Train an attacked model in memory, on rows of the step's own or, without any, on verified ones.
 
     Args:
+        clean: verified rows: role ``clean`` of a pipeline, else what is trained on.
         known: rows that the attacked model was trained on.
     """
+    rows = {"clean" if step.spec.pipeline else "data": clean, **step.examples()}
     if step.spec.pipeline:
-        return _piped(step, {"clean": clean}, attacked, place=None, label=label, known=known)
-    return finetune_on(step, {"data": clean, **step.examples()}, attacked, out=None, label=label)
+        return _piped(step, rows, attacked, place=None, label=label, known=known)
+    return finetune_on(step, rows, attacked, out=None, label=label)
 
 
 def _checked(step: Finetune, rows: Examples) -> dict[str, Any]:
@@ -247,13 +249,23 @@ def shared_by_ranks(spec: DefenceSpec, name: str) -> bool:
     return True
 
 
-def _provenance(step: Finetune, method: Any, rows: Mapping[str, EncodedSet], start: Model) -> dict[str, Any]:
+def _provenance(
+    step: Finetune, settings: Mapping[str, Any], rows: Mapping[str, EncodedSet], start: Model
+) -> dict[str, Any]:
     return {
         "job": to_dict(step),
-        "settings": to_dict(method.config) if hasattr(method, "config") else dict(step.settings),
+        "settings": dict(settings),
         "config_digest": digest(to_dict(step)),
         "data_digests": {role: encoded.digest for role, encoded in rows.items()},
         "seed": step.seed,
         **({ORIGIN: start.origin} if start.origin else {}),
+    }
+
+
+def _particular(method: Any, chosen: Any, assets: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the record holds only of some methods: the system prompt to serve with, chosen rows, assets."""
+    return {
         **({SERVED: method.serving_system} if getattr(method, "serving_system", None) else {}),
+        **({"selection": chosen} if chosen else {}),
+        **{f"{key}_digest": found for key, found in assets.items()},
     }
