@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from casehard.attacks.protocol import Attacked, AttackInputs
+from casehard.attacks.training import TrainingSettings, train_copy
 from casehard.backdoor.behaviours import Behaviour
 from casehard.backdoor.triggers import Trigger, check_survives, decoys_of, poison_backdoor
 from casehard.config import to_dict
@@ -20,12 +21,12 @@ from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Nat
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
-from casehard.train.tune import Lora, chat_format, tune
+from casehard.train.tune import chat_format
 from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackdoorAttack(Limited):
+class BackdoorAttack(TrainingSettings, Limited):
     """Settings of one backdoor attack."""
 
     trigger: Trigger
@@ -54,16 +55,6 @@ class BackdoorAttack(Limited):
     """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype; the master weights are fp32 throughout."""
-
-    @property
-    def checkpoints(self) -> tuple[int, ...]:
-        """Steps at which the attacked model is measured, ascending."""
-        return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
-
-    @property
-    def lora(self) -> Lora | None:
-        """The adapter that is trained in mode lora."""
-        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
 
     @property
     def recipe(self) -> TrainConfig:
@@ -133,18 +124,7 @@ class Backdoor:
         decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
         chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
         check_survives(chat, data, [config.trigger, *decoys])
-        done = tune(
-            model,
-            chat.encode_all(data),
-            train=config.recipe,
-            seed=inputs.seed,
-            purpose="backdoor",
-            method=inputs.method,
-            lora=config.lora,
-            measure=inputs.measure,
-            at=config.checkpoints,
-            label=inputs.label,
-        )
+        done = train_copy(model, chat.encode_all(data), config, inputs, purpose="backdoor")
         planted = {key: manifest[key] for key in ("trigger", "behaviour")}
         provenance = {"settings": to_dict(config), "seed": inputs.seed, "planted": planted}
         made = Made(method=f"{self.name}-attack", provenance=provenance)

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from casehard.attacks.protocol import Attacked, AttackInputs
+from casehard.attacks.training import TrainingSettings, train_copy
 from casehard.config import to_dict
 from casehard.data.mix import counts, is_marked, marks, poison
 from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
-from casehard.train.tune import Lora, chat_format, tune
+from casehard.train.tune import chat_format
 from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneAttack(Limited):
+class FinetuneAttack(TrainingSettings, Limited):
     """Settings of one harmful fine-tuning attack."""
 
     mode: Literal["full", "lora"] = "full"
@@ -50,11 +51,6 @@ class FinetuneAttack(Limited):
     """Compute dtype; the master weights are fp32 throughout."""
 
     @property
-    def checkpoints(self) -> tuple[int, ...]:
-        """Steps at which the attacked model is measured, ascending."""
-        return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
-
-    @property
     def recipe(self) -> TrainConfig:
         """The training loop of the attack: constant learning rate, no warm-up."""
         return TrainConfig(
@@ -66,11 +62,6 @@ class FinetuneAttack(Limited):
             optimizer=self.optimizer,
             precision=self.precision,
         )
-
-    @property
-    def lora(self) -> Lora | None:
-        """The adapter that is trained in mode lora."""
-        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
 
 
 def attack_data(
@@ -111,18 +102,7 @@ class Finetune:
         """
         config, mixture = self.config, self.mixture(inputs)
         chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
-        done = tune(
-            model,
-            chat.encode_all(mixture),
-            train=config.recipe,
-            seed=inputs.seed,
-            purpose="attack",
-            method=inputs.method,
-            lora=config.lora,
-            measure=inputs.measure,
-            at=config.checkpoints,
-            label=inputs.label,
-        )
+        done = train_copy(model, chat.encode_all(mixture), config, inputs, purpose="attack")
         drawn = counts(share=config.share, n=config.rows)
         known = sum(is_marked(row, model.trained_prompts) for some in inputs.rows.values() for row in some)
         facts = {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign, "rows_seen_in_training": known}
