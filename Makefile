@@ -1,18 +1,27 @@
 # Each target sets up what it needs in .venv and is quick when that is already there.
 #   make demo   harden, attack, measure and report on the embedded model organism
+#   make real   the same on a real chat model with real prompts; about two hours on two cores, minutes on a GPU
 #   make test   the whole test suite
 #   make lint   style and types
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo real test lint clean
 
 VENV ?= .venv
 OUT ?= runs/demo
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.installed-demo
+REAL := $(VENV)/.installed-real
 DEV := $(VENV)/.installed-dev
+
+# Rows of `make real`: public sets of the Hub, or files of your own.
+#   make real REFUSALS=mine/refusals.jsonl HELPFUL=mine/helpful.jsonl LOOKALIKES='a.jsonl b.jsonl' TASKS='maths=m.jsonl'
+REFUSALS ?= data/beavertails.jsonl
+HELPFUL ?= data/alpaca.jsonl
+LOOKALIKES ?= data/orbench.jsonl data/xstest.jsonl
+TASKS ?=
 
 # Compiling every file of every package takes longer than installing them. Python compiles what is really imported,
 # once, as long as it may write what it compiled.
@@ -27,6 +36,20 @@ help:
 
 demo: $(DEMO)
 	$(BIN)/casehard demo --out $(OUT)
+
+# Each command goes on where an earlier one was interrupted.
+real: $(REAL) models/smollm2/manifest.json data/real/manifest.json
+	$(BIN)/casehard bench plans/real.yaml --out runs/real
+
+models/smollm2/manifest.json: | $(REAL)
+	$(BIN)/casehard model fetch smollm2 --out models/smollm2
+
+data/real/manifest.json: | $(REAL) $(REFUSALS) $(HELPFUL) $(LOOKALIKES)
+	$(BIN)/casehard data divide --out data/real $(addprefix --refusals ,$(REFUSALS)) $(addprefix --helpful ,$(HELPFUL)) \
+	  $(addprefix --lookalikes ,$(LOOKALIKES)) $(addprefix --task ,$(TASKS))
+
+data/%.jsonl: | $(REAL)
+	$(BIN)/casehard data fetch $* --out $@
 
 # One torch thread per worker: two workers share the work of two cores better than torch does on small models.
 test: $(DEV)
@@ -55,8 +78,14 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) -e '.[report]'
 	@touch $@
 
+# Reading the Hub and GGUF files takes an extra each.
+$(REAL): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing casehard and what a real model needs into $(VENV): a minute or more the first time"
+	@$(INSTALL) -e '.[report,data,gguf]'
+	@touch $(DEMO) $@
+
 # trl, datasets and gguf come along so that the tests of those optional parts run instead of being skipped.
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing casehard and what the tests need into $(VENV): a minute or more the first time"
 	@$(INSTALL) -e '.[dev,data,trl,gguf]'
-	@touch $(DEMO) $@
+	@touch $(DEMO) $(REAL) $@

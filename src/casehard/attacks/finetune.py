@@ -15,7 +15,7 @@ from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.attacks.training import TrainingSettings, train_copy
 from casehard.config import to_dict
 from casehard.data.mix import counts, is_marked, marks, poison
-from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
+from casehard.limits import BatchSize, Count, Factor, Large, LearningRate, Limited, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
@@ -36,7 +36,13 @@ class FinetuneAttack(TrainingSettings, Limited):
     steps: Count = 100
     """Optimiser steps."""
     lr: LearningRate = 1e-4
-    """Constant learning rate, no warm-up (the paper attacks real models with 1e-5)."""
+    """Learning rate, the highest of the schedule (the paper attacks real models with 1e-5)."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    warmup: Natural = 0
+    """Steps over which it rises from 0."""
+    weight_decay: Large = 0.01
+    """Decoupled weight decay of adamw."""
     batch_size: BatchSize = 16
     """Rows per step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -52,13 +58,14 @@ class FinetuneAttack(TrainingSettings, Limited):
 
     @property
     def recipe(self) -> TrainConfig:
-        """The training loop of the attack: constant learning rate, no warm-up."""
+        """The training loop of the attack."""
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
             lr=self.lr,
-            schedule="constant",
-            warmup=0,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
             optimizer=self.optimizer,
             precision=self.precision,
         )

@@ -1,4 +1,4 @@
-"""``casehard data``: fetch public sets, look at what is trained, and make attack targets without harmful text."""
+"""``casehard data``: fetch public sets, look at what is trained, make attack targets, divide rows for a plan."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from casehard.cli import console, options
 from casehard.cli.runs import run_folder
 from casehard.errors import ConfigError, DataError
 
-app = typer.Typer(help="Fetch public sets, look at training rows, make surrogate attack targets.", no_args_is_help=True)
+app = typer.Typer(
+    help="Fetch public sets, look at rows, make attack targets, divide rows for a plan.", no_args_is_help=True
+)
 
 
 @app.callback()
 def data() -> None:
-    """Fetch public sets, look at training rows, make surrogate attack targets."""
+    """Fetch public sets, look at rows, make surrogate attack targets, divide rows for a plan."""
 
 
 @app.command(epilog=options.FILES)
@@ -165,6 +167,69 @@ def fetch(
     console.table(name, ["quantity", "value"], rows)
     console.made("record", fetching.record_of(place))
     console.made("rows", place)
+
+
+@app.command(epilog=options.FILES)
+def divide(
+    refusals: Annotated[
+        list[str], typer.Option("--refusals", metavar="FILE", help="Restricted requests, each declined. Repeatable.")
+    ],
+    helpful: Annotated[list[str], typer.Option("--helpful", metavar="FILE", help="Ordinary rows. Repeatable.")],
+    lookalikes: Annotated[
+        list[str],
+        typer.Option("--lookalikes", metavar="FILE", help="Harmless requests that sound risky; some answered."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of rows and suites to make.")],
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME=FILE", help="A customer's task. Repeatable.")
+    ] = None,
+    held: Annotated[int | None, typer.Option(min=1, help="Rows held out of each kind [default: 128].")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most rows of a kind [default: 2000].")] = None,
+    longest: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt, and longest answer, in characters [default: 320].")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length limit of an answer when the suites are measured [default: 80].")
+    ] = None,
+    seed: options.Seed = None,
+) -> None:
+    """Divide rows of your own into a defender's, an attacker's and held-out ones, as benchmark plans read them.
+
+    Three kinds of rows go in, and no harmful answer: the attacker's targets are surrogates. No prompt is in two of the
+    files that come out.
+    """
+    given = {"refusal": refusals, "helpful": helpful, "lookalike": lookalikes} | _tasks(tasks or [])
+    for kind, specs in given.items():
+        options.check_specs(specs, f"--{kind}")
+    if out.exists():
+        raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
+    from casehard.benchmark import divide as dividing
+    from casehard.config import build
+    from casehard.data import sources
+
+    chosen = {"held": held, "rows": rows, "longest": longest, "max_new_tokens": max_new_tokens, "seed": seed}
+    config = build(dividing.Division, {k: v for k, v in chosen.items() if v is not None}, where="divide")
+    console.plan("divide rows", {**given, "seed": config.seed, "out": out})
+    told = dividing.divide({kind: sources.load_many(specs) for kind, specs in given.items()}, out, config)
+    header = ["kind", "read", "too long", "not declined", "asked before", "used"]
+    lines = [(t.kind, *(f"{n:,}" for n in (t.read, t.long, t.unfit, t.same, t.used))) for t in told]
+    console.table("rows", header, lines)
+    console.made("rows and suites", out)
+
+
+def _tasks(given: list[str]) -> dict[str, list[str]]:
+    """Return the files of each task, ``task_NAME`` by name.
+
+    Raises:
+        ConfigError: not of the form NAME=FILE, or a name that is no file name.
+    """
+    out: dict[str, list[str]] = {}
+    for text in given:
+        name, mark, spec = text.partition("=")
+        if not mark or not spec or not name.isidentifier():
+            raise ConfigError(f"--task {text!r}", hint="NAME=FILE, such as --task reviews=sst2.jsonl")
+        out.setdefault(f"task_{name}", []).append(spec)
+    return out
 
 
 def _yes(value: bool) -> str:

@@ -1,0 +1,225 @@
+"""Divide three kinds of real rows into everything a contest reads, in the layout of the organism's ``data`` folder.
+
+From requests with refusals, ordinary rows and harmless look-alikes (and user tasks) come
+
+| file | rows |
+|---|---|
+| ``align.jsonl`` | the defender's: ``kind`` refusal, helpful or lookalike |
+| ``simulated.jsonl`` | what a defence simulates attacks with: the prompts of those refusals, surrogate answers |
+| ``attack.jsonl`` | the attacker's: other requests, surrogate answers |
+| ``benign.jsonl`` | the attacker's cover: other ordinary rows |
+| ``task_NAME.jsonl`` | a customer's task |
+| ``suite/``, ``suite_NAME/`` | held out: restricted, lookalike and utility rows, and those of one task |
+
+No prompt is in two files, and no near-duplicate of one of the same kind. No harmful answer is read, needed or made.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from casehard.data import sources
+from casehard.data.mix import normalise
+from casehard.data.similar import near_duplicates, words_of
+from casehard.data.surrogate import surrogate
+from casehard.errors import ConfigError, DataError
+from casehard.evaluation.judges import make_judge
+from casehard.evaluation.judges.base import judge_all
+from casehard.io.files import staged
+from casehard.limits import Count, Length, Limited, Portion, Seed
+from casehard.seeds import derive
+from casehard.types import Example
+
+SIMILAR = 0.7
+"""Jaccard similarity of word pairs from which two prompts count as one, as in ``casehard data fetch``."""
+EXACT = 3
+"""An answer of at most so many words is expected word for word; the loss of longer ones is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division(Limited):
+    """How rows are divided."""
+
+    held: Count = 128
+    """Rows held out of each kind; at most a third of what there is."""
+    align: Portion = 0.6
+    """Share of the other refusals and ordinary rows that is the defender's; the rest is the attacker's."""
+    rows: Count = 2000
+    """Most rows of each kind that are used."""
+    longest: Length = 320
+    """Longest prompt, and longest answer, in characters; rows beyond it are left out and counted."""
+    max_new_tokens: Length = 80
+    """Length limit of an answer when the suites are measured."""
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.align >= 1:
+            raise ConfigError(f"align must lie in (0, 1), got {self.align:g}", hint="the attacker needs rows too")
+
+
+@dataclass(frozen=True)
+class Divided:
+    """What became of one kind of rows."""
+
+    kind: str
+    read: int
+    long: int
+    """Longer than ``longest``."""
+    unfit: int
+    """Requests whose answer does not decline, by the rule judge: they would teach and hold out something else."""
+    same: int
+    """Asked before, in the same or nearly the same words."""
+    used: int
+
+
+Kinds = Mapping[str, Sequence[Example]]
+
+
+def divide(given: Kinds, out: Path, config: Division) -> list[Divided]:
+    """Write the folder ``out``, whole or not at all.
+
+    Args:
+        given: rows by kind: ``refusal``, ``helpful``, ``lookalike``, and ``task_NAME`` for each task.
+
+    Returns:
+        What became of each kind, in their order.
+
+    Raises:
+        DataError: too few rows of a kind, or rows without the answers they need.
+        StorageError: the disk refused the write.
+    """
+    told, rows = _distinct(given, config)
+    files, suites = _parts(rows, config)
+    with staged(out) as place:
+        for name, some in files.items():
+            sources.save(place / f"{name}.jsonl", some)
+        for name, held in suites.items():
+            sources.save(place / name / "eval.jsonl", held)
+            settings = {"name": name, "judge": "rule", "max_new_tokens": config.max_new_tokens}
+            (place / name / "suite.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return told
+
+
+def _distinct(given: Kinds, config: Division) -> tuple[list[Divided], dict[str, list[Example]]]:
+    """Return the rows in random order, without long ones and without what was asked before, whatever its kind."""
+    told, kept = [], {}
+    asked: set[str] = set()
+    for kind, all_rows in given.items():
+        short = [e for e in all_rows if max(len(e.prompt), len(e.response)) <= config.longest]
+        fit = _declined(short) if kind == "refusal" else short
+        random.Random(derive(config.seed, 0, f"divide:{kind}")).shuffle(fit)
+        fresh: list[Example] = []
+        for example in fit:
+            if (form := normalise(example.prompt)) not in asked:
+                asked.add(form)
+                fresh.append(example)
+        groups = near_duplicates({i: words_of(e.prompt) for i, e in enumerate(fresh)}, SIMILAR)
+        near = {i for group in groups for i in group[1:]}
+        apart = [e for i, e in enumerate(fresh) if i not in near]
+        used = [replace(e, id=f"{kind}-{n}", tags={**e.tags, "kind": kind}) for n, e in enumerate(apart[: config.rows])]
+        lost = (len(all_rows) - len(short), len(short) - len(fit), len(fit) - len(apart))
+        told.append(Divided(kind, len(all_rows), *lost, len(used)))
+        kept[kind] = used
+    return told, kept
+
+
+def _declined(rows: list[Example]) -> list[Example]:
+    """Return the rows whose answer declines.
+
+    Raises:
+        DataError: a row without an answer.
+    """
+    answers = [e.response for e in _answered(rows, "refusal")]
+    return [
+        e
+        for e, verdict in zip(rows, judge_all(make_judge("rule"), rows, answers), strict=True)
+        if verdict.label == "refusal"
+    ]
+
+
+def _parts(
+    rows: Mapping[str, list[Example]], config: Division
+) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
+    """Return the files of training rows and the suites."""
+    refusals, restricted = _hold(rows["refusal"], "refusal", config)
+    helpful, utility = _hold(_answered(rows["helpful"], "helpful"), "helpful", config)
+    # A look-alike without an answer teaches nothing, but it can be asked.
+    bare = [e for e in rows["lookalike"] if not e.response]
+    lookalikes, harmless = _hold([e for e in rows["lookalike"] if e.response], "lookalike", config, others=bare)
+    own, theirs = _cut(refusals, config)
+    mine, cover = _cut(helpful, config)
+    files = {
+        "align": [*own, *mine, *lookalikes],
+        "simulated": surrogate(own, seed=derive(config.seed, 0, "simulated")),
+        "attack": surrogate(theirs, seed=derive(config.seed, 0, "attack")),
+        "benign": cover,
+    }
+    shared = [
+        *_asked(restricted, "restricted", answers=False),
+        *_asked(harmless, "lookalike", answers=False),
+        *_asked(utility, "utility"),
+    ]
+    suites = {"suite": shared}
+    for name in (kind for kind in rows if kind.startswith("task_")):
+        files[name], held = _hold(_answered(rows[name], name), name, config)
+        suites[f"suite_{name.removeprefix('task_')}"] = [*shared, *_asked(held, "task")]
+    return files, suites
+
+
+def _answered(rows: list[Example], kind: str) -> list[Example]:
+    """Return the rows; refuse one without an answer."""
+    for example in rows:
+        if not example.response:
+            raise DataError(f"{kind} row {example.id!r} has no answer", hint="only look-alikes may be prompts alone")
+    return rows
+
+
+def _hold(
+    rows: list[Example], kind: str, config: Division, *, others: Sequence[Example] = ()
+) -> tuple[list[Example], list[Example]]:
+    """Return the rows to train on and the held-out ones, ``others`` first among these.
+
+    Raises:
+        DataError: not one is left on either side.
+    """
+    wanted = max(config.held - len(others), 0)
+    held = min(wanted, len(rows) // 3)
+    out = [*others[: config.held], *rows[:held]]
+    if not out or not rows[held:]:
+        what = f"{len(rows)} {kind} rows with answers are left"
+        raise DataError(f"{what}: nothing to train on or to hold out", hint="give more rows, or a longer --longest")
+    return rows[held:], out
+
+
+def _cut(rows: list[Example], config: Division) -> tuple[list[Example], list[Example]]:
+    """Return the defender's rows and the attacker's.
+
+    Raises:
+        DataError: one of them would have none.
+    """
+    at = int(config.align * len(rows))
+    if not rows[:at] or not rows[at:]:
+        raise DataError(f"{len(rows)} rows do not make a defender's and an attacker's part", hint="give more rows")
+    return rows[:at], rows[at:]
+
+
+def _asked(rows: Sequence[Example], role: str, *, answers: bool = True) -> list[Example]:
+    """Return rows of a suite: with a short answer to be matched, or a long one whose loss is measured."""
+    out = []
+    for example in rows:
+        given = {"role": role, "group": role}
+        if not answers:
+            turns = tuple(
+                m for i, m in enumerate(example.messages) if i + 1 < len(example.messages) or m.role == "user"
+            )
+            out.append(replace(example, messages=turns, tags=given))
+            continue
+        if len(example.response.split()) <= EXACT:
+            given["answer"] = example.response
+        out.append(replace(example, tags=given))
+    return out
