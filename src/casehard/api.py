@@ -288,23 +288,25 @@ def evaluate(
     return Evaluation(suites.evaluate(start.net, start.tokenizer, chosen, limit=limit, system=said))
 
 
-def bench(plan: str | Path, *, out: str | Path, jobs: int = 2, resume: bool = True) -> BenchResult:
+def bench(plan: str | Path, *, out: str | Path, jobs: int | None = None, resume: bool = True) -> BenchResult:
     """Run a benchmark plan: bases x defences x attacks x seeds, and write its report.
 
     Args:
         plan: YAML file.
         out: run folder; finished work found there is used again.
-        jobs: worker processes.
+        jobs: worker processes; None takes 2, or as many as a GPU holds.
         resume: False runs everything again.
 
     Raises:
         ConfigError: the plan cannot be run as it is written.
     """
+    from casehard.benchmark.jobs import fitting
     from casehard.benchmark.plan import load_plan
     from casehard.benchmark.run import run_plan
     from casehard.reporting.page import write_report
 
-    done = run_plan(load_plan(plan), out, root=Path(plan).resolve().parent, jobs=jobs, resume=resume)
+    loaded, root = load_plan(plan), Path(plan).resolve().parent
+    done = run_plan(loaded, out, root=root, jobs=jobs or fitting(loaded, root), resume=resume)
     write_report(done.out)
     return done
 

@@ -92,13 +92,16 @@ def test_every_plan_and_recipe_is_accepted():
 
     from casehard.benchmark.plan import load_plan
     from casehard.cli.buffer import prepare_step
-    from casehard.config import build
+    from casehard.config import build, read_yaml
     from casehard.defences.mb_defense.pipeline import objective
     from casehard.defences.mb_defense.run import MbRun
+    from casehard.evaluation.suite import SuiteSettings
     from casehard.steps import Finetune
 
-    for path in (ROOT / "plans").rglob("*.yaml"):
+    for path in (ROOT / "plans").glob("*.yaml"):
         assert load_plan(path).undefended.role == "undefended", path.name
+    for path in (ROOT / "plans" / "suites").glob("*.yaml"):
+        assert build(SuiteSettings, read_yaml(path), where=path.name).parts
     for path in (ROOT / "recipes").rglob("*.yaml"):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if path.parent.name == "launch":  # for accelerate, not for us

@@ -17,13 +17,21 @@ from casehard.limits import PROCESSES
 if TYPE_CHECKING:
     from casehard.benchmark.run import BenchResult, NodeEvent
 
-Jobs = Annotated[int, typer.Option("--jobs", min=1, max=PROCESSES, help="Runs at the same time, one CPU thread each.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        min=1,
+        max=PROCESSES,
+        help="Runs at once, one CPU thread each [default: 2; what a GPU holds].",
+    ),
+]
 
 
 def bench(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file (YAML).")],
     out: options.Out,
-    jobs: Jobs = 2,
+    jobs: Jobs = None,
     sets: options.Sets = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="First seed; as many follow as the plan has [default: the plan's].")
@@ -44,7 +52,7 @@ def bench(
     run(plan, out, jobs=jobs, sets=chosen)
 
 
-def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
+def run(plan: Path, out: Path, *, jobs: int | None, sets: Sequence[str]) -> None:
     """Run a plan file, write the report, and print verdict, table and paths; exit 1 when a run failed."""
     from casehard.benchmark.plan import load_plan
     from casehard.config import to_dict
@@ -53,6 +61,10 @@ def run(plan: Path, out: Path, *, jobs: int, sets: Sequence[str]) -> None:
     loaded = load_plan(plan, sets)
     secrets.refuse(to_dict(loaded), where="plan")
     check_out(out, "bench", again=True)
+    if jobs is None:
+        from casehard.benchmark.jobs import fitting
+
+        jobs = fitting(loaded, plan.parent)
     console.plan(
         loaded.title,
         {

@@ -18,7 +18,7 @@ def demo(
     ] = None,
     seed: options.Seed = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, counted from --seed.")] = 3,
-    jobs: Jobs = 2,
+    jobs: Jobs = None,
     sets: options.Sets = None,
 ) -> None:
     """Harden, attack, measure and report.
