@@ -49,6 +49,8 @@ class Setup:
     max_steps: int
     micros: int = 1
     """Micro-batches per optimiser step (gradient accumulation)."""
+    lr: float | None = None
+    """Peak learning rate of the run; None where nobody says."""
     scratch: Path | None = None
     """Folder for files that must outlive a kill; None when the run keeps no checkpoints."""
     log: Callable[[Mapping[str, float]], None] = lambda values: None

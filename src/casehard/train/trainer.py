@@ -197,6 +197,7 @@ class HardeningMixin(StagedCheckpoints):
                 seed=self.args.seed,
                 max_steps=last,
                 micros=self.args.gradient_accumulation_steps,
+                lr=float(self.args.learning_rate),
                 scratch=self._together(self._own_scratch),
                 log=self.cost_tracker.log,
                 stop=self._asked_to_stop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -334,13 +335,36 @@ def test_retain_term_adds_its_gradient(kind: str) -> None:
     assert method.passes == 2 * ATTACKER.steps + 4 + 6
 
 
+def test_c_keeps_a_share_of_the_update_and_nothing_else_changes() -> None:
+    start, ends = weights(llama()), []
+    for c in (1.0, 0.7):
+        model = llama()
+        log = drive(Patcher(PatcherConfig(round_steps=2, attackers=(ATTACKER,), c=c), unsafe=UNSAFE), model, 6)
+        ends.append((weights(model), log))
+    (whole, log), (kept, other) = ends
+    assert log == other
+    for a, b, d in zip(start, whole, kept, strict=True):
+        torch.testing.assert_close(d, a + 0.7 * (b - a))
+    with pytest.raises(ConfigError, match="c"):
+        PatcherConfig(c=0.0)
+
+
+@pytest.mark.parametrize(("lr", "alpha", "told"), [(1e-2, 0.5, 0), (2e-3, 0.5, 0), (1e-3, 0.5, 1), (1e-3, 0.0, 0)])
+def test_an_attacker_far_weaker_than_the_training_is_told(lr: float, alpha: float, told: int) -> None:
+    config = PatcherConfig(alpha=alpha, round_steps=2, attackers=(Attacker(steps=3, lr=lr),))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        Patcher(config, unsafe=UNSAFE).prepare(Setup(llama(), seed=0, max_steps=6, lr=1e-2))
+    assert sum("far from the training's 0.01" in str(w.message) for w in seen) == told
+
+
 # -- resume (property 17) and what reaches the disk (R22) ----------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", range(1, 9))
 @pytest.mark.parametrize("delay", [0, 1, 4])
 def test_resume_anywhere_gives_the_uninterrupted_run(tmp_path: Path, stop: int, delay: int) -> None:
-    config = PatcherConfig(round_steps=3, attackers=(ATTACKER,), delay=delay, retain="kl", retain_weight=0.1)
+    config = PatcherConfig(round_steps=3, attackers=(ATTACKER,), delay=delay, retain="kl", retain_weight=0.1, c=0.8)
 
     def fresh() -> Patcher:
         return Patcher(config, unsafe=UNSAFE, retain=SAFE)

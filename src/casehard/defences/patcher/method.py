@@ -22,6 +22,7 @@ weights never reach the disk (a resumed run repeats the attack from its clean so
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,8 +39,9 @@ from casehard.defences.patcher.retain import RetainKind, RetainTerm
 from casehard.defences.patcher.schedule import NEEDS_ATTACKERS, Adopt, Schedule, ScheduleName
 from casehard.defences.patcher.scheduled import attack_vectors
 from casehard.defences.patcher.snapshots import Snapshots
-from casehard.errors import ConfigError, DataError, Lost
-from casehard.limits import BatchSize, Count, Limited, Natural, Share, Weight
+from casehard.defences.updates import from_state, others, start_of, to_state
+from casehard.errors import ConfigError, DataError, Lost, Note
+from casehard.limits import BatchSize, Count, Limited, Natural, Portion, Share, Weight
 from casehard.maths.bilevel import Attacker, Params, linear_only
 from casehard.train.protocol import Setup, StateValue, Step
 
@@ -76,6 +78,9 @@ class PatcherConfig(Limited):
     """Weight of the retain term, in units of the safe loss."""
     retain_batch_size: BatchSize = 8
     """Rows of the retain term per outer step."""
+    c: Portion = 1.0
+    """Share of the whole update that is kept at the end: theta_0 + c (theta - theta_0). Below 1 it gives back knowledge
+    for some of the delay, and the run keeps a copy of the start. Not in the paper; WiSE-FT, arXiv 2109.01903."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +93,15 @@ class PatcherConfig(Limited):
         return Schedule(self.schedule, self.round_steps, steps, self.delay, self.adopt, self.max_age)
 
 
+FAR = 8.0
+"""Factor between the learning rates of attacker and training from which the run says so."""
 PRESETS: dict[str, PatcherConfig] = {
     "default": PatcherConfig(),
     "paper_sequential": PatcherConfig(reset_optimizer=True, delta_dtype="float32"),
+    # What held longest at least cost on the organism, see docs/evidence/patcher.md; learning rates are the user's.
+    "holds": PatcherConfig(
+        round_steps=20, attackers=(Attacker(steps_min=0, steps=100),), retain="kl", retain_weight=1.0, c=0.9
+    ),
     "reference_parallel": PatcherConfig(
         schedule="reference_parallel", delta_dtype="float32", attackers=(Attacker(steps=500),)
     ),
@@ -188,6 +199,8 @@ class Patcher:
         self._batches: list[Batch] = []
         self._safe: torch.Tensor | None = None
         self._own_passes = 0
+        self._start = start_of(setup.model) if config.c < 1 else {}
+        self._warn_of_rates(setup.lr)
 
     def backward(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
         """Accumulate this micro-batch's part of eq. 2; return its detached safe loss.
@@ -241,12 +254,17 @@ class Patcher:
                 hint="more train.steps, fewer attackers[].steps, or settings.max_age, which makes the defender wait",
             )
         self.vectors.clear()
+        with torch.no_grad():
+            for name, p in others(model).items() if self._start else ():
+                p.copy_(torch.lerp(self._start[name], p, self.config.c))
+        self._start = {}
 
     def state(self) -> dict[str, StateValue]:
         """Return numbers and files of clean weights; never an attack vector."""
         assert self.vectors is not None
         kept = self._retain.state() if self._retain is not None else {}
-        return {"own_passes": self._own_passes, **self.vectors.state(), **self._meters.state(), **kept}
+        numbers = {"own_passes": self._own_passes, **self.vectors.state(), **self._meters.state()}
+        return {**numbers, **kept, **to_state(self._start)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take a saved state; attacks are repeated at the next step, with the running model."""
@@ -256,6 +274,20 @@ class Patcher:
         self._meters.restore(state)
         if self._retain is not None:
             self._retain.restore(state)
+        self._start = from_state(self._start, state)
+
+    def _warn_of_rates(self, lr: float | None) -> None:
+        """Say when the simulated attacks are far weaker, or stronger, than the training they are part of."""
+        if not lr or self.config.alpha == 0:
+            return
+        for attacker in self.config.attackers:
+            if attacker.steps and not lr / FAR <= attacker.lr <= lr * FAR:
+                warnings.warn(
+                    f"patcher: an attacker's learning rate {attacker.lr:g} is far from the training's {lr:g}; the "
+                    f"paper has them equal (settings.attackers=[{{lr: {lr:g}, ...}}])",
+                    Note,
+                    stacklevel=2,
+                )
 
     # -- one step ------------------------------------------------------------------------------------------
 
