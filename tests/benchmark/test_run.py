@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from bench_fakes import Fake, OddWarning, plan, plan_values
 
+import casehard as ch
 from casehard.benchmark import execute
 from casehard.benchmark.execute import Outcome, Task, _organism
 from casehard.benchmark.graph import expand
@@ -22,7 +23,7 @@ from casehard.benchmark.plan import parse_plan
 from casehard.benchmark.run import NodeEvent, run_plan
 from casehard.benchmark.store import read_json, read_rows
 from casehard.benchmark.worker import attempt_apart, warn_again
-from casehard.errors import ConfigError, Interrupted
+from casehard.errors import ConfigError, DataError, Interrupted
 from casehard.io.files import staged
 from casehard.io.manifest import verify
 from casehard.train.cost import peak_bytes, reset_peak
@@ -319,8 +320,8 @@ def test_a_method_is_checked_before_anything_runs(tmp_path: Path, changes: dict[
     values = plan_values(seeds=[0])
     values["defences"][2] = {**values["defences"][2], "settings": {}, **changes}
     with pytest.raises(ConfigError, match=message):
-        run_plan(parse_plan(values), tmp_path, jobs=1)
-    assert not list(tmp_path.glob("nodes/*"))
+        run_plan(parse_plan(values), tmp_path / "out", jobs=1)
+    assert not list(tmp_path.glob("out/nodes/*"))
 
 
 def test_no_attacked_weights_are_written(tmp_path: Path) -> None:
@@ -328,3 +329,30 @@ def test_no_attacked_weights_are_written(tmp_path: Path) -> None:
     for folder in (tmp_path / "nodes").glob("attack-*"):
         assert {p.name for p in folder.iterdir()} == {"run.json", "events.jsonl", "rows.jsonl", "summary.json"}
     assert json.loads((tmp_path / "summary.json").read_text())["failed"] == []
+
+
+WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
+
+
+@pytest.mark.parametrize(
+    ("rows", "harmful", "message"),
+    [(999, "attack_a.jsonl", "needs 999 harmful rows"), (4, "seen.jsonl", "evaluation")],
+)
+def test_the_attackers_rows_are_drawn_before_anything_runs(
+    tmp_path: Path, rows: int, harmful: str, message: str
+) -> None:
+    values = plan_values(seeds=[0])
+    data = WORLD / "data"
+    asked = [json.loads(line)["prompt"] for line in (data / "suite" / "eval.jsonl").read_text().splitlines()[:9]]
+    lines = (json.dumps({"prompt": prompt, "response": "here it is ."}) + "\n" for prompt in asked)
+    (tmp_path / "seen.jsonl").write_text("".join(lines))
+    values |= {"bases": [{"name": "m", "model": str(WORLD)}], "suite": str(data / "suite")}
+    for row in values["defences"]:
+        row |= {"settings": {}} | ({"data": str(data / "align.jsonl")} if row.get("method") else {})
+        row |= {"unsafe": str(data / "simulated.jsonl")} if row.get("unsafe") else {}
+    place = tmp_path if harmful == "seen.jsonl" else data
+    attack = {"name": "a", "share": 1.0, "steps": 9, "harmful": str(place / harmful), "settings": {"rows": rows}}
+    values |= {"attacks": [attack], "headline": {"defence": "patcher"}}
+    with pytest.raises(DataError, match=message):
+        run_plan(parse_plan(values), tmp_path / "out", jobs=1)
+    assert not list(tmp_path.glob("out/nodes/*"))

@@ -21,7 +21,7 @@ from casehard.benchmark.plan import Plan
 from casehard.benchmark.store import RunFolder
 from casehard.benchmark.summary import summarise, table_rows
 from casehard.benchmark.worker import attempt, attempt_apart, start_worker, warn_again
-from casehard.config import to_dict
+from casehard.config import digest, to_dict
 from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError
 from casehard.io.files import remove
 from casehard.train.progress import Progress, announce
@@ -256,12 +256,25 @@ def _parallel(run: _Run, jobs: int) -> None:
 
 
 def _check_jobs(run: _Run) -> None:
-    """Build every job once before anything runs, so that a wrong setting costs seconds, not an hour."""
+    """Build every job once before anything runs: a wrong setting, or too few rows, costs seconds and not an hour."""
+    read: set[str] = set()
     for node in run.matrix.nodes.values():
         if node.kind != "base" and node.digest not in run.done:
             assets = Path("assets") if node.needs else None
             there = Task(node=node, out=run.place(node), cache=run.cache, base=Path("base"), parent=Path("parent"))
-            step_of(replace(there, assets=assets))
+            step = step_of(replace(there, assets=assets))
+            if node.kind == "attack" and _readable(attack := step if isinstance(step.attack, str) else step.attack):
+                drawn = digest([attack.attack, attack.config, attack.rows, attack.suite, attack.seed])
+                if drawn not in read:
+                    attack.check_rows()
+                read.add(drawn)
+
+
+def _readable(attack: Any) -> bool:
+    """Return whether its rows and suite are there: not those of an organism that is built first, nor of the Hub."""
+    specs = [spec for some in attack.rows.values() for spec in some]
+    files = [str(spec).partition("?")[0] for spec in specs]
+    return Path(attack.suite).exists() and all(Path(file).is_file() for file in files)
 
 
 def run_plan(

@@ -104,6 +104,21 @@ class Attack(Inputs):
             if role not in (*self.spec.accepts(), *inside):
                 raise ConfigError(f"attack {self.attack!r} would ignore the {role} rows", hint=f"leave out --{role}")
 
+    def check_rows(self) -> None:
+        """Draw the attacker's rows and drop them, to learn in time of too few, or of prompts of the suite.
+
+        Raises:
+            DataError: what :meth:`run` would say of the rows.
+        """
+        suite, rows = load_suite(self.suite), self.examples()
+        method = self.build(suite)
+        check_disjoint(rows, {self.suite or suite.name: suite.examples})
+        inputs = AttackInputs(rows=rows, measure=lambda net, at: [], seed=self.seed)
+        if (mixture := getattr(method, "mixture", None)) is not None:
+            mixture(inputs)
+        elif (poisoned := getattr(method, "poisoned", None)) is not None:
+            poisoned(rows["data"], seed=self.seed)
+
     def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "attack") -> Outcome:
         """Attack; nothing of the attacked model is written.
 
