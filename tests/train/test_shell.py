@@ -214,6 +214,18 @@ def test_the_model_comes_back_as_it_was():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_embeddings_may_stay_as_they_are():
+    model, start = tiny_llama(), weights(tiny_llama())
+    fit(model, None, ROWS, config=config(embeddings=False), seed=1)
+    ends = weights(model)
+    frozen = {id(p) for p in model.get_input_embeddings().parameters()}
+    for name, p in model.named_parameters():
+        assert p.requires_grad, "afterwards everything can be trained again"
+        assert torch.equal(start[name], ends[name]) == (id(p) in frozen), name
+    with pytest.raises(Unsupported, match="does not name its embeddings"):
+        fit(torch.nn.Linear(2, 2), None, ROWS, config=config(embeddings=False), seed=1)
+
+
 def test_compute_dtype_is_told():
     seen = set()
 

@@ -55,12 +55,19 @@ class BackdoorAttack(TrainingSettings, Limited):
     """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype; the master weights are fp32 throughout."""
+    embeddings: bool = True
+    """Whether who trains on the rows trains the token embeddings too (mode full)."""
 
     @property
     def recipe(self) -> TrainConfig:
         """The training loop of whoever trains on the rows."""
         return TrainConfig(
-            steps=self.steps, batch_size=self.batch_size, lr=self.lr, precision=self.precision, warmup=10
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            precision=self.precision,
+            warmup=10,
+            embeddings=self.embeddings,
         )
 
 

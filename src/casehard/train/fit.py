@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from casehard.config import digest
 from casehard.data.batches import EncodedSet, indices_at
 from casehard.distributed.ranks import sum_over_ranks
+from casehard.errors import Unsupported
 from casehard.io.files import remove
 from casehard.train import checkpoint
 from casehard.train.progress import Progress
@@ -122,7 +124,7 @@ def fit(
     if out is not None:
         trainer.identity |= _identity(config, rows, seed, bf16=trainer.args.bf16) | dict(identity or {})
     try:
-        with Progress(label, config.steps) as bar:
+        with Progress(label, config.steps) as bar, _embeddings(model, train=config.embeddings):
             trainer.add_callback(_Bar(bar))
             trainer.train(resume_from_checkpoint=_start(trainer, out, resume))
         return FitResult(model, _rows_of(trainer), _budget(trainer, method))
@@ -131,6 +133,26 @@ def fit(
         model.train(was_training)
         if cache is not None:
             settings.use_cache = cache
+
+
+@contextmanager
+def _embeddings(model: nn.Module, *, train: bool) -> Iterator[None]:
+    """Freeze the token embeddings for the length of a block unless they are to be trained.
+
+    Raises:
+        Unsupported: the model does not say which they are.
+    """
+    module: Any = None if train else getattr(model, "get_input_embeddings", lambda: None)()
+    if not train and module is None:
+        raise Unsupported("train.embeddings off: the model does not name its embeddings", hint="train.embeddings=true")
+    held = [] if train else [p for p in module.parameters() if p.requires_grad]
+    for p in held:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in held:
+            p.requires_grad_()
 
 
 def _doubt(config: TrainConfig, rows: int) -> None:

@@ -48,6 +48,8 @@ class TrainConfig(Limited):
     """Updates between log rows."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Update rule."""
+    embeddings: bool = True
+    """Train the token embeddings, and an output head tied to them; off leaves them as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -227,7 +227,7 @@ def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
     config = MbConfig(
         train=TrainConfig(steps=240, batch_size=32, lr=1e-3, precision="fp32"),
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
-        two=StageTwo(lr=5e-4, checks=2, epochs=1.0, base_share=0.5),
+        two=StageTwo(lr=5e-4, checks=2, epochs=1.0, base_share=0.5, c=0.8),
     )
     base = load(ORGANISM, device="cpu").net
     model = load(ORGANISM, device="cpu").net
@@ -246,3 +246,6 @@ def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
     assert abs(back / total - 0.5) < 0.02 and abs(kept / total - 0.5) < 0.02
     assert sum(rates(look(found, "mixed"))) < sum(rates(look(found, "stage1")))
     assert "mixed" not in done.report["looks"]
+    assert found.report["clean_up"] is None, "else stage 2 is not what is pulled back"
+    for name, p in start.items():
+        torch.testing.assert_close(seen["final"][name], torch.lerp(p.detach(), seen["stage2"][name], 0.8))

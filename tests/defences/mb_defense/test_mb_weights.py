@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from casehard.defences.mb_defense.config import MbConfig, StageTwo
-from casehard.defences.mb_defense.weights import mix_back, restore, trained
+from casehard.defences.mb_defense.weights import mix_back, pull_back, restore, trained
 from casehard.errors import ConfigError, DataError
 from casehard.seeds import generator
 
@@ -67,6 +67,15 @@ def test_what_was_set_aside_comes_back():
     assert not torch.equal(made[1].bias, model(1)[1].bias), "what is not trained is not put back"
 
 
+def test_pull_back_goes_a_share_of_the_way():
+    base, after = trained(model(0)), model(1)
+    before = {name: p.detach().clone() for name, p in after.named_parameters()}
+    pull_back(after, base, 0.7)
+    for name, p in after.named_parameters():
+        expected = 0.3 * base[name] + 0.7 * before[name] if name in base else before[name]
+        torch.testing.assert_close(p.detach(), expected)
+
+
 def test_refusals():
     with pytest.raises(DataError, match=r"no parameter '0\.weight'"):
         mix_back(model(1), {}, 0.5, seed=0)
@@ -75,5 +84,7 @@ def test_refusals():
     for mode in ("posthoc", "adapter"):
         with pytest.raises(ConfigError, match=r"base_share 0\.5"):
             MbConfig(mode=mode, two=StageTwo(base_share=0.5))
+        with pytest.raises(ConfigError, match=r"two\.c 0\.8"):
+            MbConfig(mode=mode, two=StageTwo(c=0.8))
     with pytest.raises(ConfigError, match="with lora_rank 8"):
         MbConfig(lora_rank=8, two=StageTwo(base_share=0.5))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from casehard.errors import ConfigError
-from casehard.limits import BatchSize, Coefficient, Count, Factor, Fraction, Limited, Natural, Share, Within
+from casehard.limits import BatchSize, Coefficient, Count, Factor, Fraction, Limited, Natural, Portion, Share, Within
 from casehard.train.recipe import TrainConfig
 
 Mode = Literal["joint", "posthoc", "adapter"]
@@ -60,6 +60,8 @@ class StageTwo(Limited):
     """What is kept where no check passes: the lowest evaluation loss, or the last step (a control at equal steps)."""
     base_share: Fraction = 0.0
     """Share of the weights, drawn one by one, set back to the base between the stages (fine-mixing; joint mode)."""
+    c: Portion = 1.0
+    """Share of the way from the base that the result keeps: base + c (result - base); joint mode. Not in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +116,18 @@ class MbConfig(Limited):
         super().__post_init__()
         if self.plant.n_active < 1 and self.mode == "joint" and (self.stage1 or self.stage2):
             raise ConfigError("joint mode without active triggers", hint="n_active of at least 1, or plain fine-tuning")
-        if self.two.base_share and self.mode != "joint":
-            raise ConfigError(
-                f"two.base_share {self.two.base_share} in {self.mode} mode",
-                hint="only joint mode starts from weights that nobody has poisoned",
-            )
-        if self.two.base_share and self.lora_rank:
-            raise ConfigError(
-                f"two.base_share {self.two.base_share} with lora_rank {self.lora_rank}",
-                hint="a LoRA has no weights of the base to go back to: lora_rank 0, or base_share 0",
-            )
+        for name, neutral in (("base_share", 0.0), ("c", 1.0)):
+            if (value := getattr(self.two, name)) == neutral:
+                continue
+            if self.mode != "joint":
+                raise ConfigError(
+                    f"two.{name} {value} in {self.mode} mode",
+                    hint="only joint mode starts from weights that nobody has poisoned",
+                )
+            if self.lora_rank:
+                raise ConfigError(
+                    f"two.{name} {value} with lora_rank {self.lora_rank}",
+                    hint=f"a LoRA has no weights of the base to go back to: lora_rank 0, or {name} {neutral:g}",
+                )
         if self.lora_rank and self.mode == "adapter":
             raise ConfigError("lora_rank in adapter mode", hint="the untrusted adapter itself is trained")

@@ -30,7 +30,7 @@ from casehard.defences.mb_defense.method import PRESETS, MbStage2, MbStage2Confi
 from casehard.defences.mb_defense.pairs import PairSet
 from casehard.defences.mb_defense.poison import Pairs, Twins, build_pairs, defensive_poison
 from casehard.defences.mb_defense.verdict import Verdict, judge, limits
-from casehard.defences.mb_defense.weights import mix_back, restore, trained
+from casehard.defences.mb_defense.weights import mix_back, pull_back, restore, trained
 from casehard.errors import ConfigError, DataError
 from casehard.model.adapters import add_lora
 from casehard.seeds import derive
@@ -127,6 +127,7 @@ def harden(
     if broken is not None:
         run.look("stage2", broken.steps)
     cleaned = run.clean_up() if broken is not None and config.stage1 and suite.canary else None
+    run.pull_back()
     run.merge()
     run.look("final")
     verdict = judge(config, run.looks, met=None if broken is None else broken.met)
@@ -167,7 +168,7 @@ class _Run:
         if config.mode == "adapter" and not self.lora:
             raise ConfigError("adapter mode on a model without an adapter", hint="--adapter DIR, or --mode posthoc")
         warn_reach(self.model, config)
-        self.base = trained(self.model) if config.two.base_share else {}
+        self.base = trained(self.model) if config.two.base_share or config.two.c < 1 else {}
         self.looks: dict[str, Measurement] = {}
         self.rows: Rows = []
         self.manifest: dict[str, Any] = {}
@@ -247,8 +248,12 @@ class _Run:
         """Set a share of the weights back to what they were before stage 1."""
         if self.config.stage2 and self.config.two.base_share:
             mix_back(self.model, self.base, self.config.two.base_share, seed=derive(self.seed, 0, "mb-mix"))
-            self.base = {}
             self.look("mixed")
+
+    def pull_back(self) -> None:
+        """Keep only a share of the way that both stages have gone from the base."""
+        if self.config.two.c < 1:
+            pull_back(self.model, self.base, self.config.two.c)
 
     def stage_two(self) -> _Broken:
         """Break the active triggers."""
@@ -310,6 +315,7 @@ class _Run:
             warmup=math.floor(two.warmup * steps),
             weight_decay=0.0,
             precision=self.config.train.precision,
+            embeddings=self.config.train.embeddings,
         )
         done = fit(
             self.model,

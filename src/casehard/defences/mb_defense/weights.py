@@ -1,9 +1,10 @@
-"""Weights set aside and put back: the best checkpoint of stage 2, and a share of the base between the two stages.
+"""Weights set aside and put back: the best checkpoint of stage 2, and the base, between the two stages and after them.
 
     theta_i <- theta_i (base) with probability ``share``, else theta_i (after stage 1)                            (1)
+    theta   <- base + c (theta - base)               after stage 2                                                (2)
 
-Source of (1): Zhang et al., arXiv 2210.09545 (fine-mixing), here before stage 2 instead of plain fine-tuning. The
-method of its own is ``defend.fine_mixing``.
+Sources: (1) Zhang et al., arXiv 2210.09545 (fine-mixing), here before stage 2 instead of plain fine-tuning; the method
+of its own is ``defences.fine_mixing``. (2) WiSE-FT, Wortsman et al., arXiv 2109.01903.
 """
 
 from __future__ import annotations
@@ -32,3 +33,11 @@ def restore(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
 def mix_back(model: nn.Module, base: Mapping[str, torch.Tensor], share: float, *, seed: int) -> None:
     """Apply (1) to the trained parameters: ``share`` of them, drawn weight by weight, become the base's again."""
     mix(model, base, 1.0 - share, seed=seed)
+
+
+@torch.no_grad()
+def pull_back(model: nn.Module, base: Mapping[str, torch.Tensor], c: float) -> None:
+    """Apply (2) to the trained parameters."""
+    for name, p in model.named_parameters():
+        if name in base:
+            p.copy_(torch.lerp(base[name].to(p.device), p, c))
