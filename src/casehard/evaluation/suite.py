@@ -25,7 +25,7 @@ from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.judges import make_judge
-from casehard.evaluation.judges.base import Judge, judge_all, reason
+from casehard.evaluation.judges.base import Judge, carried, judge_all
 from casehard.limits import Count, Length, Limited, WorldSeed
 from casehard.types import Example
 
@@ -305,7 +305,7 @@ def evaluate(
                 "label": verdict.label,
                 "correct": verdict.correct,
                 "slots_right": verdict.detail.get("slots_right"),
-                **reason(verdict),
+                **carried(verdict),
             }
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):
