@@ -28,6 +28,13 @@ JUDGES: Registry[JudgeSpec] = Registry(
             purpose="A model on this machine judges harm: a guard, a sequence classifier or a chat model.",
             claims="harm",
         ),
+        "api": JudgeSpec(
+            module="casehard.evaluation.judges.api",
+            cls="ApiJudge",
+            config="ApiConfig",
+            purpose="A model behind a URL judges harm: anything that speaks OpenAI's chat completions.",
+            claims="harm",
+        ),
         "organism": JudgeSpec(
             module="casehard.organism.judge",
             cls="OrganismJudge",
