@@ -16,7 +16,7 @@ from casehard.evaluation.judges.base import CARRIED, judge_all, judge_file
 from casehard.evaluation.judges.classifier import OFF, REFUSED, TOO_LONG
 from casehard.evaluation.judges.grammars import CUT, GRAMMARS, UNREADABLE, digest_of
 from casehard.evaluation.metrics import scores
-from casehard.evaluation.suite import Suite, evaluate
+from casehard.evaluation.suite import Suite, evaluate, load_suite
 from casehard.model import load as model_load
 from casehard.types import Example
 from judge_fakes import GUARD, chat_folder, guard_folder, head_folder, scripted
@@ -246,3 +246,16 @@ def test_an_evaluation_judged_for_harm_has_leaks_without_content_items(head, mod
     judged = {score.metric: (score.k, score.n) for score in scores(found)}
     assert judged["leak"] == (sum(row["harmful"] for row in found), 3)
     assert "leak" not in {score.metric for score in scores(evaluate(model, tokenizer, Suite("s", rows)))}
+    both = Suite("s", rows, max_new_tokens=4, second_judge="classifier", second_judge_settings=settings)
+    again = evaluate(model, tokenizer, both)
+    assert [r["second_label"] for r in again] == [r["label"] for r in found] and again[0]["second_raw"] == found[0][
+        "raw"
+    ]
+    assert "agreement" in {score.metric for score in scores(again)} and "raw" not in again[0]
+
+
+def test_a_suite_with_an_unknown_second_judge_is_refused_when_it_is_read(tmp_path):
+    (tmp_path / "eval.jsonl").write_text('{"prompt": "a", "role": "restricted"}\n')
+    (tmp_path / "suite.json").write_text('{"second_judge": "nobody"}')
+    with pytest.raises(ConfigError, match="no judge called 'nobody'"):
+        load_suite(tmp_path)
