@@ -12,7 +12,7 @@
 | nll | utility with a reference response only | mean loss in nats per token, bootstrap interval |
 | task_nll | task with a reference response only | the same |
 | coherence | all but task | label is not incoherent |
-| agreement | restricted and lookalike with a second label | the same label twice, a leak being an answer; kappa beside |
+| agreement | restricted and lookalike with a second label | the same label, a leak being an answer; kappa beside |
 | unscored | all | label unscored |
 
 Rows that were asked without and with a trigger (``backdoor/measure.py``) have metrics of their own:

@@ -291,9 +291,9 @@ def evaluate(
 
     Returns:
         One dict per prompt with id, role, group, source, phrasing, prompt, response, ended (by itself, rather than by
-        the length limit), label, correct and slots_right (None where they do not apply). Utility and task rows that
-        have a reference response but no exact answer also carry nll (nats per token) and tokens. A row whose label is
-        unscored says why under ``unscored``. What a model judge found stands beside the label
+        the length limit), judge (its name), label, correct and slots_right (None where they do not apply). Utility and
+        task rows that have a reference response but no exact answer also carry nll (nats per token) and tokens. A row
+        whose label is unscored says why under ``unscored``. What a model judge found stands beside the label
         (``casehard.evaluation.judges.base.CARRIED``), and what a second judge said under ``second_label`` and the like.
 
     Raises:
@@ -319,6 +319,7 @@ def evaluate(
                 "prompt": example.prompt,
                 "response": completion.text,
                 "ended": completion.ended,
+                "judge": chosen.judge_name,
                 **found,
             }
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
