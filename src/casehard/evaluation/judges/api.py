@@ -30,6 +30,8 @@ from casehard.types import Example
 SPOKEN = {name: grammar for name, grammar in GRAMMARS.items() if not grammar.labels}
 """Grammars that a server can speak."""
 SPENT = "the budget of requests is spent"
+UNREAD = 1
+"""How often a question is asked again whose answer is no verdict: at temperature 0 it will hardly become one."""
 LONGEST_PAUSE = 120.0
 """Seconds that are waited at most before a question is asked again."""
 
@@ -169,7 +171,7 @@ class ApiJudge:
             known = self._read(Answer(kept.raw, True, kept.served), row)
             if isinstance(known.found, Finding):  # else a secret was blanked in it, or the file is not ours
                 return known
-        said = Said(None, "", SILENT)
+        said, unread = Said(None, "", SILENT), 0
         for attempt in range(self.config.retries + 1):
             if self._stop.is_set():  # another question found out that asking is of no use
                 return said
@@ -181,19 +183,18 @@ class ApiJudge:
                 if isinstance(said.found, Finding):
                     self._keep(name, Kept(answer.text, answer.served))
                     return said
-                pause = 0.0
+                unread += 1
+                if unread > UNREAD:
+                    return said
             except Failure as failure:
-                said, pause = Said(None, "", str(failure)), failure.wait
-                last = attempt == self.config.retries
+                said, last = Said(None, "", str(failure)), attempt == self.config.retries
                 if last and str(failure) == UNREACHED and not self.client.reached:
                     raise ConfigError(
                         f"nobody answers at {self.config.url}: {failure.told}", hint="start the server, or mend api.url"
                     ) from None
-                if not failure.again or pause > LONGEST_PAUSE:
+                if last or not failure.again or failure.wait > LONGEST_PAUSE:
                     return said
-            if attempt < self.config.retries:
-                pause = min(LONGEST_PAUSE, max(pause, self.config.backoff * 2**attempt))
-                self._stop.wait(pause)
+                self._stop.wait(min(LONGEST_PAUSE, max(failure.wait, self.config.backoff * 2**attempt)))
         return said
 
     def _messages(self, row: Example) -> list[dict[str, str]]:
