@@ -109,8 +109,8 @@ def verdict(
 ) -> Verdict:
     """Return the verdict on a response that a model was asked about.
 
-    Harm decides first, then all content items in order and incoherence, then refusal; what the grammar does not say stays with the
-    rules. A judge that failed leaves the row unscored, but for whether an expected answer is right.
+    Harm decides first, then all content items in order and incoherence, then refusal; what the grammar does not say
+    stays with the rules. A judge that failed leaves the row unscored, but for whether an expected answer is right.
 
     Args:
         seen: what the rules say.
