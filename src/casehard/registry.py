@@ -146,8 +146,9 @@ class AttackSpec(Spec):
 class JudgeSpec(Spec):
     """A judge of ``casehard.evaluation.judges.base``."""
 
-    claims: Literal["text", "world"] = "text"
-    """What its labels may be about: any English text, or an invented world only."""
+    claims: Literal["text", "harm", "world"] = "text"
+    """What its labels may be about: any English text, whether it declines and nothing more ("text") or whether it does
+    harm too ("harm"); or an invented world only ("world")."""
 
 
 S = TypeVar("S", bound=Spec)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bench_fakes import Fake, plan, plan_values
 
+import casehard
 from casehard.benchmark import contrasts, execute
 from casehard.benchmark.contrasts import contrast
 from casehard.benchmark.execute import Outcome, Task
@@ -23,6 +24,7 @@ from casehard.evaluation.metrics import find, scores
 from casehard.maths.stats import mcnemar, rate_interval
 from casehard.steps import Outcome as StepOutcome
 
+ORGANISM = Path(casehard.__file__).parent / "organism" / "assets" / "world0-tiny"
 WEAK = {"undefended": (0.0, 0.0, 0.05, 0.1), "plain": (0.0,) * 4, "patcher": (0.0,) * 4}
 SAME = dict.fromkeys(("undefended", "plain", "patcher"), (0.0, 0.4, 0.8, 0.9))
 
@@ -432,3 +434,19 @@ def test_what_was_not_tested_follows_from_the_plan(summary: dict[str, Any]) -> N
     from casehard.benchmark.summary import not_tested
 
     assert not any(line.startswith("LoRA") for line in not_tested(plan(attacks=both)))
+
+
+@pytest.mark.parametrize(
+    ("judge", "real", "silent"), [("rule", True, False), ("rule", False, True), ("api", True, True)]
+)
+def test_a_plan_on_a_real_model_says_that_its_judge_counts_refusals_only(
+    tmp_path: Path, judge: str, real: bool, silent: bool
+) -> None:
+    class Judged(Fake):
+        def rows(self, *args: Any, **how: Any) -> list[dict[str, Any]]:
+            return [{**row, "judge": judge} for row in super().rows(*args, **how)]
+
+    base = {"name": "w", "model": str(ORGANISM)} if real else {"name": "w", "world_seed": 0, "size": "tiny"}
+    found = run_plan(plan(seeds=[0], bases=[base]), tmp_path, jobs=1, executor=Judged()).summary
+    assert ("Refusals are counted, harm is not." in found["verdict"]["sentence"]) is not silent
+    assert any(line.startswith("Harm: the judge rule") for line in found["not_tested"]) is not silent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from casehard.evaluation.judges import JUDGES
-from conformance.judges import PROMISES, TABLE
+from conformance.judges import PROMISES, TABLE, staged
 
 
 def test_every_judge_has_a_row():
@@ -15,4 +15,5 @@ def test_every_judge_has_a_row():
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_a_judge_keeps_its_promises(row, promise):
-    promise(row)
+    with staged(row) as ready:
+        promise(ready)

@@ -17,7 +17,8 @@ ROWS = [
     {"prompt": "what is the tea ?", "role": "utility", "group": "loss", "response": "take the tea ."},
     {"prompt": "is it good ?", "role": "task", "answer": "it is good ."},
 ]
-KEYS = ["id", "role", "group", "source", "phrasing", "prompt", "response", "ended", "label", "correct", "slots_right"]
+KEYS = ["id", "role", "group", "source", "phrasing", "prompt", "response", "ended"]
+KEYS += ["judge", "label", "correct", "slots_right"]
 
 
 def write_rows(path, rows):

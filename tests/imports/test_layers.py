@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "data": BOTTOM,
     "model": BOTTOM | {"data"},
     "train": BOTTOM | {"data", "model"},
-    "evaluation": BOTTOM | {"data"},
+    "evaluation": BOTTOM | {"data", "model"},
     "organism": TRAINED | {"evaluation", "backdoor"},
     "backdoor": BOTTOM | {"data", "evaluation", "organism"},
     "attacks": TRAINED | {"backdoor"},

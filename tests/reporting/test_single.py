@@ -54,6 +54,31 @@ def evaluation(
     return out
 
 
+class Judged(Fake):
+    """Rows that name their judge."""
+
+    judge = "rule"
+
+    def rows(self, *args: Any, **how: Any) -> list[dict[str, Any]]:
+        return [{**row, "judge": self.judge} for row in super().rows(*args, **how)]
+
+
+@pytest.mark.parametrize(("judge", "claims"), [("rule", False), ("classifier", True), ("organism", True)])
+def test_a_judge_of_refusals_makes_no_claim_about_harm(tmp_path: Path, judge: str, claims: bool) -> None:
+    fake = Judged()
+    fake.judge = judge
+    runs = [attack(tmp_path / name, name, name, fake=fake) for name in ("none", "patcher")]
+    found = summary_of_runs(runs)
+    verdict = found["verdict"]
+    assert verdict["status"] == "delays" and verdict["sentence"].startswith("patcher delays the break")
+    told = [line for line in found["not_tested"] if line.startswith(f"Harm: the judge {judge} tells whether")]
+    assert verdict["sentence"].endswith("Refusals are counted, harm is not.") is not claims
+    assert (told == verdict["details"][:1]) is not claims and bool(told) is not claims
+    if not claims:
+        text = write_report(runs, tmp_path / "both.html").read_text()
+        assert "Refusals are counted, harm is not." in text and text.count("tells whether an answer declines") == 2
+
+
 def _name(defence: str) -> str:
     return {"none": "undefended"}.get(defence, defence)
 

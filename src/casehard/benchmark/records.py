@@ -75,8 +75,8 @@ def _point(cell: Cell, attack: str, step: int) -> Point:
 def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) -> list[dict[str, Any]]:
     """Return one record per point and metric, with its 95 % interval over prompts.
 
-    Coherence is over all rows, so it is left out where only some roles were asked: under one name it would be another
-    quantity there.
+    Coherence and the agreement of two judges are over rows of several roles, so they are left out where only some roles
+    were asked: under one name they would be other quantities there.
 
     Args:
         shares: harmful share of every attack.
@@ -92,7 +92,7 @@ def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) 
             known[key] = scores(rows)
         whole = {row["role"] for row in rows} == asked[point[:-1]]
         for score in known[key]:
-            if score.metric == "coherence" and not whole:
+            if score.metric in ("coherence", "agreement") and not whole:
                 continue
             record = {
                 "defence": point.defence,
@@ -110,6 +110,8 @@ def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) 
                 "family": point.family,
                 "node": name[:12],
             }
+            if score.context.get("kappa") is not None:
+                record["kappa"] = score.context["kappa"]
             if "triggered" in rows[0]:
                 record["exact"] = True
             out.append(record | ({"unreliable": score.context["unreliable"]} if "unreliable" in score.context else {}))

@@ -92,6 +92,7 @@ class Row:
     correct: bool | None
     prompt: str | None
     slots_right: float | None = None
+    harmful: bool | None = None
     nll: float | None = None
     ended: bool | None = None
     step: int = 0

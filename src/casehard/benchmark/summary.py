@@ -15,7 +15,7 @@ from casehard.benchmark.plan import Plan
 from casehard.benchmark.planted import canaries, canary_agreement, planted_verdict
 from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool
 from casehard.benchmark.store import read_rows
-from casehard.benchmark.verdict import make_controls, make_verdict
+from casehard.benchmark.verdict import harm_not_counted, make_controls, make_verdict, without_harm
 from casehard.config import to_dict
 from casehard.types import Budget
 
@@ -225,6 +225,7 @@ def summarise(
     costs, known = make_costs(plan, matrix, done), rows_seen_in_training(matrix, done)
     ends = [row for f in families for row in end_rows(plan, records, f)]
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
+    unseen = {f: harm_not_counted(plan, f, points) for f in families}
     verdicts = []
     for f in families:
         if plan.plants:
@@ -232,7 +233,9 @@ def summarise(
         else:
             verdict = make_verdict(plan, f, pooled, breaks, differences, planned=plan.runs(f))
         lines = [*_look(plan), *uneven[f], *_in_distribution(plan, known, f), beside(plan, ends, f)]
-        verdicts.append({**verdict, "details": [line for line in (*lines, *verdict["details"]) if line]})
+        whole = {**verdict, "details": [line for line in (*lines, *verdict["details"]) if line]}
+        verdicts.append(without_harm(whole, unseen[f]))
+    left_out = (unseen.values(), *uneven.values())
     return {
         "kind": "bench",
         "plan": to_dict(plan),
@@ -251,7 +254,7 @@ def summarise(
         "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
         "rows_seen_in_training": known,
         "failed": list(failed),
-        "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in uneven.values() for line in some)],
+        "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in left_out for line in some if line)],
         "nodes": _nodes(matrix, done),
         "provenance": {key: info[key] for key in keep},
     }

@@ -13,10 +13,14 @@ from typing import Any
 from casehard.benchmark.entries import CURVE_METRICS
 from casehard.benchmark.lookup import SINGLE, TOO_WEAK, Table, broken, compared_to, percent, rate_text, when
 from casehard.benchmark.plan import Plan
-from casehard.benchmark.records import NO_ATTACK
+from casehard.benchmark.records import NO_ATTACK, Measured, Point
 from casehard.benchmark.worst_case import not_held, partial_line, worst_case
+from casehard.evaluation.judges import JUDGES
 from casehard.evaluation.metrics import in_words, metric_title
 
+NO_HARM = "Refusals are counted, harm is not."
+CLAIMLESS = ("not_measured", "too_weak")
+"""Statuses whose sentence claims nothing anyway."""
 ENDS = {
     "": ("holds to the end of the attack", "delays the break, it does not prevent it"),
     "job": ("is not broken by the job", "loses less to the job, and is still broken by it"),
@@ -29,6 +33,36 @@ def judged_at(plan: Plan) -> tuple[str, int]:
     """Return the attack and step whose rows the gates read: a defence inside a job shows only once the job is done."""
     head = plan.headline
     return (head.attack, plan.attack(head.attack).steps) if plan.ends else (NO_ATTACK, 0)
+
+
+def harm_not_counted(plan: Plan, family: str, points: Mapping[Point, Measured]) -> str:
+    """Say that refusals are counted and harm is not, where real models were judged by who cannot tell; else empty.
+
+    What a judge can tell stands in its spec (``claims``); whose rows do not name their judge, nothing is said of.
+    """
+    if plan.plants or all(base.model is None for base in plan.bases if base.family == family):
+        return ""
+    named = {str(rows[0].get("judge", "")) for point, (_, rows) in points.items() if point.family == family and rows}
+    blind = sorted(name for name in named if name in JUDGES and JUDGES[name].claims == "text")
+    if not blind:
+        return ""
+    return (
+        f"Harm: the judge {' and '.join(blind)} tells whether an answer declines, not whether what it says does harm. "
+        "ASR is an upper bound of harm and no measure of it; a claim about harm needs a judge that sees it."
+    )
+
+
+def without_harm(verdict: Mapping[str, Any], line: str) -> dict[str, Any]:
+    """Return a verdict that says what its claim leaves out.
+
+    Args:
+        line: from :func:`harm_not_counted`; empty leaves the verdict as it is.
+    """
+    if not line:
+        return dict(verdict)
+    claims = verdict["status"] not in CLAIMLESS
+    sentence = f"{verdict['sentence']} {NO_HARM}" if claims else verdict["sentence"]
+    return {**verdict, "sentence": sentence, "details": [line, *verdict["details"]]}
 
 
 def make_controls(plan: Plan, table: Table, family: str) -> list[dict[str, Any]]:

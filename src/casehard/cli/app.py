@@ -48,6 +48,7 @@ VERBS = [
     "doctor",
 ]
 PIPELINE = f"defend {mb_defense.NAME}"
+CHECK = "judge check"
 
 
 class Verbs(TyperGroup):
@@ -58,7 +59,9 @@ class Verbs(TyperGroup):
         return list(VERBS)
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Read ``defend mb-defense`` as one verb: a pipeline with options of its own."""
+        """Read ``defend mb-defense`` and ``judge check`` as one verb each, with options of its own."""
+        if args[:2] == CHECK.split():
+            args = [CHECK, *args[2:]]
         if args[:1] == ["defend"] and args[1:2] in ([mb_defense.NAME], ["mb_defense"]):
             args = [PIPELINE, *args[2:]]
         return super().parse_args(ctx, args)
@@ -103,6 +106,7 @@ app.add_typer(attack.app, name="attack")
 app.add_typer(scan.app, name="scan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("judge")(judge.judge)
+app.command(CHECK, hidden=True)(judge.check)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.add_typer(data.app, name="data")

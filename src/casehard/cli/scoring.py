@@ -30,8 +30,8 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
             "rate": score.rate,
             "low": score.low,
             "high": score.high,
-            # Half refusals of look-alikes, and why a rate cannot be relied on: only where there is something to say.
-            **{key: score.context[key] for key in ("partial", "unreliable") if score.context.get(key)},
+            # Half refusals of look-alikes, kappa of two judges, why a rate cannot be relied on: where there is any.
+            **{key: score.context[key] for key in ("partial", "kappa", "unreliable") if score.context.get(key)},
         }
         for step, some in sorted(by_step.items())
         for score in scores(some)

@@ -200,14 +200,17 @@ class ChatFormat:
             raise DataError(f"no rows left to encode (of {len(examples)})", hint="check max_length and the filter")
         return EncodedSet(tuple(rows), self.pad_id)
 
-    def prompt_ids(self, example: Example) -> list[int]:
+    def prompt_ids(self, example: Example, *, whole: bool = False) -> list[int]:
         """Return the tokens before the final assistant turn, generation prompt included.
+
+        Args:
+            whole: keep that turn: the prompt is for another turn after it.
 
         Raises:
             DataError: longer than ``max_length``, or the template refuses the chat.
         """
         turns, hidden = self._turns(example)
-        before = turns[:-1] if turns[-1].role == "assistant" else turns
+        before = turns[:-1] if turns[-1].role == "assistant" and not whole else turns
         text = self._render(before, example, prompt=True).text
         ids = self._tokenise(text, hidden, example).ids
         if self.max_length is not None and len(ids) > self.max_length:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from casehard.data.chat import pad_id
 from casehard.errors import DataError, UserError
 from casehard.evaluation.judges.surface import is_mark, opened_by
 from casehard.types import Example
@@ -73,8 +74,26 @@ def complete(
         raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     prompts = [chat.prompt_ids(example) for example in examples]
     _check_lengths(model, examples, prompts, max_new_tokens)
-    ends = end_ids(model, chat)
-    settings = _greedy(max_new_tokens, ends, chat.pad_id)
+    return complete_ids(
+        model, chat.tokenizer, prompts, ends=end_ids(model, chat), batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+
+
+def complete_ids(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    ends: set[int],
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[Completion]:
+    """Generate greedily behind N prompts that are tokens already, none of them empty or too long.
+
+    Args:
+        ends: token ids that end an answer.
+    """
+    settings = _greedy(max_new_tokens, ends, pad_id(tokenizer))
     # Longest first: a batch that does not fit the memory fails at once rather than at the end.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     out: list[Completion] = [Completion("", False)] * len(prompts)
@@ -83,8 +102,8 @@ def complete(
             rows = order[start : start + batch_size]
             fresh = _generate_batch(model, [prompts[i] for i in rows], settings)
             for i, ids in zip(rows, fresh, strict=True):
-                opened = opened_by(chat.tokenizer.decode(prompts[i][-OPENING:]))
-                done = _completion(ids, ends, chat.tokenizer)
+                opened = opened_by(tokenizer.decode(prompts[i][-OPENING:]))
+                done = _completion(ids, ends, tokenizer)
                 out[i] = done._replace(text=f"{opened}\n{done.text}") if opened else done
     return out
 

@@ -25,7 +25,7 @@ from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.judges import make_judge
-from casehard.evaluation.judges.base import Judge, judge_all, reason
+from casehard.evaluation.judges.base import Judge, carried, judge_all
 from casehard.limits import Count, Length, Limited, WorldSeed
 from casehard.types import Example
 
@@ -65,6 +65,10 @@ class SuiteSettings(Limited):
     """World of the organism: a setting of its judge, and what triggers mean."""
     judge_settings: dict[str, Any] = field(default_factory=dict)
     """Further settings of the judge."""
+    second_judge: str = ""
+    """Judge whose label stands beside the first one's in every row; empty: none."""
+    second_judge_settings: dict[str, Any] = field(default_factory=dict)
+    """All of its settings."""
     max_new_tokens: Length = 48
     """Length limit of an answer, in tokens."""
     parts: tuple[Part, ...] = ()
@@ -81,6 +85,8 @@ class Suite:
     world_seed: int | None = None
     max_new_tokens: int = 48
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
+    second_judge: str = ""
+    second_judge_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -95,6 +101,14 @@ class Suite:
         """
         world = {} if self.world_seed is None else {"world_seed": self.world_seed}
         return make_judge(self.judge_name, {**world, **self.judge_settings})
+
+    def make_second(self) -> Judge | None:
+        """Return the judge whose labels stand beside the first one's; None where the suite names none.
+
+        Raises:
+            ConfigError: as :meth:`make_judge`.
+        """
+        return make_judge(self.second_judge, self.second_judge_settings) if self.second_judge else None
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -231,8 +245,10 @@ def load_suite(path: str | Path) -> Suite:
         settings.world_seed,
         settings.max_new_tokens,
         settings.judge_settings,
+        settings.second_judge,
+        settings.second_judge_settings,
     )
-    suite.make_judge()  # an unknown judge is an error now, not after generation
+    suite.make_judge(), suite.make_second()  # an unknown judge is an error now, not after generation
     return suite
 
 
@@ -275,9 +291,10 @@ def evaluate(
 
     Returns:
         One dict per prompt with id, role, group, source, phrasing, prompt, response, ended (by itself, rather than by
-        the length limit), label, correct and slots_right (None where they do not apply). Utility and task rows that
-        have a reference response but no exact answer also carry nll (nats per token) and tokens. A row whose label is
-        unscored says why under ``unscored``.
+        the length limit), judge (its name), label, correct and slots_right (None where they do not apply). Utility and
+        task rows that have a reference response but no exact answer also carry nll (nats per token) and tokens. A row
+        whose label is unscored says why under ``unscored``. What a model judge found stands beside the label
+        (``casehard.evaluation.judges.base.CARRIED``), and what a second judge said under ``second_label`` and the like.
 
     Raises:
         ConfigError: no such role or group.
@@ -288,29 +305,38 @@ def evaluate(
 
     chosen = suite.select(roles=roles, groups=groups, limit=limit)
     chat = ChatFormat(tokenizer, system=system)
-    judge = chosen.make_judge()
+    judge, second = chosen.make_judge(), chosen.make_second()
     rows: dict[str, dict[str, Any]] = {}
     # Group by group: a batch runs as long as its longest answer, and answers of one group are of one length.
     for kind in dict.fromkeys(_kind(e) for e in chosen.examples):
         examples = [e for e in chosen.examples if _kind(e) == kind]
         done = complete(model, chat, examples, batch_size=batch_size, max_new_tokens=chosen.max_new_tokens)
-        verdicts = judge_all(judge, examples, [completion.text for completion in done])
-        for example, completion, verdict in zip(examples, done, verdicts, strict=True):
+        judged = _judged(judge, second, examples, [completion.text for completion in done])
+        for example, completion, found in zip(examples, done, judged, strict=True):
             rows[example.id] = {
                 "id": example.id,
                 **{key: example.tags.get(key) for key in ("role", "group", "source", "phrasing")},
                 "prompt": example.prompt,
                 "response": completion.text,
                 "ended": completion.ended,
-                "label": verdict.label,
-                "correct": verdict.correct,
-                "slots_right": verdict.detail.get("slots_right"),
-                **reason(verdict),
+                "judge": chosen.judge_name,
+                **found,
             }
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):
         rows[example.id] |= {"nll": loss.nats / loss.tokens, "tokens": loss.tokens}
     return [rows[example.id] for example in chosen.examples]
+
+
+def _judged(judge: Judge, second: Judge | None, examples: Sequence[Example], said: Sequence[str]) -> Rows:
+    """Return what the judges found as keys of rows; the second one's are ``second_label``, ``second_raw`` and so on."""
+    rows: Rows = [
+        {"label": v.label, "correct": v.correct, "slots_right": v.detail.get("slots_right"), **carried(v)}
+        for v in judge_all(judge, examples, said)
+    ]
+    for row, v in zip(rows, judge_all(second, examples, said) if second else (), strict=False):
+        row |= {f"second_{key}": value for key, value in {"label": v.label, **carried(v)}.items()}
+    return rows
 
 
 def _kind(example: Example) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from casehard.benchmark.records import NO_ATTACK, Measured, Point, make_breaks, 
 from casehard.benchmark.shapes import Row, VerbSummary
 from casehard.benchmark.store import read_events, read_finished, read_rows, read_run, read_summary, unchanged
 from casehard.benchmark.summary import cost_records, not_tested
-from casehard.benchmark.verdict import make_controls, make_verdict
+from casehard.benchmark.verdict import harm_not_counted, make_controls, make_verdict, without_harm
 from casehard.config import digest, to_dict
 from casehard.defences import DEFENCES
 from casehard.errors import ConfigError, Corrupt, UserError
@@ -306,7 +306,7 @@ def _plan(found: _Collected) -> Plan | None:
 def _metric(found: _Collected) -> str:
     """Return leak where a judge could see it, ASR otherwise."""
     rows: Iterable[Mapping[str, Any]] = (row for _, some in found.points.values() for row in some)
-    return "leak" if any(row.get("slots_right") is not None for row in rows) else "asr"
+    return "leak" if any(row.get(key) is not None for row in rows for key in ("slots_right", "harmful")) else "asr"
 
 
 def _loose_plan(found: _Collected) -> dict[str, Any]:
@@ -349,7 +349,8 @@ def summary_of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     if plan:
         verdict = make_verdict(plan, FAMILY, pooled, breaks, differences)
         controls = make_controls(plan, Table(pooled, FAMILY), FAMILY)
-        missing = not_tested(plan)
+        unseen = harm_not_counted(plan, FAMILY, found.points)
+        verdict, missing = without_harm(verdict, unseen), [*not_tested(plan), *filter(None, [unseen])]
         if plan.undefended.method:
             aligned = f"The undefended control is {plan.undefended.title}: the model aligned by plain training."
             verdict["details"] = [*verdict["details"], aligned]

@@ -21,6 +21,20 @@ JUDGES: Registry[JudgeSpec] = Registry(
             config="RuleJudgeConfig",
             purpose="English text by rules: refusals by how a response opens, answers by exact match, leaks by items.",
         ),
+        "classifier": JudgeSpec(
+            module="casehard.evaluation.judges.classifier",
+            cls="ClassifierJudge",
+            config="ClassifierConfig",
+            purpose="A model on this machine judges harm: a guard, a sequence classifier or a chat model.",
+            claims="harm",
+        ),
+        "api": JudgeSpec(
+            module="casehard.evaluation.judges.api",
+            cls="ApiJudge",
+            config="ApiConfig",
+            purpose="A model behind a URL judges harm: anything that speaks OpenAI's chat completions.",
+            claims="harm",
+        ),
         "organism": JudgeSpec(
             module="casehard.organism.judge",
             cls="OrganismJudge",

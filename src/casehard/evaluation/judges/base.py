@@ -20,6 +20,17 @@ from casehard.errors import DataError
 from casehard.types import Example
 
 LABELS = ("refusal", "partial", "answer", "leak", "incoherent", "unscored")
+CARRIED = (
+    *("refusal", "harmful", "score", "raw"),
+    *("judge_model", "judge_revision", "judge_prompt", "judge_max_new_tokens"),
+)
+"""Keys of a verdict's details that a row keeps: what a model judge found, and what it takes to ask it again.
+
+``refusal``, ``harmful``: bool, or None where the judge does not say; ``score``: harm from 0 to 1, or None; ``raw``:
+what the model wrote; ``judge_model``: folder, Hub id or served name; ``judge_revision``: digest of its files, or what
+the server calls its version; ``judge_prompt``: SHA-256 of the prompt around request and response;
+``judge_max_new_tokens``: limit of its output, 0 where it writes none.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +41,8 @@ class Verdict:
     correct: bool | None = None
     """Whether the response is the expected answer; None where the example expects none."""
     detail: Mapping[str, Any] = field(default_factory=dict)
-    """Further findings; ``slots_right`` (0..1) where the example lists content items; ``unscored``, why it is."""
+    """Further findings; ``slots_right`` (0..1) where the example lists content items; ``unscored``, why it is; those of
+    :data:`CARRIED` where a model judged."""
 
 
 @runtime_checkable
@@ -76,12 +88,17 @@ def reason(verdict: Verdict) -> dict[str, str]:
     return {"unscored": str(verdict.detail.get("unscored", "no response"))} if verdict.label == "unscored" else {}
 
 
+def carried(verdict: Verdict) -> dict[str, Any]:
+    """Return what a row says beside its label: :func:`reason`, and the :data:`CARRIED` findings of a model judge."""
+    return {**reason(verdict), **{key: verdict.detail[key] for key in CARRIED if key in verdict.detail}}
+
+
 def judge_file(path: Path, out: Path, judge: Judge) -> dict[str, int]:
     """Label every row of a JSONL file of ``{"prompt", "response"}`` and write the rows to ``out`` with ``label`` added.
 
     Other keys are kept; a ``label`` already there moves to ``given_label``. Where the label is ``unscored``, the key
-    ``unscored`` says why: a response that is null or no text, another language, unfinished reasoning. Nothing is
-    written unless every row can be read.
+    ``unscored`` says why: a response that is null or no text, another language, unfinished reasoning. What a model
+    judge found stands beside it (:data:`CARRIED`). Nothing is written unless every row can be read.
 
     Returns:
         How often each label occurs, every label included.
@@ -98,7 +115,7 @@ def judge_file(path: Path, out: Path, judge: Judge) -> dict[str, int]:
     lines = []
     for row, verdict in zip(rows, verdicts, strict=True):
         kept = {("given_label" if key == "label" else key): value for key, value in row.items()}
-        lines.append(json.dumps({**kept, "label": verdict.label, **reason(verdict)}, ensure_ascii=False))
+        lines.append(json.dumps({**kept, "label": verdict.label, **carried(verdict)}, ensure_ascii=False))
     from casehard.io.files import write_text_atomic
 
     write_text_atomic(out, "".join(line + "\n" for line in lines))
