@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from casehard.adversary.crew import AGAIN, Crew
 from casehard.adversary.goal import Goal, cheapest, make_goal, worst
 from casehard.adversary.halves import Halves, halve
 from casehard.adversary.space import Space, make_space
 from casehard.adversary.study import Asked, Study, require_optuna
 from casehard.adversary.summary import KIND, summarise, write_recipes
-from casehard.adversary.trial import AGAIN, Crew, Job, found
+from casehard.adversary.trial import Job, attempt, found
 from casehard.attacks import ATTACKS
 from casehard.attacks.protocol import AttackInputs
 from casehard.benchmark.entries import Gates
@@ -150,7 +151,7 @@ def search(
         sweep(out, deep=True)
         check_folder(out)
         try:
-            with Crew(workers) as crew:
+            with Crew(attempt, workers) as crew:
                 return _Run(job, out, space, halves, rows, start, crew, identity).run()
         except KeyboardInterrupt:
             raise Interrupted("stopped by Ctrl-C", hint=AGAIN) from None

@@ -8,6 +8,7 @@ mode: lora                one value: fixed
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -68,6 +69,10 @@ class Space:
     """What is searched."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What every attacker has in common."""
+    share: str = ""
+    """Setting that is a share of the attacker's rows."""
+    rows: int = 0
+    """How many rows those are, where neither a dimension nor a fixed setting says so; 0 where nothing does."""
 
     def settings(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Return an attacker's settings, the fixed ones and ``system`` included.
@@ -76,6 +81,9 @@ class Space:
             drawn: a value of every dimension.
         """
         out = {**self.fixed, **drawn}
+        if self.share in drawn and (rows := int(out.get("rows", self.rows))):
+            # A share of whole rows: 0.9994 of 400 would be 400 harmful rows and still claim to be a mixture.
+            out[self.share] = math.floor(out[self.share] * rows + 0.5) / rows
         if "warmup" in drawn and "steps" in out:
             # A learning rate that is still rising at the end is another, lower one.
             out["warmup"] = min(out["warmup"], out["steps"] // 2)
@@ -108,7 +116,8 @@ def make_space(
         ConfigError: an unknown or empty setting, a range whose ends are the wrong way round, a value that the attack
             refuses, or one setting both fixed and searched.
     """
-    hints = get_type_hints(spec.load()[1])
+    kind = spec.load()[1]
+    hints = get_type_hints(kind)
     known = [name for name in hints if name != "evaluate_at"]
     check_keys(given, [*known, "system"], where="space")
     check_keys(config, known, where="config")
@@ -123,7 +132,10 @@ def make_space(
         if dimension.name != "system":
             _check(dimension, attack, spec, config)
     fixed = {**config, **{d.name: d.ends[0] for d in found if d.fixed}}
-    return Space(attack, tuple(d for d in found if not d.fixed), fixed)
+    rows = getattr(kind, "rows", 0)
+    return Space(
+        attack, tuple(d for d in found if not d.fixed), fixed, spec.share, rows if isinstance(rows, int) else 0
+    )
 
 
 def _dimension(name: str, value: Any, hint: Any) -> Dimension:

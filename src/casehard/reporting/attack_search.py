@@ -156,7 +156,7 @@ def context(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> 
         "chosen_by": len(summary["prompts"]["search"]),
         "titles": [metric_title(m) for m in shown],
         "rows": rows,
-        "pictures": _pictures(trials, metric, names),
+        "pictures": _pictures(trials, metric),
         "metric_title": metric_title(metric),
         "useful_title": metric_title(useful),
         "names": names,
@@ -165,11 +165,13 @@ def context(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> 
     }
 
 
-def _pictures(trials: Sequence[Mapping[str, Any]], metric: str, names: Sequence[str]) -> list[dict[str, str]]:
+def _pictures(trials: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, str]]:
     said = f"{metric_title(metric)} of {len(trials)} attackers on the search half"
     out = [{"svg": best_so_far(trials, metric, described=f"{said}, by trial"), "caption": "Trial by trial."}]
-    numeric = [n for n in ("lr", "steps", "share") if n in names and all(_number(t["settings"].get(n)) for t in trials)]
-    for name in numeric:
+    for name in ("lr", "steps", "share"):
+        values = {t["settings"].get(name) for t in trials}
+        if len(values) < 2 or not all(map(_number, values)):
+            continue
         drawn = against(trials, name, metric, described=f"{said}, against {name}")
         out.append({"svg": drawn, "caption": f"Against {name}."})
     return out
