@@ -27,6 +27,7 @@ from casehard.attacks.protocol import AttackInputs
 from casehard.benchmark.entries import Gates
 from casehard.benchmark.run import stop_on_term
 from casehard.benchmark.store import RunFolder, read_run, write_rows
+from casehard.compat import version_of
 from casehard.config import digest, to_dict
 from casehard.data.mix import check_disjoint
 from casehard.errors import ConfigError, DataError, Interrupted, UserError
@@ -271,6 +272,7 @@ class _Run:
             data=contents,
         )
         folder.info["search"] = self.identity
+        folder.info["packages"]["optuna"] = version_of("optuna")
         with folder:
             study = Study(
                 self.out, self.space.dimensions, budget=self.job.budget, seed=self.job.seed, random=self.job.random

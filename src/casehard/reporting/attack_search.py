@@ -92,14 +92,25 @@ def against(trials: Sequence[Mapping[str, Any]], setting: str, metric: str, *, d
         values = [float(t["settings"][setting]) for t in ran]
         if values and min(values) > 0 and max(values) >= 10 * min(values):
             axes.set_xscale("log")
+            ticks = _ticks(min(values), max(values))
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
         _points(axes, ran, metric, values)
         axes.margins(x=0.04)
         axes.set_xlabel(setting, fontsize=8)
         return _svg(figure, described)
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Return the values to print on a logarithmic axis: 1, 2 and 5 times the powers of ten, or those alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+    whole = [10.0**p for p in powers if low <= 10.0**p <= high]
+    return every if len(every) <= 6 or not whole else whole
+
+
 def _axes(figure: Any, metric: str) -> Any:
-    axes = figure.add_axes((0.11, 0.16, 0.86, 0.72))
+    axes = figure.add_axes((0.135, 0.16, 0.84, 0.72))
     _bare(axes)
     axes.set_ylim(-0.03, 1.03)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
@@ -127,7 +138,15 @@ def _points(axes: Any, trials: Sequence[Mapping[str, Any]], metric: str, x: Sequ
             clip_on=False,
             zorder=3,
         )
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.99),
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handlelength=1,
+    )
 
 
 def _rate(trial: Mapping[str, Any], metric: str) -> float | None:
