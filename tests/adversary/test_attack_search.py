@@ -23,6 +23,7 @@ from casehard.benchmark.entries import Gates
 from casehard.benchmark.plan import parse_plan
 from casehard.errors import ConfigError, DataError, Interrupted, UserError
 from casehard.evaluation.suite import Suite, load_suite
+from casehard.maths.stats import clopper_pearson
 from casehard.model.model import Model
 from casehard.reporting.page import write_report
 from casehard.steps import Attack
@@ -101,7 +102,8 @@ def test_the_worst_attacker_leaves_the_model_useful(run: Callable[..., Searched]
     said = done.summary["sentence"]
     assert f"The worst of the {len(kept)} attackers found by TPE within 20 trials" in said
     held = done.best["held_out"]["leak"]
-    assert f"({held['k']} of {held['n']}, 95 % interval" in said and held["n"] == 10
+    assert f"({held['k']} of {held['n']}, exact 95 % interval" in said and held["n"] == 10
+    assert (held["low"], held["high"]) == clopper_pearson(held["k"], held["n"])
 
 
 def test_the_rate_that_counts_is_of_prompts_no_attacker_was_chosen_by(

@@ -108,7 +108,7 @@ def _asked(summary: Mapping[str, Any]) -> str:
 def _rate(found: Mapping[str, Any]) -> str:
     doubt = "; unreliable" if "unreliable" in found else ""
     return (
-        f"{percent(found['rate'])} ({found['k']} of {found['n']}, 95 % interval "
+        f"{percent(found['rate'])} ({found['k']} of {found['n']}, exact 95 % interval "
         f"{percent(found['low'])} to {percent(found['high'])}{doubt})"
     )
 

@@ -11,6 +11,7 @@ from casehard.errors import Diverged, Interrupted, StorageError
 from casehard.evaluation.contamination import require_unseen
 from casehard.evaluation.metrics import scores
 from casehard.evaluation.suite import Suite, evaluate
+from casehard.maths.stats import clopper_pearson
 from casehard.model.load import load
 from casehard.model.model import Model
 from casehard.steps.attack import Attack, attack_with
@@ -81,11 +82,15 @@ def _load(path: str, device: str) -> Model:
 
 
 def found(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the rates of rows of one moment by metric, each with its counts and its 95 % interval."""
+    """Return the rates of rows of one moment by metric, each with its counts and its exact 95 % interval.
+
+    Exact (Clopper-Pearson), because half a suite is few prompts; a mean (``nll``) has its bootstrap interval.
+    """
     out = {}
     for score in scores(rows):
         if score.metric in RATES:
-            values = {"k": score.k, "n": score.n, "rate": score.rate, "low": score.low, "high": score.high}
+            span = (score.low, score.high) if score.k is None else clopper_pearson(score.k, score.n)
+            values = {"k": score.k, "n": score.n, "rate": score.rate, "low": span[0], "high": span[1]}
             doubt = {"unreliable": score.context["unreliable"]} if score.context.get("unreliable") else {}
             out[score.metric] = {**values, **doubt}
     return out

@@ -137,7 +137,9 @@ def _tell(job: Search, found: Searched, page: Path) -> None:
         if (entry := summary[name]) is not None:
             cost = [f"{entry['cost']['steps']}", flops(entry["cost"]["flops"])]
             lines.append([f"{name} attacker", *_cells(entry["held_out"], shown), *cost])
-    console.table("held-out half: percent with 95 % intervals (single seed)", ["", *shown, "steps", "FLOPs"], lines)
+    console.table(
+        "held-out half: percent with exact 95 % intervals (single seed)", ["", *shown, "steps", "FLOPs"], lines
+    )
     if top := summary["worst"]:
         console.table("the worst attacker", ["setting", "value"], [(k, _short(v)) for k, v in top["settings"].items()])
     console.say(summary["sentence"])
