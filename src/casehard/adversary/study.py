@@ -4,7 +4,8 @@ Ask and tell: a proposal belongs to a slot (0 to budget - 1), and its draws are 
 was told before. So one worker makes the same search whether or not it was interrupted. What a killed run was at work
 on is proposed again first; what was told is never run twice. The journal is written by one process.
 
-Source: TPE, Bergstra et al. 2011 and Watanabe 2304.11127, as Optuna implements it.
+Source: TPE, Bergstra et al. 2011 and Watanabe 2304.11127, as Optuna implements it, with a third of random draws as in
+BOHB, Falkner et al. 1807.01774.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Study:
 
     def _sampler(self, slot: int) -> Any:
         samplers, seed = self._optuna.samplers, derive(self.seed, slot, "attack-search") % 2**32
-        if self.random:
+        if self.random or explores(slot, self.budget):
             return samplers.RandomSampler(seed=seed)
         return samplers.TPESampler(
             seed=seed, n_startup_trials=startup(self.budget), multivariate=True, constant_liar=True
@@ -156,6 +157,18 @@ class Study:
 def startup(budget: int) -> int:
     """Return how many proposals TPE draws at random before it models anything: a quarter of the budget, 10 at most."""
     return max(1, min(10, budget // 4))
+
+
+def explores(slot: int, budget: int) -> bool:
+    """Return whether a slot of a TPE search is drawn at random: the first ones, and every third after them.
+
+    TPE alone may settle on the first choice that did well (``mode: full``) and never try another again. A constant
+    share of random draws keeps it from that; a third is BOHB's.
+
+    Source: Falkner et al., arXiv 1807.01774, section 3.1.
+    """
+    first = startup(budget)
+    return slot < first or (slot - first) % 3 == 2
 
 
 def _mend(path: Path) -> None:
