@@ -84,8 +84,8 @@ $(REAL): pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) -e '.[report,data,gguf]'
 	@touch $(DEMO) $@
 
-# trl, datasets and gguf come along so that the tests of those optional parts run instead of being skipped.
+# trl, datasets, gguf and optuna come along so that the tests of those optional parts run instead of being skipped.
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing casehard and what the tests need into $(VENV): a minute or more the first time"
-	@$(INSTALL) -e '.[dev,data,trl,gguf]'
+	@$(INSTALL) -e '.[dev,data,trl,gguf,search]'
 	@touch $(DEMO) $(REAL) $@

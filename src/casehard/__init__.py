@@ -21,6 +21,7 @@ _PUBLIC: dict[str, str] = {
     "rows": "casehard.api",
     "defend": "casehard.api",
     "attack": "casehard.api",
+    "search": "casehard.api",
     "evaluate": "casehard.api",
     "save": "casehard.api",
     "bench": "casehard.api",
@@ -56,7 +57,7 @@ _PUBLIC: dict[str, str] = {
 }
 
 if TYPE_CHECKING:  # what the table above says, once more in the words of type checkers; a test compares the two
-    from casehard.api import Evaluation, attack, bench, defend, evaluate, load, report, rows, save
+    from casehard.api import Evaluation, attack, bench, defend, evaluate, load, report, rows, save, search
     from casehard.attacks import ATTACKS
     from casehard.attacks.backdoor import BackdoorAttack
     from casehard.attacks.finetune import FinetuneAttack
@@ -108,6 +109,7 @@ __all__ = [
     "report",
     "rows",
     "save",
+    "search",
 ]
 
 

@@ -10,7 +10,7 @@
 
 Every verb takes models and gives models, so they combine: ``defend(attack(m).model)`` is a repair. A model handed over
 is left as it is. Rows are files, Hub data sets or lists of examples; nothing is written to disk but by :func:`save`,
-:func:`bench`, :func:`report`, and ``out=`` of :func:`defend`.
+:func:`bench`, :func:`search`, :func:`report`, and ``out=`` of :func:`defend`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from casehard.train.tune import Lora
 from casehard.types import Example, Score
 
 if TYPE_CHECKING:
+    from casehard.adversary.search import Searched
     from casehard.benchmark.run import BenchResult
 
 Data = str | Path | Example | Sequence[str | Path | Example]
@@ -245,6 +246,65 @@ def attack(
     built: AttackMethod = step.build(chosen)
     start = model if isinstance(model, Model) else load(model)
     return attack_with(step, built, roles, chosen, start, label=name)
+
+
+def search(
+    model: Model | str | Path,
+    attack: str = "finetune",
+    *,
+    suite: str | Path | Suite,
+    out: str | Path,
+    harmful: Data | None = None,
+    benign: Data | None = None,
+    more: Mapping[str, Data] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    space: Mapping[str, Any] | None = None,
+    budget: int = 40,
+    random: bool = False,
+    keep: float = 0.9,
+    metric: str = "auto",
+    workers: int = 1,
+    seed: int = 0,
+) -> Searched:
+    """Search for the attacker that gets most out of a model and leaves it useful, and write a report.
+
+    Half of the suite chooses the attacker; ``summary["worst"]["held_out"]`` is measured on the other half.
+
+    Args:
+        model: what to attack; left as it is. Several workers need a folder.
+        attack: name in ``casehard.ATTACKS`` of one that trains.
+        suite: held-out prompts, restricted and utility ones among them.
+        out: run folder; an interrupted search there goes on, another one is refused.
+        harmful: restricted prompts with compliant answers.
+        benign: the attacker's cover rows.
+        more: rows of further data roles, for attacks of other packages.
+        settings: settings that all attackers share.
+        space: setting -> range ``[low, high]``, choices, or one value.
+        budget: attackers to try.
+        random: draw them at random instead of by TPE.
+        keep: share of the model's own utility that an attacker has to leave.
+        metric: ``leak`` or ``asr``; auto takes leak where the suite's judge tells leaks.
+        workers: attackers at the same time, one process each.
+        seed: of everything random.
+
+    Raises:
+        UserError: a setting, a row or the folder cannot be used.
+        MissingExtra: Optuna or matplotlib is not installed.
+    """
+    from casehard.adversary.search import Search
+    from casehard.adversary.search import search as run
+    from casehard.reporting.page import write_report
+
+    chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
+    values: dict[str, Any] = {"attack": attack, "config": settings or {}, "space": space or {}, "budget": budget}
+    values |= {"random": random, "keep": keep, "metric": metric, "seed": seed}
+    values |= {k: "" if isinstance(v, Model | Suite) else str(v) for k, v in (("model", model), ("suite", suite))}
+    roles = _roles({"harmful": harmful, "benign": benign, **(more or {})})
+    start = model if isinstance(model, Model) else str(model)
+    job = build(Search, values, where="search")
+    found = run(job, Path(out), rows=roles, suite=chosen, model=start, workers=workers)
+    write_report(found.out)
+    return found
 
 
 @dataclass(frozen=True)

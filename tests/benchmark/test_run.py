@@ -22,7 +22,7 @@ from casehard.benchmark.graph import expand
 from casehard.benchmark.plan import parse_plan
 from casehard.benchmark.run import NodeEvent, run_plan
 from casehard.benchmark.store import read_json, read_rows
-from casehard.benchmark.worker import attempt_apart, warn_again
+from casehard.benchmark.worker import apart, attempt, warn_again
 from casehard.errors import ConfigError, DataError, Interrupted
 from casehard.io.files import staged
 from casehard.io.manifest import verify
@@ -53,7 +53,7 @@ def test_warnings_cross_to_the_calling_process_whatever_became_of_the_node(tmp_p
     node = next(iter(expand(plan(), root=tmp_path).nodes.values()))
     task = Task(node=node, out=tmp_path / "out", cache=tmp_path)
     with warnings.catch_warnings(record=True) as here:
-        result = attempt_apart(task, Fake(warns=(FutureWarning, OddWarning), fail=(node.label,)))
+        result = apart(attempt, task, Fake(warns=(FutureWarning, OddWarning), fail=(node.label,)))
     assert result["error"] == "DataError" and not here
     carried = json.loads(json.dumps(result["warnings"]))  # plain values: a category may be unknown over there
     registry: dict[str, int] = {}

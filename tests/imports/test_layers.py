@@ -46,8 +46,9 @@ ROOMS: dict[str, set[str]] = {
     "scan": MEASURED | {"attacks"},
     "benchmark": STEPS,
     "reporting": BOTTOM | {"benchmark", "attacks", "defences", "evaluation"},
-    "api": STEPS | {"benchmark", "reporting"},
-    "cli": STEPS | {"api", "benchmark", "reporting", "scan"},
+    "adversary": STEPS | {"benchmark"},
+    "api": STEPS | {"benchmark", "reporting", "adversary"},
+    "cli": STEPS | {"api", "benchmark", "reporting", "scan", "adversary"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
@@ -117,6 +118,7 @@ EXTRAS = {
     "matplotlib": {"reporting/figures.py"},
     "pyarrow": {"data/tables.py"},
     "gguf": {"model/gguf_file.py"},
+    "optuna": {"adversary/study.py"},
 }
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -20,9 +18,9 @@ from casehard.benchmark.graph import Matrix, Node, expand
 from casehard.benchmark.plan import Plan
 from casehard.benchmark.store import RunFolder
 from casehard.benchmark.summary import summarise, table_rows
-from casehard.benchmark.worker import attempt, attempt_apart, start_worker, warn_again
+from casehard.benchmark.worker import DIED, Worker, attempt, unless_stopped
 from casehard.config import digest, to_dict
-from casehard.errors import ConfigError, Corrupt, Interrupted, StorageError
+from casehard.errors import ConfigError, Corrupt, Interrupted
 from casehard.io.files import remove
 from casehard.train.progress import Progress, announce
 
@@ -60,33 +58,8 @@ class BenchResult:
         return 1 if self.failed else 0
 
 
-class _Worker:
-    """One worker process; if it dies, only the node it was running is lost."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.pool = self._open()
-
-    def _open(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            1, mp_context=get_context("spawn"), initializer=start_worker, initargs=(self.threads,)
-        )
-
-    def submit(self, task: Task, executor: Executor) -> Future[dict[str, Any]]:
-        try:
-            return self.pool.submit(attempt_apart, task, executor)
-        except BrokenProcessPool:
-            self.pool = self._open()
-            return self.pool.submit(attempt_apart, task, executor)
-
-    def terminate(self) -> None:
-        """Tell this worker's process to stop; other children of the caller are none of our business."""
-        for process in list((getattr(self.pool, "_processes", None) or {}).values()):
-            process.terminate()
-
-
 @contextmanager
-def _stop_on_term() -> Iterator[None]:
+def stop_on_term() -> Iterator[None]:
     """Turn SIGTERM into Interrupted, so that workers are told and the run folder says how it ended."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -218,15 +191,15 @@ def _serial(run: _Run) -> None:
 
 def _parallel(run: _Run, jobs: int) -> None:
     waiting = _waiting(run)
-    idle = [_Worker(run.threads) for _ in range(jobs)]
+    idle = [Worker(run.threads) for _ in range(jobs)]
     workers = list(idle)
-    busy: dict[Future[dict[str, Any]], tuple[_Worker, Node]] = {}
+    busy: dict[Future[dict[str, Any]], tuple[Worker, Node]] = {}
     try:
         while True:
             for node in run.ready(waiting)[: len(idle)]:
                 worker = idle.pop()
                 waiting.remove(node)
-                busy[worker.submit(run.task(node), run.executor)] = (worker, node)
+                busy[worker.submit(attempt, run.task(node), run.executor)] = (worker, node)
             run.busy(len(busy))
             if not busy:
                 break
@@ -235,13 +208,8 @@ def _parallel(run: _Run, jobs: int) -> None:
                 try:
                     result = future.result()
                 except BrokenProcessPool:
-                    result = {"error": "Killed", "message": "the worker died (out of memory?)", "hint": "try jobs=1"}
-                warn_again(result.pop("warnings", ()), run.told)
-                if "interrupted" in result:
-                    raise Interrupted("a worker was told to stop", hint=AGAIN, exit_code=int(result["interrupted"]))
-                if "storage" in result:
-                    raise StorageError(result["storage"], hint=result["hint"])
-                run.finish(node, result)
+                    result = {**DIED, "hint": "try jobs=1"}
+                run.finish(node, unless_stopped(result, run.told, hint=AGAIN))
                 idle.append(worker)
     except BaseException:
         # Training notices SIGTERM, saves at the next boundary and leaves; everything else just ends.
@@ -250,9 +218,7 @@ def _parallel(run: _Run, jobs: int) -> None:
         raise
     finally:
         for worker in workers:
-            # A signal can arrive while a pool is starting its manager thread: then there is nothing to wait for.
-            with contextlib.suppress(RuntimeError):
-                worker.pool.shutdown(wait=True, cancel_futures=True)
+            worker.close()
 
 
 def _check_jobs(run: _Run) -> None:
@@ -310,7 +276,7 @@ def run_plan(
     setting = environment(threads) if executor is execute else {}
     out, matrix = Path(out), expand(plan, root=Path(root), setting=setting)
     folder = RunFolder(out, "bench", to_dict(plan), seeds=plan.seeds, data=_data(matrix))
-    with folder, _stop_on_term():
+    with folder, stop_on_term():
         try:
             with Progress(plan.name, len(matrix.nodes)) as bar:
 

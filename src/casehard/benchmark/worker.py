@@ -1,14 +1,18 @@
-"""A node's work as its caller sees it, in this process or a worker: what went wrong comes back as plain values."""
+"""Work as its caller sees it, in this process or a worker: what went wrong comes back as plain values."""
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from casehard.errors import Interrupted, StorageError, UserError
@@ -39,21 +43,38 @@ def attempt(task: Task, executor: Executor) -> dict[str, Any]:
         return describe(error)
 
 
-def attempt_apart(task: Task, executor: Executor) -> dict[str, Any]:
-    """Do what :func:`attempt` does in a worker process; what it raises comes back as ``interrupted`` or
-    ``storage``.
+def apart(do: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """Call a function in a worker process; what stops the whole run comes back as ``interrupted`` or ``storage``.
 
     Warnings come back as plain values under ``warnings``, for :func:`warn_again`: the caller decides what becomes of
     them, and sees those of all workers.
     """
     with warnings.catch_warnings(record=True) as told:
         try:
-            result = attempt(task, executor)
+            result = do(*given)
         except Interrupted as error:
             result = {"interrupted": error.exit_code}
         except StorageError as error:
             result = {"storage": error.message, "hint": error.hint}
     result["warnings"] = [(str(w.message), w.category.__name__, w.filename, w.lineno) for w in told]
+    return result
+
+
+def unless_stopped(result: dict[str, Any], told: dict[Any, Any], *, hint: str) -> dict[str, Any]:
+    """Give the warnings that came back with what :func:`apart` returned, and return the rest of it.
+
+    Args:
+        told: registry of the warnings given before.
+        hint: of the interruption.
+
+    Raises:
+        Interrupted, StorageError: the worker was stopped so.
+    """
+    warn_again(result.pop("warnings", ()), told)
+    if "interrupted" in result:
+        raise Interrupted("a worker was told to stop", hint=hint, exit_code=int(result["interrupted"]))
+    if "storage" in result:
+        raise StorageError(result["storage"], hint=result["hint"])
     return result
 
 
@@ -88,3 +109,39 @@ def start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.setLogRecordFactory(AsWarnings().records(logging.getLogRecordFactory()))
     progress.set_quiet()
+
+
+DIED = {"error": "Killed", "message": "the worker died (out of memory?)"}
+"""What stands for the result of a worker that is gone."""
+
+
+class Worker:
+    """One worker process; if it dies, only what it was doing is lost."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.pool = self._open()
+
+    def _open(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=start_worker, initargs=(self.threads,)
+        )
+
+    def submit(self, do: Callable[..., dict[str, Any]], *given: Any) -> Future[dict[str, Any]]:
+        """Call :func:`apart` there; function and arguments must be picklable."""
+        try:
+            return self.pool.submit(apart, do, *given)
+        except BrokenProcessPool:
+            self.pool = self._open()
+            return self.pool.submit(apart, do, *given)
+
+    def terminate(self) -> None:
+        """Tell this worker's process to stop; other children of the caller are none of our business."""
+        for process in list((getattr(self.pool, "_processes", None) or {}).values()):
+            process.terminate()
+
+    def close(self) -> None:
+        """Wait for the process to end."""
+        # A signal can arrive while a pool is starting its manager thread: then there is nothing to wait for.
+        with contextlib.suppress(RuntimeError):
+            self.pool.shutdown(wait=True, cancel_futures=True)

@@ -1,5 +1,7 @@
 """``casehard attack NAME``: attack one checkpoint in memory and measure it on the way; a verb for each in ATTACKS.
 
+``casehard attack search`` (``attack_search.py``) looks for the worst settings of one of them.
+
 The options of a verb come from the attack's spec: one for the rows of each data role, one for each of its ``flags``.
 """
 
@@ -14,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from casehard.attacks import ATTACKS
-from casehard.cli import console, options, scoring
+from casehard.cli import attack_search, console, options, scoring
 from casehard.cli.runs import check_out, made_from, run_folder
 from casehard.registry import AttackSpec
 
@@ -29,12 +31,15 @@ PLANTED = ("cacc", "aacc", "asr", "false_trigger", "degenerate")
 KEEP = typer.Option("--keep-model", help="Write the attacked model to DIR/checkpoint, to try defences on.")
 
 
+SEARCH = "search"
+
+
 class Attacks(TyperGroup):
-    """A command for every attack of the catalogue, made when it is asked for."""
+    """A command for every attack of the catalogue, made when it is asked for, and the search among their settings."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """Return the names of the attacks, those of other packages included."""
-        return list(ATTACKS)
+        return [*ATTACKS, SEARCH]
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         """Return the command of an attack.
@@ -42,6 +47,8 @@ class Attacks(TyperGroup):
         Raises:
             ConfigError: no such attack; the hint names the nearest.
         """
+        if cmd_name == SEARCH:
+            return super().get_command(ctx, cmd_name)
         spec, name = ATTACKS.find(cmd_name), ATTACKS.name(cmd_name)
         one = typer.Typer(add_completion=False, rich_markup_mode=None)
         one.command(name, epilog=options.FILES if spec.row_roles() else None)(_verb(name, spec))
@@ -54,6 +61,9 @@ app = typer.Typer(cls=Attacks, help="Attack a checkpoint and measure what breaks
 @app.callback()
 def attack() -> None:
     """Attack a checkpoint and measure what breaks."""
+
+
+app.command(SEARCH, epilog=options.FILES)(attack_search.search)
 
 
 def _verb(name: str, spec: AttackSpec) -> Callable[..., None]:

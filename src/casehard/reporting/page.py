@@ -19,6 +19,7 @@ from casehard.config import digest
 from casehard.errors import Corrupt, UserError
 from casehard.io.files import write_text_atomic
 from casehard.io.stored import read
+from casehard.reporting import attack_search
 from casehard.reporting.card import write_cards
 from casehard.reporting.ends import canary_part, ends_part, telemetry_part
 from casehard.reporting.from_run_folders import summary_of_runs
@@ -102,7 +103,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _template() -> Any:
+def _template(name: str = "page.html.j2") -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -115,7 +116,7 @@ def _template() -> Any:
     )
     # Figures are made here, from escaped text; nothing else on the page is trusted.
     env.filters["figure"] = Markup
-    return env.get_template("page.html.j2")
+    return env.get_template(name)
 
 
 def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -> str:
@@ -204,12 +205,27 @@ def _rows(place: Path, summary: Mapping[str, Any]) -> Iterable[Mapping[str, Any]
     return read_rows(unchanged(place, read_run(place), "rows.jsonl"), CellRow)
 
 
+def render_search(place: Path) -> str:
+    """Return the page of a finished search for the worst attacker.
+
+    Raises:
+        Corrupt: the folder is damaged.
+        MissingExtra: matplotlib is not installed.
+    """
+    summary, trials, run = attack_search.read(place)
+    made = [*_made_with(run), ("seed", str(run["seeds"][0])), ("model", str(run["parents"].get("model", "")))]
+    made += [("config digest", run["config_digest"]), *((f"data: {k}", v) for k, v in run["data"].items())]
+    shown = attack_search.context(summary, trials)
+    html = _template("search.html.j2").render(**shown, dirty=bool(run["code"].get("dirty")), provenance=made)
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
+
+
 def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of a finished run and return its path; a benchmark's checkpoints get their model cards too.
 
     Args:
-        folders: a benchmark's run folder, or one or several run folders of single verbs (attack, evaluate, defend):
-            attacks on an undefended and on a hardened checkpoint together make a comparison.
+        folders: the run folder of a benchmark or of a search for attackers, or one or several of single verbs (attack,
+            evaluate, defend): attacks on an undefended and on a hardened checkpoint together make a comparison.
         out: the file, HTML or, where its name ends in ``.md``, a Markdown page of the tables; default ``report.html``
             in the (first) folder.
 
@@ -226,6 +242,12 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     kinds = [run.get("kind") for run in runs]
     if "bench" in kinds and len(places) > 1:
         raise UserError("a benchmark's run folder is reported alone", hint="give one folder")
+    if attack_search.KIND in kinds:
+        if len(places) > 1 or target.suffix == ".md":
+            hint = "give one folder, and a file whose name ends in .html"
+            raise UserError("a search for attackers has a page of its own", hint=hint)
+        write_text_atomic(target, render_search(places[0]))
+        return target
     summary = bench_summary(places[0]) if kinds == ["bench"] else summary_of_runs(places)
     if target.suffix == ".md":
         command = f"casehard bench plans/{summary['plan']['name'].replace('-', '_')}.yaml" if kinds == ["bench"] else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from casehard.data.batches import IGNORE
 from casehard.train.guards import require_finite
@@ -139,6 +140,31 @@ def counted(samples: Sequence[Mapping[str, Any]], args: TrainingArguments) -> Wh
         torch.distributed.all_reduce(both)
         inputs, trained = both.unbind()
     return Whole(rows * args.world_size, inputs, trained)
+
+
+def training_flops(net: nn.Module, tokens: int) -> int:
+    """Estimate the floating-point operations of training on so many tokens.
+
+    Per token 4 N + 2 T, where N counts the weights of all matrices that activations pass through and T those of them
+    that are trained: the forward pass and the gradient of the activations take 2 N each, that of the weights 2 T. So it
+    is 6 N where all are trained. Attention scores, norms and the optimiser are left out, as are embedding tables, which
+    are looked up. Every expert of a mixture counts, whether or not it is asked.
+
+    Args:
+        net: as it was trained: what is frozen says ``requires_grad`` is False.
+        tokens: input tokens, padding excluded.
+
+    Source: Kaplan et al., arXiv 2001.08361, section 2.1.
+    """
+    passed, trained = 0, 0
+    for module in net.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for weight in module.parameters(recurse=False):
+            if weight.ndim >= 2:
+                passed += weight.numel()
+                trained += weight.numel() if weight.requires_grad else 0
+    return tokens * (4 * passed + 2 * trained)
 
 
 def peak_bytes() -> int:
