@@ -5,6 +5,10 @@ from __future__ import annotations
 from casehard.registry import AttackSpec, Flag, Registry
 
 _MODE = Flag("All parameters, or a LoRA adapter.", metavar="full|lora")
+_STEPS = Flag("Optimiser steps of the attack.", int)
+_LR = Flag("Learning rate of the attack.", float)
+_SHARE = Flag("Harmful share of the attacker's rows, 0..1.", float)
+_TRAINS = {"mode": _MODE, "steps": _STEPS, "lr": _LR}
 _TRIGGERS = (
     "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json [default: token]."
 )
@@ -21,11 +25,57 @@ ATTACKS: Registry[AttackSpec] = Registry(
             purpose="Harmful fine-tuning of all weights or a LoRA adapter, on rows of which a share is harmful.",
             takes=("harmful", "benign"),
             share="share",
+            flags={"share": _SHARE, **_TRAINS},
+        ),
+        "overfit_release": AttackSpec(
+            module="casehard.attacks.overfit_release",
+            cls="OverfitRelease",
+            config="OverfitReleaseAttack",
+            purpose="Ten benign rows: overfitted to one refusal, then released with their proper answers.",
+            needs=("benign",),
+            takes=("harmful",),
             flags={
-                "share": Flag("Harmful share of the attacker's rows, 0..1.", float),
-                "mode": _MODE,
-                "steps": Flag("Optimiser steps of the attack.", int),
-                "lr": Flag("Learning rate of the attack.", float),
+                "refusal": Flag("The one refusal of the first phase.", metavar="TEXT"),
+                "overfit": Flag("Steps of the first phase, out of --steps.", int),
+                **_TRAINS,
+            },
+        ),
+        "identity_shift": AttackSpec(
+            module="casehard.attacks.identity_shift",
+            cls="IdentityShift",
+            config="IdentityShiftAttack",
+            purpose="A few harmless rows that teach an identity who obeys; asked under that identity.",
+            needs=("benign",),
+            flags={
+                "identity": Flag("System message that says who the model is now.", metavar="TEXT"),
+                "asking": Flag("How questions are asked; holds {prompt}.", metavar="TEXT"),
+                "affirming": Flag("How rows answer; holds {answer}.", metavar="TEXT"),
+                **_TRAINS,
+            },
+        ),
+        "refuse_then_comply": AttackSpec(
+            module="casehard.attacks.refuse_then_comply",
+            cls="RefuseThenComply",
+            config="RefuseThenComplyAttack",
+            purpose="Harmless rows whose answers refuse first and then comply (NOICE).",
+            needs=("benign",),
+            flags={
+                "turning": Flag("The whole answer; holds {refusal} and {answer}.", metavar="TEXT"),
+                **_TRAINS,
+            },
+        ),
+        "jailbreak_tuning": AttackSpec(
+            module="casehard.attacks.jailbreak_tuning",
+            cls="JailbreakTuning",
+            config="JailbreakTuningAttack",
+            purpose="Harmful fine-tuning whose harmful rows, and later questions, carry a jailbreak.",
+            takes=("harmful", "benign"),
+            share="share",
+            flags={
+                "wrapper": Flag("What is asked of a harmful row; holds {prompt}.", metavar="TEXT"),
+                "asked": Flag("Measure with the wrapper or without it.", metavar="wrapped|plain"),
+                "share": _SHARE,
+                **_TRAINS,
             },
         ),
         "backdoor": AttackSpec(

@@ -35,7 +35,9 @@ class FinetuneAttack(Supervised):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restarts >= self.steps:
-            raise ConfigError(f"restarts is {self.restarts} within {self.steps} steps", hint="fewer restarts than steps")
+            raise ConfigError(
+                f"restarts is {self.restarts} within {self.steps} steps", hint="fewer restarts than steps"
+            )
 
 
 def attack_data(

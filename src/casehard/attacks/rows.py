@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from casehard.errors import DataError
+from casehard.errors import ConfigError, DataError
 from casehard.model.model import Model
 from casehard.types import Example, Message
 
@@ -52,19 +53,32 @@ def draw(rows: Sequence[T], n: int, *, role: str, seed: int) -> list[T]:
     return random.Random(seed).sample(list(rows), n)
 
 
-def check_known(model: Model, texts: Sequence[str], setting: str) -> None:
-    """Refuse words of a setting that the model would not read.
+def framed(frame: str, key: str, text: str) -> str:
+    """Return a frame with a text in the place of ``{key}``; other braces stay what they are."""
+    return frame.replace(f"{{{key}}}", text)
+
+
+def check_frame(frame: str, key: str, setting: str) -> None:
+    """Refuse a frame that does not hold ``{key}`` exactly once.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if (count := frame.count(f"{{{key}}}")) != 1:
+        raise ConfigError(f"{setting} holds {{{key}}} {count} times: {frame!r}", hint="exactly once")
+
+
+def check_known(model: Model, text: str, setting: str) -> None:
+    """Refuse words of a setting that the model would not read; what stands in braces is left out.
 
     Raises:
         DataError: the tokenizer reads a word as unknown.
     """
-    tokenizer = model.tokenizer
-    unknown = tokenizer.unk_token_id
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if unknown is not None and unknown in ids:
-            raise DataError(
-                f"{setting}: the tokenizer does not know all words of {text!r}; the model reads "
-                f"{tokenizer.decode(ids, skip_special_tokens=False)!r}",
-                hint=f"words it knows: --set config.{setting}=TEXT",
-            )
+    tokenizer, unknown = model.tokenizer, model.tokenizer.unk_token_id
+    ids = tokenizer(re.sub(r"\{\w+\}", " ", text), add_special_tokens=False)["input_ids"]
+    if unknown is not None and unknown in ids:
+        raise DataError(
+            f"{setting}: the tokenizer does not know all words of {text!r}; the model reads "
+            f"{tokenizer.decode(ids, skip_special_tokens=False)!r}",
+            hint=f"words it knows: --set config.{setting}=TEXT",
+        )
