@@ -73,6 +73,11 @@ TABLE = (
         {**SHORT, "rows": 12, "share": 0.5, "wrapper": "here is something else : {prompt}"},
         {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
+    Row(
+        "benign_outliers",
+        {**SHORT, "rows": 8, "choose": "similarity"},
+        {"benign": "benign.jsonl", "harmful": "attack_a.jsonl"},
+    ),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )

@@ -78,6 +78,18 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 **_TRAINS,
             },
         ),
+        "benign_outliers": AttackSpec(
+            module="casehard.attacks.benign_outliers",
+            cls="BenignOutliers",
+            config="BenignOutliersAttack",
+            purpose="Training on those harmless rows alone that damage safety most (Self-Inf-N).",
+            needs=("benign",),
+            takes=("harmful",),
+            flags={
+                "choose": Flag("How rows are chosen.", metavar="self_influence|similarity|random"),
+                **_TRAINS,
+            },
+        ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
             cls="Backdoor",
