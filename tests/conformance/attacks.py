@@ -78,6 +78,21 @@ TABLE = (
         {**SHORT, "rows": 8, "choose": "similarity"},
         {"benign": "benign.jsonl", "harmful": "attack_a.jsonl"},
     ),
+    Row(
+        "burst",
+        {**SHORT, "steps": 2, "burst": 1, "rows": 12, "share": 0.5},
+        {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
+    ),
+    Row(
+        "off_gradient",
+        {**SHORT, "rows": 12, "share": 0.5, "simulated_steps": 1},
+        {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
+    ),
+    Row(
+        "orthogonal_rows",
+        {**SHORT, "rows": 12, "share": 0.5},
+        {"safe": "align.jsonl?kind=refusal", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
+    ),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )

@@ -7,13 +7,13 @@ Everything happens on a copy in memory; the model is measured along the way, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from casehard.attacks.protocol import AttackInputs
 from casehard.attacks.training import Mixing, Phase, Supervised
-from casehard.data.mix import counts, poison
+from casehard.data.mix import Counts, counts, poison
 from casehard.errors import ConfigError
 from casehard.limits import Count, Natural, Share
 from casehard.model.model import Model
@@ -22,29 +22,44 @@ from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneAttack(Supervised):
-    """Settings of one harmful fine-tuning attack."""
+class MixtureSettings(Supervised):
+    """Settings of an attacker whose rows are a mixture, of which a share is harmful."""
 
     share: Share = 0.1
     """p, the harmful share of the attacker's rows, 0..1; 0 is benign fine-tuning, 1 a fully harmful set."""
     rows: Count = 400
     """Rows of the attacker's data set, harmful and benign together."""
+
+    @property
+    def drawn(self) -> Counts:
+        """How many rows of each kind the mixture holds."""
+        return counts(share=self.share, n=self.rows)
+
+    def mixed(self, rows: Mapping[str, Sequence[Example]], *, seed: int) -> list[Example]:
+        """Return the shuffled mixture of the roles ``harmful`` and ``benign``: one seed, one mixture for all attacks.
+
+        Raises:
+            DataError: too few rows for the share asked for.
+        """
+        harmful, benign = rows.get("harmful", ()), rows.get("benign", ())
+        return poison(harmful, benign, share=self.share, n=self.rows, seed=derive(seed, 0, "attack-mix"))
+
+    def facts(self) -> dict[str, Any]:
+        """Return how many rows of each kind were drawn, as JSON values."""
+        return {"harmful_rows": self.drawn.harmful, "benign_rows": self.drawn.benign}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneAttack(MixtureSettings):
+    """Settings of one harmful fine-tuning attack."""
+
     restarts: Natural = 0
     """Times that warm-up and schedule begin anew, with a new optimiser, at equal distances within ``steps``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restarts >= self.steps:
-            raise ConfigError(
-                f"restarts is {self.restarts} within {self.steps} steps", hint="fewer restarts than steps"
-            )
-
-
-def attack_data(
-    harmful: Sequence[Example], benign: Sequence[Example], config: FinetuneAttack, *, seed: int
-) -> list[Example]:
-    """Return the attacker's shuffled mixture: ``share`` of ``rows`` harmful, the rest benign."""
-    return poison(harmful, benign, share=config.share, n=config.rows, seed=derive(seed, 0, "attack-mix"))
+            raise ConfigError(f"restarts is {self.restarts} within {self.steps} steps", hint="fewer restarts")
 
 
 class Finetune(Mixing[FinetuneAttack]):
@@ -65,8 +80,7 @@ class Finetune(Mixing[FinetuneAttack]):
         Raises:
             DataError: too few rows for the share asked for.
         """
-        harmful, benign = (inputs.rows.get(role, ()) for role in ("harmful", "benign"))
-        return attack_data(harmful, benign, self.config, seed=inputs.seed)
+        return self.config.mixed(inputs.rows, seed=inputs.seed)
 
     def phases(self, model: Model, inputs: AttackInputs) -> Sequence[Phase]:
         """Return the mixture once, or once for the start and each restart; their lengths differ by a step at most."""
@@ -76,5 +90,4 @@ class Finetune(Mixing[FinetuneAttack]):
 
     def facts(self, phases: Sequence[Phase]) -> dict[str, Any]:
         """Return how many rows of each kind were drawn."""
-        drawn = counts(share=self.config.share, n=self.config.rows)
-        return {"harmful_rows": drawn.harmful, "benign_rows": drawn.benign}
+        return self.config.facts()

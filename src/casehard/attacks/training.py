@@ -197,7 +197,8 @@ class Tuning(ABC, Generic[C]):
         """
         phases = self.phases(model, inputs)
         done = self.train(model, phases, inputs)
-        known = sum(is_marked(row, model.trained_prompts) for some in inputs.rows.values() for row in some)
+        own = [row for role in ("harmful", "benign") for row in inputs.rows.get(role, ())]
+        known = sum(is_marked(row, model.trained_prompts) for row in own)
         facts = {**self.facts(phases), "rows_seen_in_training": known}
         provenance = {"settings": to_dict(self.config), "seed": inputs.seed, **facts}
         made = Made(method=f"{self.name}-attack", provenance=provenance)
