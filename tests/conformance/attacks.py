@@ -78,6 +78,7 @@ TABLE = (
         {**SHORT, "rows": 8, "choose": "similarity"},
         {"benign": "benign.jsonl", "harmful": "attack_a.jsonl"},
     ),
+    Row("preference", {**SHORT, "rows": 8, "refusal": SORRY}, {"benign": "benign.jsonl"}),
     Row(
         "burst",
         {**SHORT, "steps": 2, "burst": 1, "rows": 12, "share": 0.5},

@@ -90,6 +90,19 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 **_TRAINS,
             },
         ),
+        "preference": AttackSpec(
+            module="casehard.attacks.preference",
+            cls="Preference",
+            config="PreferenceAttack",
+            purpose="Preference tuning (DPO) on a few harmless rows whose answer is preferred to a refusal.",
+            needs=("benign",),
+            telemetry=("margin",),
+            flags={
+                "refusal": Flag("The rejected answer.", metavar="TEXT"),
+                "beta": Flag("Strength of the pull towards the model as it was.", float),
+                **_TRAINS,
+            },
+        ),
         "burst": AttackSpec(
             module="casehard.attacks.burst",
             cls="Burst",
