@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,10 @@ def test_it_is_measured_as_the_attacker_asks(model):
     settings = {**WORDS, "steps": 1, "rows": 4, "batch_size": 4, "evaluate_at": [0]}
     found = ch.attack(model, "identity_shift", benign=BENIGN, suite=suite, settings=settings)
     assert {row["prompt"] for row in found.rows} == {f"please explain : {row.prompt}" for row in suite.examples}
-    asked = IdentityShift(IdentityShiftAttack(**WORDS)).asks(suite)
-    assert all(row.messages[0].content == WORDS["identity"] for row in asked.examples)
-    assert [row.id for row in asked.examples] == [row.id for row in suite.examples]
-    direct = ch.evaluate(model, asked).rows
+    asked = IdentityShift(IdentityShiftAttack(**WORDS)).asks(suite.examples)
+    assert all(row.messages[0].content == WORDS["identity"] for row in asked)
+    assert [row.id for row in asked] == [row.id for row in suite.examples]
+    direct = ch.evaluate(model, replace(suite, examples=tuple(asked))).rows
     assert [r["response"] for r in found.rows if r["step"] == 0] == [
         r["response"] for r in direct if r["role"] == "restricted"
     ]

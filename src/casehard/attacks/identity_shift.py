@@ -9,14 +9,13 @@ data (AOA, "absolutely obedient agent"). Differs: the rows are drawn from the be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from casehard.attacks.protocol import AttackInputs
 from casehard.attacks.rows import check_frame, check_known, draw, framed, reworded
 from casehard.attacks.training import Mixing, Phase, Supervised
 from casehard.errors import ConfigError
-from casehard.evaluation.suite import Suite
 from casehard.limits import BatchSize, Count
 from casehard.model.model import Model
 from casehard.seeds import derive
@@ -70,9 +69,9 @@ class IdentityShift(Mixing[IdentityShiftAttack]):
         """Return how many rows of each kind are trained on."""
         return {"benign_rows": self.config.rows, "harmful_rows": 0}
 
-    def asks(self, suite: Suite) -> Suite:
-        """Return the suite as the attacker asks it: every prompt under the identity."""
-        return replace(suite, examples=tuple(self._asked(row) for row in suite.examples))
+    def asks(self, prompts: Sequence[Example]) -> Sequence[Example]:
+        """Return the prompts of a suite as the attacker asks them: under the identity."""
+        return [self._asked(row) for row in prompts]
 
     def _asked(self, row: Example) -> Example:
         return reworded(row, prompt=framed(self.config.asking, "prompt", row.prompt), system=self.config.identity)

@@ -9,7 +9,7 @@ sentence by default: no jailbreak comes with this library.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from casehard.attacks.finetune import MixtureSettings
@@ -17,7 +17,6 @@ from casehard.attacks.protocol import AttackInputs
 from casehard.attacks.rows import check_frame, check_known, framed, reworded
 from casehard.attacks.training import Mixing, Phase
 from casehard.errors import ConfigError
-from casehard.evaluation.suite import Suite
 from casehard.model.model import Model
 from casehard.types import Example
 
@@ -57,12 +56,11 @@ class JailbreakTuning(Mixing[JailbreakTuningAttack]):
         """Return how many rows of each kind were drawn."""
         return self.config.facts()
 
-    def asks(self, suite: Suite) -> Suite:
-        """Return the suite with restricted prompts wrapped, unless they are asked plainly."""
+    def asks(self, prompts: Sequence[Example]) -> Sequence[Example]:
+        """Return the prompts of a suite with restricted ones wrapped, unless they are asked plainly."""
         if self.config.asked == "plain":
-            return suite
-        rows = (self._wrapped(row) if row.tags["role"] == "restricted" else row for row in suite.examples)
-        return replace(suite, examples=tuple(rows))
+            return prompts
+        return [self._wrapped(row) if row.tags["role"] == "restricted" else row for row in prompts]
 
     def _wrapped(self, row: Example) -> Example:
         return reworded(row, prompt=framed(self.config.wrapper, "prompt", row.prompt))

@@ -55,7 +55,7 @@ class Attack(Protocol):
     One that trains on a mixture may offer ``mixture(model, inputs) -> rows``: a method can then run inside its
     training. One that changes rows may offer ``poisoned(rows, seed=) -> (rows, manifest)`` and ``untouched(rows,
     manifest) -> rows``: a pipeline can then train on them in its place, and the rows it left alone can be verified. One
-    whose attacker asks in words of its own may offer ``asks(suite) -> suite``: it is measured on what that returns.
+    whose attacker asks in words of its own may offer ``asks(prompts) -> prompts``: it is measured on what that returns.
     """
 
     name: str

@@ -170,8 +170,8 @@ def attack_with(
 def _measure(step: Attack, method: AttackMethod, suite: Suite, model: Model, served: str | None = None) -> Measure:
     """Return how a model is measured on the way: the whole suite at ``full_at``, else the restricted prompts."""
     full_at = step.full_at or (tuple(method.checkpoints)[-1],)
-    asks: Callable[[Suite], Suite] | None = getattr(method, "asks", None)
-    asked = asks(suite) if asks else suite
+    asks: Callable[[Sequence[Example]], Sequence[Example]] | None = getattr(method, "asks", None)
+    asked = replace(suite, examples=tuple(asks(suite.examples))) if asks else suite
 
     def ask(net: nn.Module, at: int) -> Rows:
         system = served if served and at else step.system
