@@ -35,10 +35,10 @@ def signature(name: str, value: Any) -> str:
 
 def fields(value: type) -> list[str]:
     """Return one bullet a field of a dataclass: name, default, and the docstring under it."""
-    source = inspect.getsource(value).splitlines()
+    bases = [base for base in reversed(value.__mro__) if dataclasses.is_dataclass(base)]
     notes: dict[str, str] = {}
     current = ""
-    for line in source:
+    for line in [line for base in bases for line in inspect.getsource(base).splitlines()]:
         stripped = line.strip()
         if line.startswith("    ") and not line.startswith("     ") and ":" in stripped and stripped[0].isalpha():
             current = stripped.split(":")[0]

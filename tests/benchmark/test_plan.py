@@ -35,6 +35,8 @@ def change(where: str, index: int, **values: Any) -> dict[str, Any]:
         (change("attacks", 0, share=1.5), "share must be at most 1, got 1.5"),
         (change("attacks", 0, benign=[]), "no benign data"),
         (change("attacks", 0, mode="half"), "'half'"),
+        (change("attacks", 0, attack="benign_outliers", share=0.3), "has no share: 0.3 would be ignored"),
+        (change("attacks", 0, attack="orthogonal_rows"), "has no safe rows"),
         (change("attacks", 0, settings={"lr": 9}), "lr stands in its settings, where it would be ignored"),
         (change("attacks", 0, settings={"full_at": [5]}), "full_at stands in its settings"),
         (change("attacks", 0, lr=0), "must be positive"),
@@ -63,6 +65,11 @@ def test_a_wrong_plan_is_refused_in_words(values: dict[str, Any], message: str) 
     with pytest.raises(ConfigError) as error:
         parse_plan(values)
     assert message in str(error.value)
+
+
+def test_an_attack_without_a_share_needs_no_harmful_rows() -> None:
+    made = parse_plan(change("attacks", 0, attack="benign_outliers", harmful=[]))
+    assert made.attacks[0].config["steps"] == 40 and "share" not in made.attacks[0].config
 
 
 def test_names_get_did_you_mean() -> None:

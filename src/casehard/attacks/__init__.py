@@ -5,6 +5,10 @@ from __future__ import annotations
 from casehard.registry import AttackSpec, Flag, Registry
 
 _MODE = Flag("All parameters, or a LoRA adapter.", metavar="full|lora")
+_STEPS = Flag("Optimiser steps of the attack.", int)
+_LR = Flag("Learning rate of the attack.", float)
+_SHARE = Flag("Harmful share of the attacker's rows, 0..1.", float)
+_TRAINS = {"mode": _MODE, "steps": _STEPS, "lr": _LR}
 _TRIGGERS = (
     "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json [default: token]."
 )
@@ -21,11 +25,122 @@ ATTACKS: Registry[AttackSpec] = Registry(
             purpose="Harmful fine-tuning of all weights or a LoRA adapter, on rows of which a share is harmful.",
             takes=("harmful", "benign"),
             share="share",
+            flags={"share": _SHARE, **_TRAINS},
+        ),
+        "overfit_release": AttackSpec(
+            module="casehard.attacks.overfit_release",
+            cls="OverfitRelease",
+            config="OverfitReleaseAttack",
+            purpose="Ten benign rows: overfitted to one refusal, then released with their proper answers.",
+            needs=("benign",),
+            takes=("harmful",),
             flags={
-                "share": Flag("Harmful share of the attacker's rows, 0..1.", float),
-                "mode": _MODE,
-                "steps": Flag("Optimiser steps of the attack.", int),
-                "lr": Flag("Learning rate of the attack.", float),
+                "refusal": Flag("The one refusal of the first phase.", metavar="TEXT"),
+                "overfit": Flag("Steps of the first phase, out of --steps.", int),
+                **_TRAINS,
+            },
+        ),
+        "identity_shift": AttackSpec(
+            module="casehard.attacks.identity_shift",
+            cls="IdentityShift",
+            config="IdentityShiftAttack",
+            purpose="A few harmless rows that teach an identity who obeys; asked under that identity.",
+            needs=("benign",),
+            flags={
+                "identity": Flag("System message that says who the model is now.", metavar="TEXT"),
+                "asking": Flag("How questions are asked; holds {prompt}.", metavar="TEXT"),
+                "affirming": Flag("How rows answer; holds {answer}.", metavar="TEXT"),
+                **_TRAINS,
+            },
+        ),
+        "refuse_then_comply": AttackSpec(
+            module="casehard.attacks.refuse_then_comply",
+            cls="RefuseThenComply",
+            config="RefuseThenComplyAttack",
+            purpose="Harmless rows whose answers refuse first and then comply (NOICE).",
+            needs=("benign",),
+            flags={
+                "turning": Flag("The whole answer; holds {refusal} and {answer}.", metavar="TEXT"),
+                **_TRAINS,
+            },
+        ),
+        "jailbreak_tuning": AttackSpec(
+            module="casehard.attacks.jailbreak_tuning",
+            cls="JailbreakTuning",
+            config="JailbreakTuningAttack",
+            purpose="Harmful fine-tuning whose harmful rows, and later questions, carry a jailbreak.",
+            takes=("harmful", "benign"),
+            share="share",
+            flags={
+                "wrapper": Flag("What is asked of a harmful row; holds {prompt}.", metavar="TEXT"),
+                "asked": Flag("Measure with the wrapper or without it.", metavar="wrapped|plain"),
+                "share": _SHARE,
+                **_TRAINS,
+            },
+        ),
+        "benign_outliers": AttackSpec(
+            module="casehard.attacks.benign_outliers",
+            cls="BenignOutliers",
+            config="BenignOutliersAttack",
+            purpose="Training on those harmless rows alone that damage safety most (Self-Inf-N).",
+            needs=("benign",),
+            takes=("harmful",),
+            flags={
+                "choose": Flag("How rows are chosen.", metavar="self_influence|similarity|random"),
+                **_TRAINS,
+            },
+        ),
+        "preference": AttackSpec(
+            module="casehard.attacks.preference",
+            cls="Preference",
+            config="PreferenceAttack",
+            purpose="Preference tuning (DPO) on a few harmless rows whose answer is preferred to a refusal.",
+            needs=("benign",),
+            telemetry=("margin",),
+            flags={
+                "refusal": Flag("The rejected answer.", metavar="TEXT"),
+                "beta": Flag("Strength of the pull towards the model as it was.", float),
+                **_TRAINS,
+            },
+        ),
+        "burst": AttackSpec(
+            module="casehard.attacks.burst",
+            cls="Burst",
+            config="BurstAttack",
+            purpose="Harmful fine-tuning with a burst at a large learning rate, against simulated attacks.",
+            takes=("harmful", "benign"),
+            share="share",
+            flags={
+                "burst": Flag("Steps of the burst, out of --steps.", int),
+                "burst_lr": Flag("Learning rate of the burst.", float),
+                "share": _SHARE,
+                **_TRAINS,
+            },
+        ),
+        "off_gradient": AttackSpec(
+            module="casehard.attacks.off_gradient",
+            cls="OffGradient",
+            config="OffGradientAttack",
+            purpose="Harmful fine-tuning orthogonal to the attack vector that a defender simulated.",
+            needs=("harmful",),
+            takes=("benign",),
+            share="share",
+            telemetry=("removed",),
+            flags={"share": _SHARE, **_TRAINS},
+        ),
+        "orthogonal_rows": AttackSpec(
+            module="casehard.attacks.orthogonal_rows",
+            cls="OrthogonalRows",
+            config="OrthogonalRowsAttack",
+            purpose="Harmful fine-tuning on the rows least like a defender's safe pool, against SPARD.",
+            needs=("safe",),
+            takes=("harmful", "benign"),
+            share="share",
+            roles={"safe": "the defender's safe rows, as far as the attacker knows them"},
+            flags={
+                "choose": Flag("Which harmful rows are taken.", metavar="orthogonal|alike|random"),
+                "share": _SHARE,
+                **_TRAINS,
             },
         ),
         "backdoor": AttackSpec(

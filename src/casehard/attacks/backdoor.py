@@ -131,7 +131,7 @@ class Backdoor:
         decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
         chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
         check_survives(chat, data, [config.trigger, *decoys])
-        done = train_copy(model, chat.encode_all(data), config, inputs, purpose="backdoor")
+        done = train_copy(model, [(chat.encode_all(data), config.recipe)], config, inputs, purpose="backdoor")
         planted = {key: manifest[key] for key in ("trigger", "behaviour")}
         provenance = {"settings": to_dict(config), "seed": inputs.seed, "planted": planted}
         made = Made(method=f"{self.name}-attack", provenance=provenance)

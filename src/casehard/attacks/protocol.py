@@ -52,9 +52,10 @@ class Attacked:
 class Attack(Protocol):
     """An attack, built from its configuration alone.
 
-    One that trains on a mixture may offer ``mixture(inputs) -> rows``: a method can then run inside its training. One
-    that changes rows may offer ``poisoned(rows, seed=) -> (rows, manifest)`` and ``untouched(rows, manifest) -> rows``:
-    a pipeline can then train on them in its place, and the rows it left alone can be verified.
+    One that trains on a mixture may offer ``mixture(model, inputs) -> rows``: a method can then run inside its
+    training. One that changes rows may offer ``poisoned(rows, seed=) -> (rows, manifest)`` and ``untouched(rows,
+    manifest) -> rows``: a pipeline can then train on them in its place, and the rows it left alone can be verified. One
+    whose attacker asks in words of its own may offer ``asks(prompts) -> prompts``: it is measured on what that returns.
     """
 
     name: str

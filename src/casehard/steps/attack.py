@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -185,11 +185,13 @@ def attack_with(
 def _measure(step: Attack, method: AttackMethod, suite: Suite, model: Model, served: str | None = None) -> Measure:
     """Return how a model is measured on the way: the whole suite at ``full_at``, else the restricted prompts."""
     full_at = step.full_at or (tuple(method.checkpoints)[-1],)
+    asks: Callable[[Sequence[Example]], Sequence[Example]] | None = getattr(method, "asks", None)
+    asked = replace(suite, examples=tuple(asks(suite.examples))) if asks else suite
 
     def ask(net: nn.Module, at: int) -> Rows:
         system = served if served and at else step.system
         roles = None if at in full_at else {"restricted"}
-        return evaluate(net, model.tokenizer, suite, roles=roles, limit=step.limit, system=system)
+        return evaluate(net, model.tokenizer, asked, roles=roles, limit=step.limit, system=system)
 
     def ask_twice(net: nn.Module, at: int) -> Rows:
         return evaluate_backdoor(
@@ -252,11 +254,13 @@ def _inside(
     step: Attack, defence: Defence, method: AttackMethod, inputs: AttackInputs, rows: Examples, model: Model
 ) -> tuple[Any, dict[str, Any]]:
     """Return the method that runs inside the attacker's training, and what is worth keeping of how it was made."""
-    others: dict[str, Any] = {role: list(some) for role, some in rows.items() if role not in inputs.rows}
+    # A role that both take is the provider's rows, as an attacker knows them who has seen them.
+    own = set(inputs.rows) - set(defence.spec.accepts())
+    others: dict[str, Any] = {role: list(some) for role, some in rows.items() if role not in own}
     mixture = getattr(method, "mixture", None)
     if mixture is None:
         raise ConfigError(f"attack {step.attack!r} trains on no mixture", hint="no method can run inside it")
-    chosen = choose(defence, others, mixture(inputs), model, step.seed)
+    chosen = choose(defence, others, mixture(model, inputs), model, step.seed)
     chat = chat_format(model, system=step.system, max_length=step.max_length)
     made = defence.build({role: chat.encode_all(some) for role, some in others.items()})
     facts = {"assets_digest": assets_digest(defence.assets)} if defence.assets else {}
