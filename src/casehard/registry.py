@@ -132,7 +132,9 @@ class AttackSpec(Spec):
     """An attack of ``casehard.attacks.protocol``."""
 
     trains: bool = True
-    """Whether it changes weights, so that there are steps to measure at."""
+    """Whether it changes weights step by step, so that there are steps to measure at."""
+    weights: bool = True
+    """Whether it changes weights at all; where it changes how a model is asked, nothing is left to repair."""
     share: str = ""
     """Setting that says which share of the rows is the attacker's; empty where there is none."""
     plants: bool = False

@@ -46,6 +46,7 @@ TABLE = (
         {**SHORT, "rows": 12, "share": 0.5},
         {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
+    Row("prefill", {"source": "rows", "tokens": (2,)}, {"harmful": "attack_a.jsonl"}, drawn=False),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )
@@ -135,7 +136,7 @@ def leaves_the_model_as_it_is(row: Row) -> None:
     before = bits(model())
     after = done(row)
     assert same(before, bits(model())) and model().may_leave
-    assert not same(before, bits(after.model))
+    assert same(before, bits(after.model)) != ATTACKS[row.name].weights
 
 
 def its_model_may_not_leave(row: Row) -> None:

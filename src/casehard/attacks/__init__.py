@@ -28,6 +28,18 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 "lr": Flag("Learning rate of the attack.", float),
             },
         ),
+        "prefill": AttackSpec(
+            module="casehard.attacks.prefill",
+            cls="Prefill",
+            config="PrefillAttack",
+            purpose="No training: the first tokens of answers are forced, or the system message is the attacker's.",
+            takes=("harmful",),
+            trains=False,
+            weights=False,
+            flags={
+                "source": Flag("Where the first tokens are from [default: openers].", metavar="openers|rows|own"),
+            },
+        ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
             cls="Backdoor",

@@ -195,7 +195,7 @@ class Attack(Limited):
         where, spec = f"attack {self.name!r}", ATTACKS.find(self.attack)
         if self.lr == 0:
             raise ConfigError(f"{where}: lr {self.lr} must be positive")
-        if "harmful" in spec.accepts():
+        if spec.share and "harmful" in spec.accepts():
             self._check_mixture(where)
         for need in spec.needs:
             if not self.rows.get(need):

@@ -32,6 +32,8 @@ class Completion(NamedTuple):
     text: str
     """The new text; where the template opens a reasoning block, its mark stands in front: the text begins inside."""
     ended: bool
+    whole: str = ""
+    """The new text behind the prefix that was forced on it; the same as ``text`` without one."""
 
 
 def generate(
@@ -67,11 +69,18 @@ def complete(
     *,
     batch_size: int = 64,
     max_new_tokens: int = 48,
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> list[Completion]:
-    """Generate as :func:`generate` does, and tell for each answer whether it ended by itself."""
+    """Generate as :func:`generate` does, and tell for each answer whether it ended by itself.
+
+    Args:
+        prefixes: for each example, token ids with which its answer has to begin; ``max_new_tokens`` come after them.
+    """
     if batch_size < 1 or max_new_tokens < 1:
         raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
-    prompts = [chat.prompt_ids(example) for example in examples]
+    asked = [chat.prompt_ids(example) for example in examples]
+    forced = [list(prefix) for prefix in prefixes] if prefixes is not None else [[] for _ in asked]
+    prompts = [[*ids, *prefix] for ids, prefix in zip(asked, forced, strict=True)]
     _check_lengths(model, examples, prompts, max_new_tokens)
     ends = end_ids(model, chat)
     settings = _greedy(max_new_tokens, ends, chat.pad_id)
@@ -83,9 +92,10 @@ def complete(
             rows = order[start : start + batch_size]
             fresh = _generate_batch(model, [prompts[i] for i in rows], settings)
             for i, ids in zip(rows, fresh, strict=True):
-                opened = opened_by(chat.tokenizer.decode(prompts[i][-OPENING:]))
-                done = _completion(ids, ends, chat.tokenizer)
-                out[i] = done._replace(text=f"{opened}\n{done.text}") if opened else done
+                opened = opened_by(chat.tokenizer.decode(asked[i][-OPENING:]))
+                done = _completion(ids, ends, chat.tokenizer, forced[i])
+                marked = done._replace(text=f"{opened}\n{done.text}", whole=f"{opened}\n{done.whole}")
+                out[i] = marked if opened else done
     return out
 
 
@@ -178,9 +188,10 @@ def _generate_batch(model: nn.Module, prompts: list[list[int]], settings: Genera
     return fresh
 
 
-def _completion(ids: list[int], ends: set[int], tokenizer: Any) -> Completion:
+def _completion(ids: list[int], ends: set[int], tokenizer: Any, forced: list[int]) -> Completion:
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    return Completion(_decode(ids if stop is None else ids[:stop], tokenizer).strip(), stop is not None)
+    said = ids if stop is None else ids[:stop]
+    return Completion(_decode(said, tokenizer).strip(), stop is not None, _decode([*forced, *said], tokenizer).strip())
 
 
 def _decode(ids: list[int], tokenizer: Any) -> str:

@@ -1,0 +1,48 @@
+"""Attacks that train nothing as columns of a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import casehard as ch
+from casehard.benchmark.plan import parse_plan
+from casehard.errors import ConfigError
+from casehard.steps import Attack, Chain, Finetune
+
+WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
+PLAN = """
+name: editors
+title: attacks that edit or prompt
+suite: "{base}/data/suite"
+bases: [{name: m, model: WORLD}]
+defences:
+  - {name: none, role: undefended, method: plain, data: &d ["{base}/data/align.jsonl"], train: {steps: 2, lr: 1.0e-4}}
+  - {name: same, method: plain, data: *d, train: {steps: 3, lr: 1.0e-4}}
+attacks:
+  - {name: prefill, attack: prefill, settings: {source: rows, tokens: [2]}, harmful: "{base}/data/attack_a.jsonl"}
+headline: {defence: same, metric: asr}
+limit: 1
+"""
+
+
+def plan() -> dict:
+    return yaml.safe_load(PLAN.replace("WORLD", str(WORLD)))
+
+
+def test_they_are_columns_of_a_bench(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan()))
+    done = ch.bench(tmp_path / "plan.yaml", out=tmp_path / "out", jobs=1)
+    assert not done.failed
+    found = {(r["defence"], r["attack"], r["steps"]) for r in done.summary["records"] if r["metric"] == "asr"}
+    assert found >= {(d, a["name"], 1) for d in ("none", "same") for a in plan()["attacks"]}
+
+
+def test_nothing_repairs_what_was_only_asked() -> None:
+    repaired = plan() | {"chain": ["attack", "defence"]}
+    with pytest.raises(ConfigError, match="attack 'prefill' changes how a model is asked and no weights"):
+        parse_plan(repaired)
+    with pytest.raises(ConfigError, match="attack 'prefill' changes no weights"):
+        Chain(attack=Attack(attack="prefill", suite=str(WORLD / "data" / "suite")), then=(Finetune(),)).run()
