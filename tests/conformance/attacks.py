@@ -47,6 +47,11 @@ TABLE = (
         {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
     Row("prefill", {"source": "rows", "tokens": (2,)}, {"harmful": "attack_a.jsonl"}, drawn=False),
+    Row(
+        "abliteration",
+        {"rows": 8, "held_out": 4, "strengths": (1.0,)},
+        {"harmful": "attack_a.jsonl", "benign": "benign.jsonl"},
+    ),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )

@@ -40,6 +40,15 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 "source": Flag("Where the first tokens are from [default: openers].", metavar="openers|rows|own"),
             },
         ),
+        "abliteration": AttackSpec(
+            module="casehard.attacks.abliteration",
+            cls="Abliteration",
+            config="AbliterationAttack",
+            purpose="No training: the direction that tells refused prompts from others is taken out of the weights.",
+            needs=("harmful", "benign"),
+            roles={"benign": "harmless prompts with answers"},
+            trains=False,
+        ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
             cls="Backdoor",
