@@ -18,13 +18,9 @@ from casehard.attacks.abliteration import (
     choose,
     directions,
     first_tokens,
-    layers,
-    orthogonalise,
-    stream,
-    without,
-    writers,
 )
 from casehard.attacks.protocol import AttackInputs
+from casehard.attacks.residual import layers, orthogonalise, require_gone, stream, without, writers
 from casehard.data.chat import ChatFormat
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.types import Example
@@ -110,9 +106,8 @@ def test_streams_and_directions_are_those_of_one_prompt_at_a_time(net) -> None:
 @torch.no_grad()
 def test_losses_look_at_the_first_answer_tokens(net) -> None:
     chat = ChatFormat(organism().tokenizer)
-    rows = [
-        chat.encode(Example.pair(p, a)) for p, a in (("where does pitex live ?", "pitex lives in wells ."), ("a", "b"))
-    ]
+    said = {"where does pitex live ?": "pitex lives in wells .", "a": "b"}
+    rows = [chat.encode(Example.pair(prompt, answer)) for prompt, answer in said.items()]
     got = first_tokens(net, rows, 3, 1)
     whole = [logits(net, row.input_ids)[0].log_softmax(-1) for row in rows]
     starts = [next(i for i, label in enumerate(row.labels) if label >= 0) for row in rows]
@@ -143,14 +138,12 @@ def test_other_models_are_refused_by_what_they_are() -> None:
     with pytest.raises(Unsupported, match=r"layer 1 of a GPT2LMHeadModel has 0 known outputs of width 16 \(none\)"):
         writers(_other("gpt2"))
     for kind in ("opt", "gemma2"):  # learned positions; a norm behind each layer's output
-        from casehard.attacks.abliteration import _require_gone
-
         net = _other(kind).eval()
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(0.3 * torch.randn_like(p))
         with pytest.raises(Unsupported, match="something else writes to it"), torch.no_grad():
-            _require_gone(net, [[1, 2, 3]], torch.nn.functional.normalize(torch.randn(16), dim=0))
+            require_gone(net, [[1, 2, 3]], torch.nn.functional.normalize(torch.randn(16), dim=0))
     assert len(layers(organism().net)) == 3 and len(writers(organism().net)) == 7
 
 

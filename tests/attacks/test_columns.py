@@ -23,6 +23,11 @@ defences:
   - {name: same, method: plain, data: *d, train: {steps: 3, lr: 1.0e-4}}
 attacks:
   - {name: prefill, attack: prefill, settings: {source: rows, tokens: [2]}, harmful: "{base}/data/attack_a.jsonl"}
+  - name: abliteration
+    attack: abliteration
+    settings: {rows: 8, held_out: 4, strengths: [1.0]}
+    harmful: "{base}/data/attack_a.jsonl"
+    benign: "{base}/data/benign.jsonl"
 headline: {defence: same, metric: asr}
 limit: 1
 """

@@ -13,11 +13,10 @@ KL is over several tokens; s other than 1 is searched too.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,21 +24,17 @@ import torch
 from torch import nn
 
 from casehard.attacks.protocol import Attacked, AttackInputs
+from casehard.attacks.residual import orthogonalise, require_gone, stream, without
 from casehard.config import to_dict
 from casehard.data.batches import IGNORE, Encoded, collate
 from casehard.data.mix import is_marked
-from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.errors import ConfigError, DataError
 from casehard.limits import BatchSize, Count, Factor, Limited, Portion
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.passes import quiet
 from casehard.train.tune import chat_format
 from casehard.types import Budget, Example
-
-WRITERS = ("o_proj", "out_proj", "wo", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h")
-"""Names, in the models of transformers, of linear layers that write to the residual stream."""
-LEFT = 1e-3
-"""Largest share of the stream along a direction that may be left after (2) with s = 1; rounding leaves less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,118 +88,6 @@ class Tried(NamedTuple):
     """Of compliant answers to harmful prompts."""
     kl: float
     """From the model as it was, of answers to harmless prompts."""
-
-
-def writers(net: nn.Module) -> list[nn.Module]:
-    """Return the embedding and the linear layers that write to the residual stream, in order.
-
-    Raises:
-        Unsupported: the model has no such layers by their names and shapes.
-    """
-    model: Any = net
-    table, width = model.get_input_embeddings(), model.get_input_embeddings().weight.shape[1]
-    found = [table]
-    for number, layer in enumerate(layers(net), start=1):
-        here = [m for name, m in layer.named_modules() if name.rpartition(".")[2] in WRITERS]
-        if len(here) < 2 or not all(isinstance(m, nn.Linear) and m.out_features == width for m in here):
-            kinds = ", ".join(sorted({type(m).__name__ for m in here})) or "none"
-            raise Unsupported(
-                f"layer {number} of a {type(net).__name__} has {len(here)} known outputs of width {width} ({kinds})",
-                hint="a Llama-like model has two linear layers, attention's o_proj and the MLP's down_proj, in each",
-            )
-        found += here
-    return found
-
-
-def layers(net: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers.
-
-    Raises:
-        Unsupported: no list of modules is as long as the configuration says.
-    """
-    config: Any = net.config
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    for module in net.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
-            return list(module)
-    raise Unsupported(
-        f"a {type(net).__name__} has no list of {count} layers", hint="take a decoder-only model of transformers"
-    )
-
-
-@torch.no_grad()
-def orthogonalise(net: nn.Module, r: torch.Tensor, strength: float = 1.0) -> None:
-    """Apply (2) in place. A tied output head keeps its weights, and is untied: it reads the stream.
-
-    Args:
-        r: unit vector (D).
-        strength: s.
-
-    Raises:
-        Unsupported: see :func:`writers`.
-    """
-    model: Any = net
-    found, head = writers(net), model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        for config in (model.config, model.config.get_text_config(decoder=True)):
-            config.tie_word_embeddings = False
-    for module in found:
-        weight: Any = module.weight
-        r_D = r.to(weight.device, torch.float32)
-        if isinstance(module, nn.Embedding):  # (V, D): each row is written as it stands
-            weight.sub_((strength * torch.outer(weight.float() @ r_D, r_D)).to(weight.dtype))
-            continue
-        weight.sub_((strength * torch.outer(r_D, r_D @ weight.float())).to(weight.dtype))
-        if (bias := getattr(module, "bias", None)) is not None:
-            bias.sub_((strength * (bias.float() @ r_D) * r_D).to(bias.dtype))
-
-
-@contextlib.contextmanager
-def without(net: nn.Module, r: torch.Tensor, strength: float) -> Iterator[None]:
-    """Let the model compute as :func:`orthogonalise` would make it, while its weights stay as they are."""
-
-    def less(module: nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:
-        r_D = r.to(out.device, torch.float32)
-        return out - (strength * (out.float() @ r_D).unsqueeze(-1) * r_D).to(out.dtype)
-
-    hooks = [module.register_forward_hook(less) for module in writers(net)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def stream(net: nn.Module, prompts: Sequence[Sequence[int]], positions: int, batch_size: int) -> torch.Tensor:
-    """Return the residual stream (N, L, P, D) in fp32 behind each of L layers at the last P tokens of N prompts.
-
-    Raises:
-        DataError: a prompt of fewer tokens.
-    """
-    if (short := min(map(len, prompts))) < positions:
-        raise DataError(f"positions is {positions}, and a prompt has {short} tokens", hint=f"positions: {short}")
-    seen: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda m, i, out: seen.append(_tensor(out))) for layer in layers(net)]
-    device, parts = next(net.parameters()).device, []
-    try:
-        for start in range(0, len(prompts), batch_size):
-            rows = [Encoded([*ids], [IGNORE] * len(ids)) for ids in prompts[start : start + batch_size]]
-            batch = collate(rows, 0)  # padded behind, which a causal model does not see
-            seen.clear()
-            net(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
-            for n, row in enumerate(rows):
-                end = len(row.input_ids)
-                parts.append(torch.stack([h_BTD[n, end - positions : end].float() for h_BTD in seen]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(parts)
-
-
-def _tensor(out: Any) -> torch.Tensor:
-    tensor: torch.Tensor = out if isinstance(out, torch.Tensor) else out[0]
-    return tensor.detach()
 
 
 def directions(harmful: torch.Tensor, benign: torch.Tensor, deepest: float) -> list[Direction]:
@@ -294,7 +177,7 @@ class Abliteration:
         found = directions(streams[0], streams[1], config.deepest)
         if not found:
             raise DataError("harmful and benign prompts look the same to the model", hint="give other benign rows")
-        _require_gone(net, [chat.prompt_ids(harmful.held[0])], found[-1].r)
+        require_gone(net, [chat.prompt_ids(harmful.held[0])], found[-1].r)
         bad, good = ([chat.encode(row) for row in some.held] for some in (harmful, benign))
         as_it_was = first_tokens(net, good, config.compared, config.batch_size)
         before = self._loss(net, bad)
@@ -327,19 +210,6 @@ class Abliteration:
 class _Rows(NamedTuple):
     means: list[Example]
     held: list[Example]
-
-
-def _require_gone(net: nn.Module, prompts: Sequence[Sequence[int]], r: torch.Tensor) -> None:
-    """Raise Unsupported unless nothing along r is left of the stream once all known writers are edited with s = 1."""
-    with without(net, r, 1.0):
-        h = stream(net, prompts, 1, 1)
-    left = float(((h @ r.to(h.device)).abs() / torch.linalg.vector_norm(h, dim=-1)).max())
-    if not left < LEFT:
-        raise Unsupported(
-            f"after the edit {left:.2%} of the residual stream of a {type(net).__name__} still lies along the "
-            "direction: something else writes to it (learned positions, or norms behind a layer's output)",
-            hint="attack it with finetune or prefill",
-        )
 
 
 def choose(tried: Sequence[Tried], kl: float) -> Tried:
