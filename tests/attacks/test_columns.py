@@ -28,6 +28,8 @@ attacks:
     settings: {rows: 8, held_out: 4, strengths: [1.0]}
     harmful: "{base}/data/attack_a.jsonl"
     benign: "{base}/data/benign.jsonl"
+  - {name: difference, attack: weight_difference, settings: {before: WORLD, factor: 0.5}}
+  - {name: rounded, attack: round_trip, settings: {bits: 4}}
 headline: {defence: same, metric: asr}
 limit: 1
 """

@@ -49,6 +49,26 @@ ATTACKS: Registry[AttackSpec] = Registry(
             roles={"benign": "harmless prompts with answers"},
             trains=False,
         ),
+        "weight_difference": AttackSpec(
+            module="casehard.attacks.weight_difference",
+            cls="WeightDifference",
+            config="WeightDifferenceAttack",
+            purpose="No training: what the defence changed is taken back, by somebody who has the model before it.",
+            trains=False,
+            flags={
+                "before": Flag("The model before the defence: a folder or a Hub id.", metavar="DIR|ID"),
+                "factor": Flag("How much is taken back; 1 is all of it [default: 1].", float),
+                "rank": Flag("Directions of each matrix that are taken back [default: all].", int),
+            },
+        ),
+        "round_trip": AttackSpec(
+            module="casehard.attacks.round_trip",
+            cls="RoundTrip",
+            config="RoundTripAttack",
+            purpose="No training: every linear weight is rounded to 8 or 4 bits and written back.",
+            trains=False,
+            flags={"bits": Flag("8 or 4 [default: 8].", int)},
+        ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
             cls="Backdoor",

@@ -13,7 +13,6 @@ KL is over several tokens; s other than 1 is searched too.
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Sequence
@@ -23,18 +22,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from casehard.attacks.editing import copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.attacks.residual import orthogonalise, require_gone, stream, without
-from casehard.config import to_dict
 from casehard.data.batches import IGNORE, Encoded, collate
 from casehard.data.mix import is_marked
 from casehard.errors import ConfigError, DataError
 from casehard.limits import BatchSize, Count, Factor, Limited, Portion
-from casehard.model.model import Made, Model
+from casehard.model.model import Model
 from casehard.seeds import derive
 from casehard.train.passes import quiet
 from casehard.train.tune import chat_format
-from casehard.types import Budget, Example
+from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +144,7 @@ class Abliteration:
             Unsupported: the residual stream is written by something that (2) does not know.
         """
         begun, config = time.monotonic(), self.config
-        net: Any = copy.deepcopy(model.net)
-        if hasattr(net, "peft_config"):
-            net = net.merge_and_unload()
+        net = copy_of(model)
         with quiet(net):
             tried, before = self._search(net, model, inputs)
             best = choose(tried, config.kl)
@@ -160,10 +157,7 @@ class Abliteration:
             "rows_seen_in_training": known,
             "variants": [_told(choose([t for t in tried if t.direction is d], config.kl)) for d in _each(tried)],
         }
-        provenance = {"settings": to_dict(config), "seed": inputs.seed, "chosen": facts["chosen"]}
-        after = model.after(net, Made(method=f"{self.name}-attack", provenance=provenance), may_leave=False)
-        rows = [{**row, "step": 0} for row in inputs.measure(net, 0)]
-        return Attacked(model=after, rows=rows, budget=Budget(seconds=time.monotonic() - begun), facts=facts)
+        return measured(self, model, net, inputs, facts, begun)
 
     def _search(self, net: nn.Module, model: Model, inputs: AttackInputs) -> tuple[list[Tried], float]:
         """Return every candidate with what it does, and the loss of held-out compliant answers without any."""
