@@ -141,7 +141,8 @@ class AttackSpec(Spec):
     """Whether it hides a trigger: its settings ``trigger`` and ``behaviour`` may be names, and every prompt is asked
     without and with the trigger."""
     flags: Mapping[str, Flag] = field(default_factory=dict)
-    """Settings with an option of their own; ``--set config.NAME=VALUE`` gives the others."""
+    """Settings with an option of their own; ``--set config.NAME=VALUE`` gives the others. With ``mode`` among them, a
+    plan may say how it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)

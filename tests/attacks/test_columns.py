@@ -30,6 +30,7 @@ attacks:
     benign: "{base}/data/benign.jsonl"
   - {name: difference, attack: weight_difference, settings: {before: WORLD, factor: 0.5}}
   - {name: rounded, attack: round_trip, settings: {bits: 4}}
+  - {name: soft, attack: soft_prompt, steps: 1, lr: 0.1, settings: {tokens: 2}, harmful: "{base}/data/attack_a.jsonl"}
 headline: {defence: same, metric: asr}
 limit: 1
 """
@@ -45,6 +46,12 @@ def test_they_are_columns_of_a_bench(tmp_path: Path) -> None:
     assert not done.failed
     found = {(r["defence"], r["attack"], r["steps"]) for r in done.summary["records"] if r["metric"] == "asr"}
     assert found >= {(d, a["name"], 1) for d in ("none", "same") for a in plan()["attacks"]}
+
+
+def test_a_mode_that_an_attack_does_not_have_is_refused() -> None:
+    soft = {"name": "soft", "attack": "soft_prompt", "mode": "lora", "harmful": "{base}/data/attack_a.jsonl"}
+    with pytest.raises(ConfigError, match="attack 'soft' has no mode: 'lora' would be ignored"):
+        parse_plan(plan() | {"attacks": [soft]})
 
 
 def test_nothing_repairs_what_was_only_asked() -> None:

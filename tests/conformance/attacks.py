@@ -72,6 +72,7 @@ TABLE = (
     ),
     Row("weight_difference", {"before": before, "rank": 2}, drawn=False),
     Row("round_trip", {"bits": 4}, drawn=False),
+    Row("soft_prompt", {**SHORT, "tokens": 2}, {"harmful": "attack_a.jsonl"}),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )
@@ -161,7 +162,9 @@ def leaves_the_model_as_it_is(row: Row) -> None:
     before = bits(model())
     after = done(row)
     assert same(before, bits(model())) and model().may_leave
-    assert same(before, bits(after.model)) != ATTACKS[row.name].weights
+    found = bits(after.model)  # those of an attack that changes how a model is asked may hold more than its weights
+    kept = all(any(x.shape == y.shape and torch.equal(x, y) for y in found) for x in before)
+    assert kept != ATTACKS[row.name].weights
 
 
 def its_model_may_not_leave(row: Row) -> None:

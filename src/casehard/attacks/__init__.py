@@ -69,6 +69,19 @@ ATTACKS: Registry[AttackSpec] = Registry(
             trains=False,
             flags={"bits": Flag("8 or 4 [default: 8].", int)},
         ),
+        "soft_prompt": AttackSpec(
+            module="casehard.attacks.soft_prompt",
+            cls="SoftPrompt",
+            config="SoftPromptAttack",
+            purpose="A few trained vectors stand in front of every prompt; the weights stay as they are.",
+            needs=("harmful",),
+            weights=False,
+            flags={
+                "tokens": Flag("Vectors in front of the prompt.", int),
+                "steps": Flag("Optimiser steps.", int),
+                "lr": Flag("Learning rate.", float),
+            },
+        ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
             cls="Backdoor",
