@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -57,6 +58,14 @@ def before() -> str:
     return str(ch.save(other, Path(_KEPT.name) / "before").path)
 
 
+EDIT = """
+import shutil, sys
+from safetensors.numpy import load_file, save_file
+shutil.copytree(sys.argv[1], sys.argv[2])
+file = sys.argv[2] + "/model.safetensors"
+save_file({name: w * w.dtype.type(0.9) for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+"""
+"""A program of somebody else that makes every weight smaller."""
 SHORT = {"steps": 1, "batch_size": 4, "evaluate_at": (0,)}
 TABLE = (
     Row(
@@ -73,6 +82,7 @@ TABLE = (
     Row("weight_difference", {"before": before, "rank": 2}, drawn=False),
     Row("round_trip", {"bits": 4}, drawn=False),
     Row("soft_prompt", {**SHORT, "tokens": 2}, {"harmful": "attack_a.jsonl"}),
+    Row("external", {"command": (sys.executable, "-c", EDIT, "{model}", "{out}")}, drawn=False),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )

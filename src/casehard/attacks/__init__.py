@@ -82,6 +82,15 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 "lr": Flag("Learning rate.", float),
             },
         ),
+        "external": AttackSpec(
+            module="casehard.attacks.external",
+            cls="External",
+            config="ExternalAttack",
+            purpose="A program of somebody else attacks a copy in a private folder that is removed afterwards.",
+            takes=("harmful", "benign"),
+            roles={"benign": "harmless prompts with answers"},
+            trains=False,
+        ),
         "backdoor": AttackSpec(
             module="casehard.attacks.backdoor",
             cls="Backdoor",
