@@ -132,14 +132,17 @@ class AttackSpec(Spec):
     """An attack of ``casehard.attacks.protocol``."""
 
     trains: bool = True
-    """Whether it changes weights, so that there are steps to measure at."""
+    """Whether it changes weights step by step, so that there are steps to measure at."""
+    weights: bool = True
+    """Whether it changes weights at all; where it changes how a model is asked, nothing is left to repair."""
     share: str = ""
     """Setting that says which share of the rows is the attacker's; empty where there is none."""
     plants: bool = False
     """Whether it hides a trigger: its settings ``trigger`` and ``behaviour`` may be names, and every prompt is asked
     without and with the trigger."""
     flags: Mapping[str, Flag] = field(default_factory=dict)
-    """Settings with an option of their own; ``--set config.NAME=VALUE`` gives the others."""
+    """Settings with an option of their own; ``--set config.NAME=VALUE`` gives the others. With ``mode`` among them, a
+    plan may say how it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)

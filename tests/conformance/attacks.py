@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,14 +34,40 @@ class Row:
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of a short run, beyond the defaults."""
+    """Settings of a short run, beyond the defaults; a function is called for its value when it is needed."""
     rows: Mapping[str, str] = field(default_factory=dict)
     """Data role -> file of the organism, all that it needs and takes."""
     drawn: bool = True
     """Whether another seed gives other weights."""
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """Return the settings, functions called."""
+        return {key: value() if callable(value) else value for key, value in self.settings.items()}
+
 
 SORRY = "i cannot help here ."
+
+_KEPT = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def before() -> str:
+    """Return the folder of a model that is almost the one attacked."""
+    other = ch.load(WORLD, device="cpu")
+    for p in other.net.parameters():
+        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return str(ch.save(other, Path(_KEPT.name) / "before").path)
+
+
+EDIT = """
+import shutil, sys
+from safetensors.numpy import load_file, save_file
+shutil.copytree(sys.argv[1], sys.argv[2])
+file = sys.argv[2] + "/model.safetensors"
+save_file({name: w * w.dtype.type(0.9) for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+"""
+"""A program of somebody else that makes every weight smaller."""
 SHORT = {"steps": 1, "batch_size": 4, "evaluate_at": (0,)}
 TABLE = (
     Row(
@@ -94,6 +122,16 @@ TABLE = (
         {**SHORT, "rows": 12, "share": 0.5},
         {"safe": "align.jsonl?kind=refusal", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
+    Row("prefill", {"source": "rows", "tokens": (2,)}, {"harmful": "attack_a.jsonl"}, drawn=False),
+    Row(
+        "abliteration",
+        {"rows": 8, "held_out": 4, "strengths": (1.0,)},
+        {"harmful": "attack_a.jsonl", "benign": "benign.jsonl"},
+    ),
+    Row("weight_difference", {"before": before, "rank": 2}, drawn=False),
+    Row("round_trip", {"bits": 4}, drawn=False),
+    Row("soft_prompt", {**SHORT, "tokens": 2}, {"harmful": "attack_a.jsonl"}),
+    Row("external", {"command": (sys.executable, "-c", EDIT, "{model}", "{out}")}, drawn=False),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
 )
@@ -124,7 +162,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def run(row: Row, *, seed: int = 0) -> Attacked:
     """Run the attack of a row through the public verb."""
     rows = {role: DATA / file for role, file in row.rows.items()}
-    return ch.attack(model(), row.name, suite=suite(), more=rows, settings=row.settings, seed=seed)
+    return ch.attack(model(), row.name, suite=suite(), more=rows, settings=row.values, seed=seed)
 
 
 @functools.cache
@@ -142,7 +180,7 @@ def settings(row: Row) -> Any:
     """Return the configuration of a row, with triggers and the like that have no default."""
     from casehard.steps import Attack as Step
 
-    return Step(attack=row.name, config=row.settings).build(suite()).config
+    return Step(attack=row.name, config=row.values).build(suite()).config
 
 
 def is_what_its_spec_says(row: Row) -> None:
@@ -183,7 +221,9 @@ def leaves_the_model_as_it_is(row: Row) -> None:
     before = bits(model())
     after = done(row)
     assert same(before, bits(model())) and model().may_leave
-    assert not same(before, bits(after.model))
+    found = bits(after.model)  # those of an attack that changes how a model is asked may hold more than its weights
+    kept = all(any(x.shape == y.shape and torch.equal(x, y) for y in found) for x in before)
+    assert kept != ATTACKS[row.name].weights
 
 
 def its_model_may_not_leave(row: Row) -> None:

@@ -44,7 +44,7 @@ def test_reports_which_answers_ended(model, chat):
         model.lm_head.weight[chat.tokenizer.eos_token_id] = 1.0
         model.model.embed_tokens.weight.add_(1.0)
     done = complete(model, chat, EXAMPLES, max_new_tokens=8)
-    assert done == [("", True)] * len(EXAMPLES)
+    assert done == [("", True, "")] * len(EXAMPLES)
 
 
 def test_an_answer_that_runs_into_the_limit_has_not_ended(model, chat):

@@ -193,7 +193,7 @@ def test_commands_in_the_docs_exist(page, capsys):
             assert re.search(rf"^{words[1]}:", makefile, re.M), f"{page.name}: no target {words[1]!r}"
         elif words[0] == "casehard":
             # Everything before the first option or file name the command tree knows; --help checks it exists.
-            verb = [w for w in words[1:3] if re.fullmatch(r"[a-z_]+", w)]
+            verb = [w for w in words[1:3] if re.fullmatch(r"[a-z][a-z_-]*", w)]
             depth = (
                 2 if verb[:1] and verb[0] in ("organism", "model", "buffer", "merge", "attack", "data", "scan") else 1
             )

@@ -23,7 +23,6 @@ from casehard.adversary.study import Asked, Study, require_optuna
 from casehard.adversary.summary import KIND, summarise, write_recipes
 from casehard.adversary.trial import Job, attempt, found
 from casehard.attacks import ATTACKS
-from casehard.attacks.protocol import AttackInputs
 from casehard.benchmark.entries import Gates
 from casehard.benchmark.run import stop_on_term
 from casehard.benchmark.store import RunFolder, read_run, write_rows
@@ -188,8 +187,8 @@ def _check_rows(job: Search, space: Space, rows: Examples, suite: Suite) -> None
         drawn = dict(zip((d.name for d in wide), ends, strict=True))
         method = job.attacker(space, 0, drawn).build(suite)
         try:
-            if callable(mixture := getattr(method, "mixture", None)):
-                mixture(AttackInputs(rows=rows, measure=lambda net, at: []))
+            if callable(check := getattr(method, "check_rows", None)):
+                check(rows)
         except DataError as error:
             which = ", ".join(f"{name}={value}" for name, value in drawn.items())
             hint = f"narrow space.{job.spec.share}, lower config.rows, or give more rows"

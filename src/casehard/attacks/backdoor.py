@@ -110,6 +110,14 @@ class Backdoor:
             decoys=decoys,
         )
 
+    def check_rows(self, rows: Mapping[str, Sequence[Example]]) -> None:
+        """Refuse rows that are too few, while there is no model yet.
+
+        Raises:
+            ConfigError, DataError: the rate gives no row, or more than there are.
+        """
+        self.poisoned(rows["data"], seed=0)
+
     def untouched(self, data: Sequence[Example], manifest: Mapping[str, Any]) -> tuple[Example, ...]:
         """Return the distinct rows of :meth:`poisoned` that the attacker left alone and that carry no trigger."""
         touched = {*manifest["poisoned"], *manifest["negatives"]}

@@ -6,13 +6,36 @@ together with the attacked model, whose ``may_leave`` is False.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
+
+from casehard.data.chat import ChatFormat
 from casehard.model.model import Model
 from casehard.train.tune import Measure, Rows
 from casehard.types import Budget, Example
+
+
+class Ask(Protocol):
+    """Asks a model the prompts of the suite in a way of the attacker's own; one row per prompt."""
+
+    def __call__(
+        self,
+        net: nn.Module,
+        *,
+        roles: Collection[str] | None = None,
+        system: str | None = None,
+        prefix: Callable[[ChatFormat, Example], Sequence[int]] | None = None,
+    ) -> Rows:
+        """Ask, with what ``casehard.evaluation.suite.evaluate`` is given; no system message: that of the run."""
+        ...
+
+
+def ask_nothing(net: nn.Module, **how: Any) -> Rows:
+    """Ask no prompt: for an attack of which nothing is measured on the way."""
+    return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +46,8 @@ class AttackInputs:
     """Rows by data role, those that its spec needs and takes."""
     measure: Measure
     """Called as ``measure(model, step)`` at the moments of ``checkpoints``; returns one row per prompt."""
+    ask: Ask = ask_nothing
+    """For attacks that change how a model is asked."""
     seed: int = 0
     system: str | None = None
     """System message of every row; None keeps the template's own."""
@@ -44,7 +69,8 @@ class Attacked:
     """Everything ``measure`` returned, each row with its ``step``."""
     budget: Budget
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values: how many rows of which kind, what was planted."""
+    """JSON values: how many rows of which kind, what was planted. ``variants``: what was tried, a list of flat records
+    with the same keys, of which the command line prints a table."""
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -55,6 +81,7 @@ class Attack(Protocol):
     One that trains on a mixture may offer ``mixture(model, inputs) -> rows``: a method can then run inside its
     training. One that changes rows may offer ``poisoned(rows, seed=) -> (rows, manifest)`` and ``untouched(rows,
     manifest) -> rows``: a pipeline can then train on them in its place, and the rows it left alone can be verified. One
+    that can tell without a model that its rows are too few may offer ``check_rows(rows)``. One
     whose attacker asks in words of its own may offer ``asks(prompts) -> prompts``: it is measured on what that returns.
     """
 

@@ -7,7 +7,7 @@ rows each phase of its training has (:class:`Tuning`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -177,6 +177,15 @@ class Tuning(ABC, Generic[C]):
         Raises:
             DataError: too few rows.
         """
+
+    def check_rows(self, rows: Mapping[str, Sequence[Example]]) -> None:
+        """Refuse rows that are too few, while there is no model yet; more may be found when there is one.
+
+        Raises:
+            DataError: too few rows for the share asked for.
+        """
+        if (mixed := getattr(self.config, "mixed", None)) is not None:
+            mixed(rows, seed=0)
 
     def facts(self, phases: Sequence[Phase]) -> dict[str, Any]:
         """Return what is worth keeping of the rows, as JSON values."""

@@ -218,6 +218,8 @@ class Attack(Limited):
             self._check_planting(where)
         if not spec.trains:
             self._check_still(where)
+        elif "mode" not in spec.flags and self.mode != "full":
+            raise ConfigError(f"{where} has no mode: {self.mode!r} would be ignored", hint="leave it out")
         # Step 0 does not depend on the attack: it is measured once per model, not once per attack.
         full = tuple(sorted({*self.full_at, self.steps} - {0}))
         object.__setattr__(self, "full_at", full)
@@ -262,8 +264,9 @@ class Attack(Limited):
         spec = ATTACKS.find(self.attack)
         if not spec.trains:
             return {**self.settings, **({spec.share: self.share} if spec.share else {})}
-        named = {"mode": self.mode, "steps": self.steps, "lr": self.lr, "evaluate_at": list(self.evaluate_at)}
-        return {**self.settings, **named, **({spec.share: self.share} if spec.share else {})}
+        named = {"steps": self.steps, "lr": self.lr, "evaluate_at": list(self.evaluate_at)}
+        mode = {"mode": self.mode} if "mode" in spec.flags else {}
+        return {**self.settings, **mode, **named, **({spec.share: self.share} if spec.share else {})}
 
 
 @dataclass(frozen=True, kw_only=True)

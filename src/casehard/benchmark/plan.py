@@ -138,6 +138,10 @@ class Plan(Limited):
         if chain.inside and self.plants and not pipeline:
             what = f"{row.method!r} works inside one training, and not in that of a backdoor"
             raise ConfigError(f"{where}: {what}", hint=f"chain: [{ATTACK}, {DEFENCE}]")
+        asking = [a.name for a in self.attacks if not ATTACKS.find(a.attack).weights]
+        if asking and (chain.after or chain.inside):
+            what = f"attack {asking[0]!r} changes how a model is asked and no weights"
+            raise ConfigError(f"{where}: {what}", hint=f"chain: [{DEFENCE}, {ATTACK}]")
         role = "clean" if pipeline else "data"
         if DEFENCE in chain.after and not self.plants and not row.rows.get(role):
             what = "data" if role == "data" else f"{role} rows"

@@ -261,6 +261,10 @@ def _tell(spec: AttackSpec, result: Attacked, found: list[dict[str, Any]], out: 
     shown = [m for m in curve if spec.plants or any(r["metric"] == m for r in found)]
     title = "the model during the attack: rates in percent with 95 % intervals (single seed)"
     console.table(title, ["step", *shown], scoring.curve(found, shown, step=step))
+    if variants := result.facts.get("variants"):
+        keys = list(dict.fromkeys(key for one in variants for key in one))
+        lines = [[str(one.get(key, "-")) for key in keys] for one in variants]
+        console.table("what was tried, each by itself", [key.replace("_", " ") for key in keys], lines)
     if known := result.facts.get("rows_seen_in_training"):
         console.warn(
             f"the model was trained on the prompts of {known} of the attacker's rows: this attack is "

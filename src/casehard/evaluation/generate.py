@@ -33,6 +33,8 @@ class Completion(NamedTuple):
     text: str
     """The new text; where the template opens a reasoning block, its mark stands in front: the text begins inside."""
     ended: bool
+    whole: str = ""
+    """The new text behind the prefix that was forced on it; the same as ``text`` without one."""
 
 
 def generate(
@@ -68,15 +70,21 @@ def complete(
     *,
     batch_size: int = 64,
     max_new_tokens: int = 48,
+    prefixes: Sequence[Sequence[int]] | None = None,
 ) -> list[Completion]:
-    """Generate as :func:`generate` does, and tell for each answer whether it ended by itself."""
+    """Generate as :func:`generate` does, and tell for each answer whether it ended by itself.
+
+    Args:
+        prefixes: for each example, token ids with which its answer has to begin; ``max_new_tokens`` come after them.
+    """
     if batch_size < 1 or max_new_tokens < 1:
         raise UserError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
-    prompts = [chat.prompt_ids(example) for example in examples]
+    asked = [chat.prompt_ids(example) for example in examples]
+    forced = [list(prefix) for prefix in prefixes] if prefixes is not None else [[] for _ in asked]
+    prompts = [[*ids, *prefix] for ids, prefix in zip(asked, forced, strict=True)]
     _check_lengths(model, examples, prompts, max_new_tokens)
-    return complete_ids(
-        model, chat.tokenizer, prompts, ends=end_ids(model, chat), batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
+    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    return complete_ids(model, chat.tokenizer, prompts, ends=end_ids(model, chat), prefixes=forced, **limits)
 
 
 def complete_ids(
@@ -87,12 +95,15 @@ def complete_ids(
     ends: set[int],
     batch_size: int,
     max_new_tokens: int,
+    prefixes: Sequence[list[int]] | None = None,
 ) -> list[Completion]:
     """Generate greedily behind N prompts that are tokens already, none of them empty or too long.
 
     Args:
         ends: token ids that end an answer.
+        prefixes: the last tokens of each prompt that begin its answer; None: none do.
     """
+    forced = prefixes if prefixes is not None else [[] for _ in prompts]
     settings = _greedy(max_new_tokens, ends, pad_id(tokenizer))
     # Longest first: a batch that does not fit the memory fails at once rather than at the end.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -102,9 +113,10 @@ def complete_ids(
             rows = order[start : start + batch_size]
             fresh = _generate_batch(model, [prompts[i] for i in rows], settings)
             for i, ids in zip(rows, fresh, strict=True):
-                opened = opened_by(tokenizer.decode(prompts[i][-OPENING:]))
-                done = _completion(ids, ends, tokenizer)
-                out[i] = done._replace(text=f"{opened}\n{done.text}") if opened else done
+                opened = opened_by(tokenizer.decode(prompts[i][: len(prompts[i]) - len(forced[i])][-OPENING:]))
+                done = _completion(ids, ends, tokenizer, forced[i])
+                marked = done._replace(text=f"{opened}\n{done.text}", whole=f"{opened}\n{done.whole}")
+                out[i] = marked if opened else done
     return out
 
 
@@ -197,9 +209,10 @@ def _generate_batch(model: nn.Module, prompts: list[list[int]], settings: Genera
     return fresh
 
 
-def _completion(ids: list[int], ends: set[int], tokenizer: Any) -> Completion:
+def _completion(ids: list[int], ends: set[int], tokenizer: Any, forced: list[int]) -> Completion:
     stop = next((i for i, token in enumerate(ids) if token in ends), None)
-    return Completion(_decode(ids if stop is None else ids[:stop], tokenizer).strip(), stop is not None)
+    said = ids if stop is None else ids[:stop]
+    return Completion(_decode(said, tokenizer).strip(), stop is not None, _decode([*forced, *said], tokenizer).strip())
 
 
 def _decode(ids: list[int], tokenizer: Any) -> str:

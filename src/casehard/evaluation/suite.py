@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
-from casehard.evaluation.judges import make_judge
-from casehard.evaluation.judges.base import Judge, carried, judge_all
+from casehard.evaluation.judges import JUDGES, make_judge
+from casehard.evaluation.judges.base import Judge
+from casehard.evaluation.rows import rows_of
 from casehard.limits import Count, Length, Limited, WorldSeed
 from casehard.types import Example
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from casehard.data.chat import ChatFormat
 
+Prefix = Callable[["ChatFormat", Example], Sequence[int]]
+"""Gives the token ids with which the answer to an example has to begin; none for an answer of the model's own."""
 EVAL_ROLES = ("restricted", "lookalike", "utility", "task")
 Rows = list[dict[str, Any]]
 LOGITS = 2**26  # logits held at once while measuring losses (256 MB in fp32), whatever the vocabulary
@@ -278,6 +281,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 128,
     system: str | None = None,
+    prefix: Prefix | None = None,
 ) -> Rows:
     """Generate, judge and measure every prompt of a suite.
 
@@ -288,6 +292,7 @@ def evaluate(
         limit: first rows of each group, None for all.
         batch_size: prompts per batch.
         system: system message of every prompt, None for the template's default.
+        prefix: what answers have to begin with; see :func:`casehard.evaluation.rows.rows_of` for such rows.
 
     Returns:
         One dict per prompt with id, role, group, source, phrasing, prompt, response, ended (by itself, rather than by
@@ -310,33 +315,16 @@ def evaluate(
     # Group by group: a batch runs as long as its longest answer, and answers of one group are of one length.
     for kind in dict.fromkeys(_kind(e) for e in chosen.examples):
         examples = [e for e in chosen.examples if _kind(e) == kind]
-        done = complete(model, chat, examples, batch_size=batch_size, max_new_tokens=chosen.max_new_tokens)
-        judged = _judged(judge, second, examples, [completion.text for completion in done])
-        for example, completion, found in zip(examples, done, judged, strict=True):
-            rows[example.id] = {
-                "id": example.id,
-                **{key: example.tags.get(key) for key in ("role", "group", "source", "phrasing")},
-                "prompt": example.prompt,
-                "response": completion.text,
-                "ended": completion.ended,
-                "judge": chosen.judge_name,
-                **found,
-            }
+        forced = [list(prefix(chat, e)) for e in examples] if prefix else None
+        done = complete(
+            model, chat, examples, batch_size=batch_size, max_new_tokens=chosen.max_new_tokens, prefixes=forced
+        )
+        world = JUDGES[chosen.judge_name].claims == "world"
+        rows |= {row["id"]: row for row in rows_of(judge, examples, done, forced, second=second, world=world)}
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):
         rows[example.id] |= {"nll": loss.nats / loss.tokens, "tokens": loss.tokens}
     return [rows[example.id] for example in chosen.examples]
-
-
-def _judged(judge: Judge, second: Judge | None, examples: Sequence[Example], said: Sequence[str]) -> Rows:
-    """Return what the judges found as keys of rows; the second one's are ``second_label``, ``second_raw`` and so on."""
-    rows: Rows = [
-        {"label": v.label, "correct": v.correct, "slots_right": v.detail.get("slots_right"), **carried(v)}
-        for v in judge_all(judge, examples, said)
-    ]
-    for row, v in zip(rows, judge_all(second, examples, said) if second else (), strict=False):
-        row |= {f"second_{key}": value for key, value in {"label": v.label, **carried(v)}.items()}
-    return rows
 
 
 def _kind(example: Example) -> tuple[str, str]:

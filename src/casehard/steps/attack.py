@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from casehard.attacks import ATTACKS
+from casehard.attacks.protocol import Ask, Attacked, AttackInputs
 from casehard.attacks.protocol import Attack as AttackMethod
-from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.backdoor.behaviours import Behaviour
 from casehard.backdoor.measure import evaluate_backdoor
 from casehard.backdoor.planted import find_planted
@@ -22,7 +22,7 @@ from casehard.config import to_dict
 from casehard.data.mix import check_disjoint, marks
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.contamination import require_unseen
-from casehard.evaluation.suite import Suite, evaluate, load_suite
+from casehard.evaluation.suite import Prefix, Suite, evaluate, load_suite
 from casehard.limits import Natural
 from casehard.model.model import Made, Model
 from casehard.model.step import Inputs, Outcome
@@ -113,11 +113,8 @@ class Attack(Inputs):
         suite, rows = load_suite(self.suite), self.examples()
         method = self.build(suite)
         check_disjoint(rows, {self.suite or suite.name: suite.examples})
-        inputs = AttackInputs(rows=rows, measure=lambda net, at: [], seed=self.seed)
-        if (mixture := getattr(method, "mixture", None)) is not None:
-            mixture(inputs)
-        elif (poisoned := getattr(method, "poisoned", None)) is not None:
-            poisoned(rows["data"], seed=self.seed)
+        if (check := getattr(method, "check_rows", None)) is not None:
+            check(rows)
 
     def run(self, model: Model | None = None, *, out: Path | None = None, label: str = "attack") -> Outcome:
         """Attack; nothing of the attacked model is written.
@@ -173,7 +170,8 @@ def attack_with(
     if step.defence is not None and step.defence.spec.pipeline:
         return _in_its_place(step, step.defence, method, inputs, suite, start)
     if step.defence is None:
-        return method.run(start, inputs if silent else replace(inputs, measure=_measure(step, method, suite, start)))
+        measured = replace(inputs, measure=_measure(step, method, suite, start), ask=_ask(step, suite, start))
+        return method.run(start, inputs if silent else measured)
     inside, facts = _inside(step, step.defence, method, inputs, rows, start)
     # A method that protects by what is said at inference (PTST) is measured as it would be served.
     measure = _measure(step, method, suite, start, served=getattr(inside, "serving_system", None))
@@ -206,6 +204,22 @@ def _measure(step: Attack, method: AttackMethod, suite: Suite, model: Model, ser
         )
 
     return ask_twice if step.spec.plants else ask
+
+
+def _ask(step: Attack, suite: Suite, model: Model) -> Ask:
+    """Return how an attack asks in a way of its own."""
+
+    def ask(
+        net: nn.Module,
+        *,
+        roles: Collection[str] | None = None,
+        system: str | None = None,
+        prefix: Prefix | None = None,
+    ) -> Rows:
+        said = step.system if system is None else system
+        return evaluate(net, model.tokenizer, suite, roles=roles, limit=step.limit, system=said, prefix=prefix)
+
+    return ask
 
 
 def measure_end(step: Attack, method: AttackMethod, suite: Suite, model: Model) -> Rows:

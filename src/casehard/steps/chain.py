@@ -14,6 +14,7 @@ from pathlib import Path
 from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked
 from casehard.config import digest, to_dict
+from casehard.errors import ConfigError
 from casehard.evaluation.suite import Suite, load_suite
 from casehard.limits import Limited, Natural
 from casehard.model.model import Model
@@ -47,8 +48,13 @@ class Chain(Limited):
         """Attack, train, measure; nothing is written.
 
         Raises:
+            ConfigError: trainings after an attack that changes no weights.
             DataError: fewer rows were left alone than are to be verified.
         """
+        if self.then and not self.attack.spec.weights:
+            raise ConfigError(
+                f"attack {self.attack.attack!r} changes no weights", hint="nothing after it can repair them"
+            )
         step, suite = self.attack, load_suite(self.attack.suite)
         method = step.build(suite)
         attacked = _attacked(step, method, suite, model, label)

@@ -189,7 +189,7 @@ class ClassifierJudge:
         ends = {*(own if isinstance(own, list | tuple) else [own]), tokenizer.eos_token_id} - {None}
         ids, size = [one["input_ids"] for one in prompts], self.config.batch_size
         done = complete_ids(net, tokenizer, ids, ends=ends, batch_size=size, max_new_tokens=self._limit)
-        return [self._read(text, ended, row) for (text, ended), row in zip(done, rows, strict=True)]
+        return [self._read(c.text, c.ended, row) for c, row in zip(done, rows, strict=True)]
 
     def _read(self, text: str, ended: bool, row: Example) -> Said:
         try:
