@@ -152,7 +152,7 @@ def test_rows_are_files_or_examples(base: ch.Model) -> None:
 
 def test_catalogues_are_mappings() -> None:
     assert {"patcher", "spard", "buffer_reinforce", "mb_defense"} <= set(ch.DEFENCES)
-    assert set(ch.ATTACKS) == {"finetune", "backdoor"} and len(ch.ATTACKS) == 2
+    assert {"finetune", "backdoor"} < set(ch.ATTACKS) and len(ch.ATTACKS) == len(list(ch.ATTACKS))
     assert ch.DEFENCES["buffer-reinforce"] is ch.DEFENCES["buffer_reinforce"]
     with pytest.raises(KeyError):
         ch.DEFENCES["nobody"]
