@@ -70,3 +70,12 @@ def test_a_share_is_one_of_whole_rows(share: float, rows: int, whole: float) -> 
     found = space({}, {"rows": rows} if rows != 400 else {})
     assert found.settings({"share": share})["share"] == whole
     counts(share=whole, n=rows)  # what the attack asks of its share
+
+
+@pytest.mark.parametrize("name", [n for n, s in ATTACKS.ours.items() if s.trains and not s.plants])
+def test_every_attack_that_trains_has_a_space(name: str) -> None:
+    steps = {"steps": [64, 1000]}  # overfit_release overfits for 50 before it begins
+    found = make_space(name, ATTACKS[name], {}, steps)
+    assert {"mode", "lr", "steps"} <= {d.name for d in found.dimensions}
+    drawn = {d.name: d.ends[0] for d in found.dimensions}
+    assert ATTACKS[name].configure(name, settings=found.settings(drawn)).steps == 64
