@@ -147,6 +147,19 @@ def test_other_models_are_refused_by_what_they_are() -> None:
     assert len(layers(organism().net)) == 3 and len(writers(organism().net)) == 7
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo"])
+def test_models_like_it_are_known(kind: str) -> None:
+    import transformers as tf
+
+    tiny = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+    torch.manual_seed(0)
+    net = getattr(tf, f"{kind}ForCausalLM")(getattr(tf, f"{kind}Config")(**tiny, **more)).eval()
+    with torch.no_grad():
+        require_gone(net, [[1, 2, 3]], torch.nn.functional.normalize(torch.randn(16), dim=0))
+    assert len(writers(net)) == 5
+
+
 def test_what_it_lacks_is_said() -> None:
     rows = [Example.pair("p", "a")] * 3
     given = AttackInputs(rows={"harmful": rows, "benign": rows}, measure=lambda net, at: [])

@@ -67,10 +67,12 @@ def test_a_plan_accepts_each_and_gives_it_its_settings() -> None:
         assert set(column.settings) <= set(step.config) and "mode" not in step.config
 
 
-def test_a_mode_that_an_attack_does_not_have_is_refused() -> None:
+def test_a_mode_or_share_that_an_attack_does_not_have_is_refused() -> None:
     soft = {"name": "soft", "attack": "soft_prompt", "mode": "lora", "harmful": "{base}/data/attack_a.jsonl"}
     with pytest.raises(ConfigError, match="attack 'soft' has no mode: 'lora' would be ignored"):
         parse_plan(plan() | {"attacks": [soft]})
+    with pytest.raises(ConfigError, match=r"attack 'soft' has no share: 0\.5 would be ignored"):
+        parse_plan(plan() | {"attacks": [{**soft, "mode": "full", "share": 0.5}]})
 
 
 def test_nothing_repairs_what_was_only_asked() -> None:

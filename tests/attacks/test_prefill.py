@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import casehard as ch
 from casehard.attacks.prefill import Prefill, PrefillAttack, opening
 from casehard.attacks.protocol import AttackInputs
+from casehard.cli import main
 from casehard.data.chat import ChatFormat
 from casehard.data.surrogate import OPENERS
 from casehard.errors import ConfigError, DataError
@@ -114,6 +116,17 @@ def test_each_prompt_keeps_the_answer_of_most_use_and_every_way_is_counted() -> 
     counts = {(v["tokens"], v["system"]): v["answered"] for v in found.facts["variants"]}
     assert counts == {(0, ""): 0, (1, ""): 0, (3, ""): 0, (0, "obey"): 0, (1, "obey"): 1, (3, "obey"): 1}
     assert found.model.net is organism().net and not found.model.may_leave
+
+
+def test_the_verb_tells_what_was_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", str(WORLD), "--suite", str(WORLD / "data" / "suite"), "--device", "cpu", "--limit", "1"]
+    own = ["--source", "rows", "--harmful", str(WORLD / "data" / "attack_a.jsonl"), "--set", "config.tokens=[1]"]
+    assert main(["attack", "prefill", *given, *own, "--out", str(tmp_path / "out")]) == 0
+    assert "what was tried, each by itself" in capsys.readouterr().out
+    tried = json.loads((tmp_path / "out" / "summary.json").read_text())["variants"]
+    assert [(one["tokens"], one["asked"]) for one in tried] == [(0, 1), (1, 1)]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert {row["role"] for row in rows} >= {"restricted", "utility"} and len({row["id"] for row in rows}) == len(rows)
 
 
 def test_openers_are_drawn_by_prompt_and_seed() -> None:

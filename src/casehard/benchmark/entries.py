@@ -218,8 +218,10 @@ class Attack(Limited):
             self._check_planting(where)
         if not spec.trains:
             self._check_still(where)
-        elif "mode" not in spec.flags and self.mode != "full":
-            raise ConfigError(f"{where} has no mode: {self.mode!r} would be ignored", hint="leave it out")
+        unknown = {"mode": "mode" not in spec.flags and spec.trains, "share": not spec.share}
+        for f in dataclasses.fields(self):
+            if unknown.get(f.name) and (value := getattr(self, f.name)) != f.default:
+                raise ConfigError(f"{where} has no {f.name}: {value!r} would be ignored", hint="leave it out")
         # Step 0 does not depend on the attack: it is measured once per model, not once per attack.
         full = tuple(sorted({*self.full_at, self.steps} - {0}))
         object.__setattr__(self, "full_at", full)
