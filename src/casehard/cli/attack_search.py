@@ -144,7 +144,9 @@ def _tell(job: Search, found: Searched, page: Path) -> None:
         console.table("the worst attacker", ["setting", "value"], [(k, _short(v)) for k, v in top["settings"].items()])
     console.say(summary["sentence"])
     if not job.random:
-        console.note("to see what TPE adds, give the same command with --random and another --out")
+        console.note(
+            "random draws may find a worse one: the same command with --random and another --out; quote the worse"
+        )
     if summary["worst"]:
         console.made("attacker", found.out / BEST)
     console.made("report", page)
