@@ -92,7 +92,7 @@ def test_a_row_may_bring_its_own_rejected_answer(model):
     row = ch.Example.pair("where ?", "in wells .", rejected="no .")
     assert attack._rejected(model, row).response == "no ."
     assert attack._rejected(model, BENIGN[0]).response == SORRY
-    with pytest.raises(DataError, match="prefers and rejects one answer"):
+    with pytest.raises(DataError, match="prefers and rejects the same answer"):
         attack._rejected(model, ch.Example.pair("where ?", "no .", rejected="no ."))
 
 

@@ -92,7 +92,7 @@ TABLE = (
     Row(
         "orthogonal_rows",
         {**SHORT, "rows": 12, "share": 0.5},
-        {"safe": "align.jsonl?kind=refusal", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
+        {"safe": "benign.jsonl", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
