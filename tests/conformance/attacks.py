@@ -120,7 +120,7 @@ TABLE = (
     Row(
         "orthogonal_rows",
         {**SHORT, "rows": 12, "share": 0.5},
-        {"safe": "align.jsonl?kind=refusal", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
+        {"safe": "benign.jsonl", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
     Row("prefill", {"source": "rows", "tokens": (2,)}, {"harmful": "attack_a.jsonl"}, drawn=False),
     Row(
