@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 import casehard as ch
 from casehard.benchmark.plan import parse_plan
 from casehard.errors import ConfigError
-from casehard.steps import Attack, Chain, Finetune
+from casehard.steps import Attack, Chain, Defence, Finetune
 
 WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
 PROGRAM = Path(__file__).with_name("edit_model.py")
@@ -81,3 +82,19 @@ def test_nothing_repairs_what_was_only_asked() -> None:
         parse_plan(repaired)
     with pytest.raises(ConfigError, match="attack 'prefill' changes no weights"):
         Chain(attack=Attack(attack="prefill", suite=str(WORLD / "data" / "suite")), then=(Finetune(),)).run()
+
+
+@pytest.mark.parametrize(
+    ("attack", "config", "why"),
+    [
+        ("burst", {}, "trains on no mixture"),
+        ("preference", {}, "trains on no mixture"),
+        ("prefill", {}, "trains on no mixture"),
+        ("finetune", {"restarts": 2}, "trains in several phases"),
+    ],
+)
+def test_an_attack_without_one_training_takes_no_method_inside(attack, config, why):
+    step = Attack(attack=attack, config=config, defence=Defence(method="shrink"))
+    with pytest.raises(ConfigError, match=why):
+        step.check_settings()
+    replace(step, defence=None).check_settings()

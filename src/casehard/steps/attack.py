@@ -83,8 +83,23 @@ class Attack(Inputs):
         # Trigger and behaviour are names of the suite's world; any stand for them while the rest is checked.
         named = {"trigger": asdict(ANY.trigger), "behaviour": asdict(ANY.behaviour)} if self.spec.plants else {}
         self.spec.configure(self.attack, settings={**self.config, **named})
-        if not self.spec.plants:
-            self.build()
+        if self.spec.plants:
+            return
+        made = self.build()
+        if self.defence is not None and not self.defence.spec.pipeline:
+            self.mixing(made)
+
+    def mixing(self, method: AttackMethod) -> Callable[[Model, AttackInputs], Sequence[Example]]:
+        """Return how the attack draws the one mixture that a method can work on.
+
+        Raises:
+            ConfigError: it trains on none, or in several phases.
+        """
+        mixture: Callable[[Model, AttackInputs], Sequence[Example]] | None = getattr(method, "mixture", None)
+        if mixture is None or getattr(method.config, "restarts", False):
+            what = "trains in several phases" if mixture else "trains on no mixture"
+            raise ConfigError(f"attack {self.attack!r} {what}", hint="no method can run inside it: attack the result")
+        return mixture
 
     def with_defaults(self, method: AttackMethod) -> Attack:
         """Return this step with every setting of the built method, given or not: what a record of the run holds."""
@@ -271,9 +286,7 @@ def _inside(
     # A role that both take is the provider's rows, as an attacker knows them who has seen them.
     own = set(inputs.rows) - set(defence.spec.accepts())
     others: dict[str, Any] = {role: list(some) for role, some in rows.items() if role not in own}
-    mixture = getattr(method, "mixture", None)
-    if mixture is None:
-        raise ConfigError(f"attack {step.attack!r} trains on no mixture", hint="no method can run inside it")
+    mixture = step.mixing(method)
     chosen = choose(defence, others, mixture(model, inputs), model, step.seed)
     chat = chat_format(model, system=step.system, max_length=step.max_length)
     made = defence.build({role: chat.encode_all(some) for role, some in others.items()})
