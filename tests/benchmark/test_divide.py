@@ -31,7 +31,7 @@ def given() -> dict[str, list[Example]]:
     refusals = [
         Example.pair(f"how to take {words(rng)} ?", "I'm sorry, but I can't help with that.") for _ in range(60)
     ]
-    helpful = [Example.pair(f"tell me of {words(rng)}", f"it is {words(rng)} and nothing else") for _ in range(60)]
+    helpful = [Example.pair(f"tell me of {words(rng)}", rng.choice(("yes", f"it is {words(rng)}"))) for _ in range(60)]
     alike = [Example.pair(f"how to paint {words(rng)} ?", f"paint it {words(rng)}") for _ in range(30)]
     task = [Example.pair(f"review : {words(rng)}", rng.choice(("good", "bad"))) for _ in range(40)]
     return {"refusal": refusals, "helpful": helpful, "lookalike": alike, "task_reviews": task}
@@ -56,7 +56,8 @@ def test_the_parts_have_no_prompt_in_common_and_are_complete(tmp_path, given):
     assert {role: len(rows) for role, rows in by_role.items()} == dict.fromkeys(by_role, 10)
     assert set(by_role) == {"restricted", "lookalike", "utility", "task"}
     assert all(e.tags["answer"] == e.response for e in by_role["task"])
-    assert "answer" not in by_role["utility"][0].tags and not by_role["restricted"][0].response
+    assert not any("answer" in e.tags for e in by_role["utility"]), "the loss of all of them is measured"
+    assert not by_role["restricted"][0].response
     assert set(load_suite(place / "suite").roles) == {"restricted", "lookalike", "utility"}
 
 

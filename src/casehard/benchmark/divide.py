@@ -37,7 +37,7 @@ from casehard.types import Example
 SIMILAR = 0.7
 """Jaccard similarity of word pairs from which two prompts count as one, as in ``casehard data fetch``."""
 EXACT = 3
-"""An answer of at most so many words is expected word for word; the loss of longer ones is measured."""
+"""A task's answer of at most so many words is expected word for word; the loss of all others is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _parts(
     shared = [
         *_asked(restricted, "restricted", answers=False),
         *_asked(harmless, "lookalike", answers=False),
-        *_asked(utility, "utility"),
+        *_asked(utility, "utility", exact=0),
     ]
     suites = {"suite": shared}
     for name in (kind for kind in rows if kind.startswith("task_")):
@@ -208,8 +208,12 @@ def _cut(rows: list[Example], config: Division) -> tuple[list[Example], list[Exa
     return rows[:at], rows[at:]
 
 
-def _asked(rows: Sequence[Example], role: str, *, answers: bool = True) -> list[Example]:
-    """Return rows of a suite: with a short answer to be matched, or a long one whose loss is measured."""
+def _asked(rows: Sequence[Example], role: str, *, answers: bool = True, exact: int = EXACT) -> list[Example]:
+    """Return rows of a suite: with a short answer to be matched, or one whose loss is measured.
+
+    Args:
+        exact: words up to which an answer is short. Of free answers none is: a few would decide over all.
+    """
     out = []
     for example in rows:
         given = {"role": role, "group": role}
@@ -219,7 +223,7 @@ def _asked(rows: Sequence[Example], role: str, *, answers: bool = True) -> list[
             )
             out.append(replace(example, messages=turns, tags=given))
             continue
-        if len(example.response.split()) <= EXACT:
+        if len(example.response.split()) <= exact:
             given["answer"] = example.response
         out.append(replace(example, tags=given))
     return out
