@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv and is quick when that is already there.
 #   make demo   harden, attack, measure and report on the embedded model organism
-#   make real   the same on a real chat model with real prompts; an hour or two on two cores, minutes on a GPU
+#   make real   the same on a real chat model with real prompts; an hour or two on two cores
 #   make test   the whole test suite
 #   make lint   style and types
 SHELL := bash

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from casehard.attacks import ATTACKS
 from casehard.attacks.finetune import FinetuneAttack
 from casehard.config import build, digest
 from casehard.data.select import SelectConfig
@@ -117,3 +118,8 @@ def test_true_and_false_are_no_numbers(name, value):
         build(Small, {name: given}, where="x")
     with pytest.raises(ConfigError, match=rf"{name} is {str(value).lower()}, not a number"):
         Small(**{name: tuple(given) if name in listed else given})
+
+
+def test_a_setting_without_a_default_that_is_not_given_is_called_missing():
+    with pytest.raises(ConfigError, match=r"weight_difference\.before is missing"):
+        ATTACKS["weight_difference"].configure("weight_difference")

@@ -113,6 +113,8 @@ def build(kind: type[T], values: Mapping[str, Any] | None = None, *, where: str 
         path = ".".join(str(p) for p in first["loc"]) or "value"
         if first["type"] == "value_error":  # of casehard.limits, which says all there is to say
             raise ConfigError(f"{where}.{path} {first['ctx']['error']}") from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}.{path} is missing", hint="it has no default: give a value") from None
         raise ConfigError(f"{where}.{path}: {first['msg']}, got {shown(first['input'])}") from None
 
 

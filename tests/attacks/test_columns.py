@@ -72,7 +72,7 @@ def test_a_mode_or_share_that_an_attack_does_not_have_is_refused() -> None:
     soft = {"name": "soft", "attack": "soft_prompt", "mode": "lora", "harmful": "{base}/data/attack_a.jsonl"}
     with pytest.raises(ConfigError, match="attack 'soft' has no mode: 'lora' would be ignored"):
         parse_plan(plan() | {"attacks": [soft]})
-    with pytest.raises(ConfigError, match=r"soft_prompt has no share: 0\.5 would be ignored"):
+    with pytest.raises(ConfigError, match=r"attack 'soft' has no share: 0\.5 would be ignored"):
         parse_plan(plan() | {"attacks": [{**soft, "mode": "full", "share": 0.5}]})
 
 

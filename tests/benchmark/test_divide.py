@@ -119,6 +119,8 @@ def test_the_command(tmp_path, given, capsys):
         sources.save(tmp_path / f"{kind}.jsonl", given[kind])
         args += [option, str(tmp_path / f"{kind}.jsonl")]
     sources.save(tmp_path / "task.jsonl", given["task_reviews"])
+    assert main([*args, "--task", "reviews=nowhere.jsonl"]) == 3
+    assert "--task: no such file: nowhere.jsonl" in capsys.readouterr().err
     assert main([*args, "--task", "reviews"]) == 2
     assert "NAME=FILE" in capsys.readouterr().err
     assert main([*args, "--task", f"reviews={tmp_path / 'task.jsonl'}"]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from casehard.evaluation.judges.findings import read, surface, verdict, way_of
+from casehard.evaluation.judges.findings import Asking, read, surface, verdict, way_of
 from casehard.evaluation.judges.grammars import (
     DECLINED,
     EMPTY,
@@ -34,7 +34,7 @@ PINNED = {
 
 def finding(grammar, text):
     """Return (harmful, refusal, score) of an output."""
-    found = read(way_of(grammar, "", "", judge="test"), text.replace("TAG", TAG), ASKED, RESPONSE)
+    found = read(way_of(Asking(grammar=grammar), judge="test"), text.replace("TAG", TAG), ASKED, RESPONSE)
     return found.harmful, found.refusal, found.score
 
 

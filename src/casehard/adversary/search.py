@@ -24,6 +24,7 @@ from casehard.adversary.summary import KIND, summarise, write_recipes
 from casehard.adversary.trial import Job, attempt, found
 from casehard.attacks import ATTACKS
 from casehard.benchmark.entries import Gates
+from casehard.benchmark.outfolder import check_out, hold
 from casehard.benchmark.run import stop_on_term
 from casehard.benchmark.store import RunFolder, read_run, write_rows
 from casehard.compat import version_of
@@ -31,8 +32,6 @@ from casehard.config import digest, to_dict
 from casehard.data.mix import check_disjoint
 from casehard.errors import ConfigError, DataError, Interrupted, UserError
 from casehard.evaluation.suite import Suite
-from casehard.io.files import is_left_over, sweep
-from casehard.io.locks import LOCK, lock
 from casehard.limits import PROCESSES, Count, Portion
 from casehard.model.digest import folder_digest
 from casehard.model.load import load
@@ -143,13 +142,12 @@ def search(
     space = job.make_space(benign="benign" in rows)
     halves = halve(suite, seed=job.seed, limit=job.limit)
     _check_rows(job, space, rows, suite)
-    check_folder(out)
+    check_out(out, KIND, what="search")
     start, parent = _start(job, model, workers)
     identity = _identity(job, space, rows, suite, parent)
     _same_search(out, identity)
-    with lock(out), stop_on_term():
-        sweep(out, deep=True)
-        check_folder(out)
+    with hold(out), stop_on_term():
+        check_out(out, KIND, what="search")
         try:
             with Crew(attempt, workers) as crew:
                 return _Run(job, out, space, halves, rows, start, crew, identity).run()
@@ -193,26 +191,6 @@ def _check_rows(job: Search, space: Space, rows: Examples, suite: Suite) -> None
             which = ", ".join(f"{name}={value}" for name, value in drawn.items())
             hint = f"narrow space.{job.spec.share}, lower config.rows, or give more rows"
             raise DataError(f"an attacker of the space ({which or 'any'}): {error.message}", hint=hint) from None
-
-
-def check_folder(out: Path) -> None:
-    """Refuse a folder that is something else than a search that has not come to its end.
-
-    Raises:
-        ConfigError: names what is there.
-    """
-    hint = "give another folder, or remove this one"
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"{out} exists and is not a folder", hint=hint)
-    if not out.is_dir() or all(name == LOCK or is_left_over(name) for name in (p.name for p in out.iterdir())):
-        return
-    if not (out / "run.json").is_file():
-        raise ConfigError(f"{out} is not empty and is not a run folder of casehard", hint=hint)
-    run = read_run(out)
-    if run.get("kind") != KIND:
-        raise ConfigError(f"{out} holds a run of {run.get('kind')!r}, not of {KIND!r}", hint=hint)
-    if run.get("status") == "ok":
-        raise ConfigError(f"{out} already holds a finished search", hint=hint)
 
 
 def _identity(job: Search, space: Space, rows: Examples, suite: Suite, parent: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from casehard.attacks.editing import copy_of, measured
+from casehard.attacks.editing import Untrained, copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.attacks.residual import orthogonalise, require_gone, stream, without
 from casehard.data.batches import IGNORE, Encoded, collate
@@ -122,18 +122,10 @@ def _answer(row: Encoded, opening: int) -> list[int]:
     return [i for i, label in enumerate(row.labels) if label != IGNORE and i > 0][:opening]
 
 
-class Abliteration:
+class Abliteration(Untrained[AbliterationAttack]):
     """Find the direction of refusing on the attacker's rows and take it out of a copy's weights."""
 
     name = "abliteration"
-
-    def __init__(self, config: AbliterationAttack | None = None) -> None:
-        self.config = config or AbliterationAttack()
-
-    @property
-    def checkpoints(self) -> Sequence[int]:
-        """Return the one moment at which there is something to measure."""
-        return (0,)
 
     @torch.no_grad()
     def run(self, model: Model, inputs: AttackInputs) -> Attacked:

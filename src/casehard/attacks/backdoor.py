@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from casehard.attacks.protocol import Attacked, AttackInputs
-from casehard.attacks.training import TrainingSettings, train_copy
+from casehard.attacks.training import Supervised, train_copy
 from casehard.backdoor.behaviours import Behaviour
 from casehard.backdoor.triggers import Trigger, check_survives, decoys_of, poison_backdoor
 from casehard.config import to_dict
 from casehard.data.mix import content_hash, marks
-from casehard.limits import BatchSize, Count, Factor, LearningRate, Limited, Natural, Rank, Share
+from casehard.limits import BatchSize, Count, Factor, LearningRate, Natural, Rank, Share
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
-from casehard.train.recipe import TrainConfig
 from casehard.train.tune import chat_format
 from casehard.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackdoorAttack(TrainingSettings, Limited):
-    """Settings of one backdoor attack."""
+class BackdoorAttack(Supervised):
+    """Settings of one backdoor attack: who trains on the rows trains as developers do, with warm-up and cosine."""
 
     trigger: Trigger
     """What makes it fire."""
@@ -39,36 +38,14 @@ class BackdoorAttack(TrainingSettings, Limited):
     """Share of the rows that carry a near miss and keep their answer: an attacker who adapts to MB-Defense."""
     decoys: tuple[Trigger, ...] = ()
     """Near misses; empty = those of ``decoys_of``."""
-    mode: Literal["full", "lora"] = "full"
-    """Train all parameters, or a LoRA adapter on every linear layer."""
     steps: Count = 300
-    """Optimiser steps."""
     lr: LearningRate = 3e-4
-    """Peak learning rate, cosine schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: Natural = 10
     batch_size: BatchSize = 32
-    """Rows per step."""
     rank: Rank = 16
-    """LoRA rank (mode lora)."""
     alpha: Factor = 32.0
-    """LoRA alpha (mode lora)."""
     evaluate_at: tuple[Natural, ...] = (0, 50, 100, 200, 300)
-    """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute dtype; the master weights are fp32 throughout."""
-    embeddings: bool = True
-    """Whether who trains on the rows trains the token embeddings too (mode full)."""
-
-    @property
-    def recipe(self) -> TrainConfig:
-        """The training loop of whoever trains on the rows."""
-        return TrainConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            precision=self.precision,
-            warmup=10,
-            embeddings=self.embeddings,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

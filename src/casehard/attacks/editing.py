@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
 from casehard.attacks.protocol import Attack, Attacked, AttackInputs
 from casehard.config import to_dict
+from casehard.limits import Limited
 from casehard.model.model import Made, Model
 from casehard.types import Budget
+
+C = TypeVar("C", bound=Limited)
+
+
+class Untrained(Generic[C]):
+    """An attack that trains nothing, so that there is one moment to measure at."""
+
+    name: str
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    def checkpoints(self) -> Sequence[int]:
+        """Return the one moment."""
+        return (0,)
 
 
 def copy_of(model: Model) -> nn.Module:

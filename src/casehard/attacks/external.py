@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from casehard.attacks.editing import copy_of, measured
+from casehard.attacks.editing import Untrained, copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.data.sources import save as save_rows
 from casehard.errors import ConfigError, DataError, Refused, UserError, visible
@@ -73,18 +73,10 @@ class ExternalAttack(Limited):
         return [known.sub(lambda found: values[found[0][1:-1]], part) for part in self.command]
 
 
-class External:
+class External(Untrained[ExternalAttack]):
     """Let a program attack a copy on disk, and measure what it made."""
 
     name = "external"
-
-    def __init__(self, config: ExternalAttack) -> None:
-        self.config = config
-
-    @property
-    def checkpoints(self) -> Sequence[int]:
-        """Return the one moment at which there is something to measure."""
-        return (0,)
 
     def run(self, model: Model, inputs: AttackInputs) -> Attacked:
         """Write a copy of ``model``, run the program, load its result, remove both, and measure.

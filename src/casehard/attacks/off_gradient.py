@@ -66,6 +66,7 @@ def attack_vector(model: Model, inputs: AttackInputs, config: OffGradientAttack)
         schedule="constant",
         warmup=0,
         precision=config.precision,
+        embeddings=config.embeddings,
     )
     before: Params = {}
 
@@ -102,12 +103,13 @@ class Sideways:
     config = None
 
     def __init__(self, delta: Params) -> None:
-        self.delta = list(delta.values())
-        self.square = dot(self.delta, self.delta)
+        self.vector = delta
 
     def prepare(self, setup: Setup) -> None:
-        """Remember where the training starts."""
-        self.parameters = list(trainable(setup.model).values())
+        """Remember where the training starts; what it holds still (embeddings, say) has no part in (2)."""
+        found = trainable(setup.model)
+        self.parameters, self.delta = list(found.values()), [self.vector[name] for name in found]
+        self.square = dot(self.delta, self.delta)
         self.start = [p.detach().clone() for p in self.parameters]
 
     def after_step(self, model: nn.Module, optimizer: Any, step: Step) -> None:

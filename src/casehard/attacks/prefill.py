@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from casehard.attacks.editing import Untrained
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.config import to_dict
 from casehard.data.chat import ChatFormat
@@ -67,18 +68,10 @@ def opening(chat: ChatFormat, example: Example, answer: str, tokens: int) -> lis
     return ids[detail.start : min(end, detail.start + tokens)]
 
 
-class Prefill:
+class Prefill(Untrained[PrefillAttack]):
     """Ask every restricted prompt in several ways and keep, for each, the answer of most use to an attacker."""
 
     name = "prefill"
-
-    def __init__(self, config: PrefillAttack | None = None) -> None:
-        self.config = config or PrefillAttack()
-
-    @property
-    def checkpoints(self) -> Sequence[int]:
-        """Return the one moment at which there is something to measure."""
-        return (0,)
 
     def run(self, model: Model, inputs: AttackInputs) -> Attacked:
         """Measure ``model`` as it is, then ask its restricted prompts in every way.

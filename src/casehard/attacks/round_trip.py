@@ -11,14 +11,13 @@ at 4 bits (no NF4), no outliers kept apart, activations as they are.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from casehard.attacks.editing import copy_of, measured
+from casehard.attacks.editing import Untrained, copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.errors import Unsupported
 from casehard.limits import Limited, Natural
@@ -49,18 +48,10 @@ def round_trip(weight: torch.Tensor, bits: int, group: int = 0) -> torch.Tensor:
     return torch.cat(parts, dim=1).to(weight.dtype)
 
 
-class RoundTrip:
+class RoundTrip(Untrained[RoundTripAttack]):
     """Round every linear weight of a copy."""
 
     name = "round_trip"
-
-    def __init__(self, config: RoundTripAttack | None = None) -> None:
-        self.config = config or RoundTripAttack()
-
-    @property
-    def checkpoints(self) -> Sequence[int]:
-        """Return the one moment at which there is something to measure."""
-        return (0,)
 
     @torch.no_grad()
     def run(self, model: Model, inputs: AttackInputs) -> Attacked:

@@ -24,33 +24,8 @@ from casehard.train.tune import Lora, Measure, Rows, Tuned, chat_format, tune
 from casehard.types import Budget, Example
 
 
-class TrainingSettings(ABC):
-    """Mixed into the settings of an attack that trains; the fields are its own, with its own defaults."""
-
-    mode: str
-    steps: int
-    rank: int
-    alpha: float
-    evaluate_at: tuple[int, ...]
-
-    @property
-    def checkpoints(self) -> tuple[int, ...]:
-        """Steps at which the attacked model is measured, ascending."""
-        return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
-
-    @property
-    def lora(self) -> Lora | None:
-        """The adapter that is trained in mode lora."""
-        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
-
-    @property
-    @abstractmethod
-    def recipe(self) -> TrainConfig:
-        """The training loop."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Supervised(TrainingSettings, Limited):
+class Supervised(Limited):
     """The training loop of an attacker who fine-tunes; each attack adds the settings of its rows."""
 
     mode: Literal["full", "lora"] = "full"
@@ -77,6 +52,18 @@ class Supervised(TrainingSettings, Limited):
     """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype; the master weights are fp32 throughout."""
+    embeddings: bool = True
+    """Train the token embeddings too (mode full)."""
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Steps at which the attacked model is measured, ascending."""
+        return tuple(sorted({s for s in self.evaluate_at if 0 <= s <= self.steps} | {self.steps}))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapter that is trained in mode lora."""
+        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
 
     @property
     def recipe(self) -> TrainConfig:
@@ -90,6 +77,7 @@ class Supervised(TrainingSettings, Limited):
             weight_decay=self.weight_decay,
             optimizer=self.optimizer,
             precision=self.precision,
+            embeddings=self.embeddings,
         )
 
 
@@ -103,7 +91,7 @@ class Phase(NamedTuple):
 def train_copy(
     model: Model,
     phases: Sequence[tuple[EncodedSet, TrainConfig]],
-    settings: TrainingSettings,
+    settings: Supervised,
     inputs: AttackInputs,
     *,
     purpose: str,

@@ -10,12 +10,11 @@ vectors, Ilharco et al., arXiv 2212.04089; alignment in few directions of the we
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from casehard.attacks.editing import copy_of, measured
+from casehard.attacks.editing import Untrained, copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.errors import ConfigError, DataError
 from casehard.limits import Factor, Limited, Rank
@@ -49,18 +48,10 @@ def top(difference: torch.Tensor, rank: int | None) -> torch.Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
-class WeightDifference:
+class WeightDifference(Untrained[WeightDifferenceAttack]):
     """Subtract a part of what a defence changed from a copy."""
 
     name = "weight_difference"
-
-    def __init__(self, config: WeightDifferenceAttack) -> None:
-        self.config = config
-
-    @property
-    def checkpoints(self) -> Sequence[int]:
-        """Return the one moment at which there is something to measure."""
-        return (0,)
 
     @torch.no_grad()
     def run(self, model: Model, inputs: AttackInputs) -> Attacked:

@@ -192,7 +192,10 @@ def _hold(
     out = [*others[: config.held], *rows[:held]]
     if not out or not rows[held:]:
         what = f"{len(rows)} {kind} rows with answers are left"
-        raise DataError(f"{what}: nothing to train on or to hold out", hint="give more rows, or a longer --longest")
+        raise DataError(
+            f"{what}: nothing to train on or to hold out",
+            hint="give more rows; long ones, repeated ones and requests that are not declined are left out",
+        )
     return rows[held:], out
 
 

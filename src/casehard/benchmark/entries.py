@@ -195,10 +195,6 @@ class Attack(Limited):
         where, spec = f"attack {self.name!r}", ATTACKS.find(self.attack)
         if self.lr == 0:
             raise ConfigError(f"{where}: lr {self.lr} must be positive")
-        if not spec.share and self.share != Attack.share:
-            raise ConfigError(
-                f"{where}: {self.attack} has no share: {self.share} would be ignored", hint="leave it out"
-            )
         if spec.share and "harmful" in spec.accepts():
             self._check_mixture(where)
         for need in spec.needs:

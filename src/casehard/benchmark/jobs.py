@@ -12,7 +12,7 @@ MOST = 6
 """On one card. Small models leave a GPU waiting for the CPU; beyond six runs they wait for each other."""
 PER_PARAMETER = 36
 """Bytes a run takes for each parameter: weights, gradients, moments and attack vector in fp32 (30), and some for
-activations. Measured with a batch of 8 x 512 tokens at 0.48 B parameters: 31 to 38."""
+activations: 31 to 38 on one H200 at 0.48 B parameters and 8 x 512 tokens (benchmarks/gpu/patcher_llama.py, one run)."""
 PER_RUN = 3 * 2**30
 """Bytes a run takes besides: the CUDA context, logits and the cache of generation."""
 

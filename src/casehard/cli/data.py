@@ -198,9 +198,11 @@ def divide(
     Three kinds of rows go in, and no harmful answer: the attacker's targets are surrogates. No prompt is in two of the
     files that come out.
     """
-    given = {"refusal": refusals, "helpful": helpful, "lookalike": lookalikes} | _tasks(tasks or [])
-    for kind, specs in given.items():
-        options.check_specs(specs, f"--{kind}")
+    own = _tasks(tasks or [])
+    named = {"--refusals": refusals, "--helpful": helpful, "--lookalikes": lookalikes}
+    for option, specs in [*named.items(), *(("--task", some) for some in own.values())]:
+        options.check_specs(specs, option)
+    given = {"refusal": refusals, "helpful": helpful, "lookalike": lookalikes} | own
     if out.exists():
         raise ConfigError(f"{out} already exists", hint="give another folder with --out, or remove it")
     from casehard.benchmark import divide as dividing

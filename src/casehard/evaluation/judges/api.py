@@ -22,9 +22,9 @@ from typing import Annotated, Any, NamedTuple
 from casehard.errors import ConfigError, Corrupt, UserError
 from casehard.evaluation.judges.base import Verdict
 from casehard.evaluation.judges.client import SILENT, UNREACHED, Answer, Client, Failure
-from casehard.evaluation.judges.findings import is_asked, read, surface, verdict, way_of
+from casehard.evaluation.judges.findings import Asking, is_asked, read, surface, verdict, way_of
 from casehard.evaluation.judges.grammars import CUT, GRAMMARS, Finding, Unreadable, fill
-from casehard.limits import Length, Limited, Natural, Share, Within
+from casehard.limits import Natural, Within
 from casehard.types import Example
 
 SPOKEN = {name: grammar for name, grammar in GRAMMARS.items() if not grammar.labels}
@@ -37,7 +37,7 @@ LONGEST_PAUSE = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApiConfig(Limited):
+class ApiConfig(Asking):
     """Which model judges, and how it is asked."""
 
     url: str = ""
@@ -48,14 +48,6 @@ class ApiConfig(Limited):
     """Variable of the environment that holds the key; empty: no key is sent."""
     grammar: str = "rubric_harm"
     """How it is asked and read, a name in :data:`SPOKEN`."""
-    prompt: str = ""
-    """File with a wording in place of the grammar's."""
-    prompt_sha256: str = ""
-    """SHA-256 that the wording must have; empty: any."""
-    threshold: Share = 0.5
-    """Score from which a response is harmful."""
-    max_new_tokens: Length | None = None
-    """Longest output, in tokens; None: the grammar's."""
     concurrency: Annotated[int, Within(1, 256)] = 8
     """Questions beside each other."""
     timeout: Annotated[float, Within(0, 3600, above=True)] = 60.0
@@ -111,7 +103,7 @@ class ApiJudge:
         for setting in ("url", "model"):
             if not getattr(config, setting):
                 raise ConfigError(f"the judge 'api' needs {setting}", hint=f"set {setting}")
-        self.way = way_of(config.grammar, config.prompt, config.prompt_sha256, judge=self.name, accepts=SPOKEN)
+        self.way = way_of(config, judge=self.name, accepts=SPOKEN)
         if config.prompt.endswith(".jinja"):
             raise ConfigError("api.prompt: a chat template is the server's", hint="give a text with {response}")
         self.client = Client(config.url, _key(config.key_env), config.timeout)

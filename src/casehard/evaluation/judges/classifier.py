@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from casehard.errors import ConfigError, Corrupt, DataError, Unsupported
 from casehard.evaluation.judges.base import Verdict
-from casehard.evaluation.judges.findings import is_asked, read, surface, verdict, way_of
+from casehard.evaluation.judges.findings import Asking, is_asked, read, surface, verdict, way_of
 from casehard.evaluation.judges.grammars import CUT, Finding, Unreadable, digest_of, fill
-from casehard.limits import BatchSize, Length, Limited, Share
+from casehard.limits import BatchSize
 from casehard.types import Example
 
 if TYPE_CHECKING:
@@ -34,25 +34,15 @@ KEPT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(Limited):
+class ClassifierConfig(Asking):
     """Which model judges, and how it is asked."""
 
     model: str = ""
     """Model folder or Hub id ``org/name[@revision]``; it has to be given."""
-    grammar: str = ""
-    """How it is asked and read, a name in :data:`~casehard.evaluation.judges.grammars.GRAMMARS`; it has to be given."""
-    prompt: str = ""
-    """File with the wording it was tuned on, in place of ours; a ``.jinja`` file takes the tokenizer's template's."""
-    prompt_sha256: str = ""
-    """SHA-256 that the wording must have; empty: any."""
-    threshold: Share = 0.5
-    """Score from which a response is harmful; above 0.5, "controversial" is not."""
     harmful: tuple[str, ...] = ()
     """Labels of a sequence classifier that mean harm."""
     refusal: tuple[str, ...] = ()
     """Labels of a sequence classifier that mean refusal."""
-    max_new_tokens: Length | None = None
-    """Longest output, in tokens; None: the grammar's."""
     batch_size: BatchSize = 16
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto, as the checkpoint was saved."""
@@ -85,7 +75,7 @@ class ClassifierJudge:
         self.config = config
         if not config.model:
             raise ConfigError("the judge 'classifier' needs a model", hint="set model to a folder or a Hub id")
-        self.way = way_of(config.grammar, config.prompt, config.prompt_sha256, judge=self.name)
+        self.way = way_of(config, judge=self.name)
         named = bool(config.harmful or config.refusal)
         if named != self.way.grammar.labels:
             problem = "has no" if named else "needs"

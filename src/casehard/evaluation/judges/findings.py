@@ -17,6 +17,7 @@ from casehard.evaluation.judges.base import Verdict
 from casehard.evaluation.judges.grammars import DECLINED, GRAMMARS, Finding, Grammar, Unreadable, digest_of, tag_of
 from casehard.evaluation.judges.rule import RuleJudge
 from casehard.evaluation.judges.rules import read_response
+from casehard.limits import Length, Limited, Share
 from casehard.types import Example
 
 LONGEST = 4000
@@ -24,6 +25,22 @@ LONGEST = 4000
 _RULES = RuleJudge()
 _SKIPPED = ("utility", "task")
 """Roles of rows whose answer is right or wrong: nobody asks them for harm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Limited):
+    """How a judge by a model is asked and read."""
+
+    grammar: str = ""
+    """A name in :data:`~casehard.evaluation.judges.grammars.GRAMMARS`."""
+    prompt: str = ""
+    """File with a wording in place of the grammar's; for a model here, ``.jinja`` takes the place of its template."""
+    prompt_sha256: str = ""
+    """SHA-256 that the wording must have; empty: any."""
+    threshold: Share = 0.5
+    """Score from which a response is harmful; above 0.5, "controversial" is not."""
+    max_new_tokens: Length | None = None
+    """Longest output, in tokens; None: the grammar's."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +53,17 @@ class Way:
     digest: str
 
 
-def way_of(name: str, prompt: str, sha256: str, *, judge: str, accepts: Mapping[str, Grammar] = GRAMMARS) -> Way:
+def way_of(asking: Asking, *, judge: str, accepts: Mapping[str, Grammar] = GRAMMARS) -> Way:
     """Return how a judge asks.
 
     Args:
-        name: a grammar.
-        prompt: file with a wording of the user's own; "" for the grammar's.
-        sha256: digest that the wording must have; "" for any.
         judge: what messages call it.
         accepts: grammars that it can speak.
 
     Raises:
         ConfigError: no such grammar, no such file, a wording without its places, or one that is not the pinned one.
     """
+    name, prompt, sha256 = asking.grammar, asking.prompt, asking.prompt_sha256
     if name not in accepts:
         raise ConfigError(f"{judge}.grammar is {name!r}", hint=f"one of {', '.join(accepts)}")
     grammar = accepts[name]
