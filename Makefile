@@ -51,9 +51,9 @@ data/real/manifest.json: | $(REAL) $(REFUSALS) $(HELPFUL) $(LOOKALIKES)
 data/%.jsonl: | $(REAL)
 	$(BIN)/casehard data fetch $* --out $@
 
-# One torch thread per worker: two workers share the work of two cores better than torch does on small models.
+# One torch thread a worker, which small models use best; three workers on two cores, since many tests wait for others.
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -24,14 +24,17 @@ from typing import Any
 
 import torch
 
-from casehard.attacks.finetune import FinetuneAttack, finetune_attack
-from casehard.benchmark.contrasts import OUTCOMES, contrast
+from casehard.attacks.finetune import Finetune as FinetuneAttack
+from casehard.attacks.finetune import FinetuneAttack as FinetuneSettings
+from casehard.attacks.protocol import AttackInputs
+from casehard.benchmark.contrasts import contrast
 from casehard.data.sources import load_many
 from casehard.defences.buffer_reinforce.frozen_lora import live_pairs
 from casehard.defences.buffer_reinforce.gates import GateLimits
 from casehard.defences.buffer_reinforce.merge_search import search
 from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
-from casehard.defences.buffer_reinforce.prepare import PrepareConfig, PrepareJob, run_prepare
+from casehard.defences.buffer_reinforce.prepare import Prepare, PrepareConfig, prepare
+from casehard.evaluation.metrics import find
 from casehard.evaluation.suite import evaluate, load_suite
 from casehard.io.files import write_text_atomic
 from casehard.maths.merge import LoraPair, MergeConfig, merge_states
@@ -78,36 +81,29 @@ def provider(base: Path, model: Path, out: Path, steps: int) -> Any:
         gates=GateLimits(prompts=100),
         allow_missed=True,
     )
-    job = PrepareJob(
-        model=str(model),
-        harmful=(f"{data}/simulated.jsonl",),
-        refusals=(f"{data}/align.jsonl?kind=refusal",),
-        benign=(f"{data}/align.jsonl?kind=helpful",),
-        config=config,
-        suite=f"{data}/suite",
-    )
-    return run_prepare(job, out).assets
+    rows = {
+        "harmful": (f"{data}/simulated.jsonl",),
+        "refusals": (f"{data}/align.jsonl?kind=refusal",),
+        "benign": (f"{data}/align.jsonl?kind=helpful",),
+    }
+    return prepare(Prepare(model=str(model), rows=rows, config=config, suite=f"{data}/suite"), out).assets
 
 
 def customer(base: Path, loaded: Any, assets: Any, case: str, share: float) -> Pairs:
     """Train the customer's adapter of a case and return its factors."""
     rank, steps = CASES[case]
-    job = FinetuneAttack(
+    settings = FinetuneSettings(
         mode="lora", share=share, rows=380, steps=400, lr=5e-4, rank=rank, alpha=2.0 * rank, evaluate_at=()
     )
     method = BufferReinforce(BufferReinforceConfig(buffer=steps > 0, reinforce=False), assets=assets)
-    kept: list[Pairs] = []
-
-    def keep(model: Any, step: int) -> list[dict[str, Any]]:
-        if step:
-            kept.append(live_pairs(model))
-        return []
-
-    harmful, benign = (
-        load_many([f"{base}/data/{name}.jsonl"], require_response=True) for name in ("attack_a", "task_translation")
+    rows = {
+        role: load_many([f"{base}/data/{name}.jsonl"], require_response=True)
+        for role, name in (("harmful", "attack_a"), ("benign", "task_translation"))
+    }
+    done = FinetuneAttack(settings).run(
+        loaded, AttackInputs(rows=rows, measure=lambda net, step: [], seed=0, method=method)
     )
-    finetune_attack(loaded.net, loaded.tokenizer, harmful, benign, job, seed=0, evaluate=keep, method=method)
-    return kept[-1]
+    return live_pairs(done.model.net)
 
 
 def overlap(user: Pairs, reinforce: Pairs, config: MergeConfig) -> float:
@@ -141,7 +137,7 @@ def one_world(world: int, cases: list[str], share: float, cache: Path, scratch: 
         for at, config in grid(case):
             name = "protect_safety" if config.protect_safety else config.basis
             found = next(iter(search(loaded.net, user, reinforce, [at], measure, config=config)))
-            outcomes = {m: {r["id"]: OUTCOMES[m](r) for r in found.rows} for m in METRICS}
+            outcomes = {m: {r["id"]: find(m).outcome(r) for r in found.rows} for m in METRICS}
             told = {m: {i: float(v) for i, v in rows.items() if v is not None} for m, rows in outcomes.items()}
             out[(case, *at, name)] = {"outcomes": told, "overlap": overlap(user, reinforce, config)}
     return out

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from casehard.attacks.finetune import FinetuneAttack, finetune_attack
+from casehard.attacks.finetune import Finetune, FinetuneAttack
+from casehard.attacks.protocol import AttackInputs
 from casehard.data.chat import ChatFormat
 from casehard.data.sources import load_many
 from casehard.defences.spard import Spard, SpardConfig
@@ -54,21 +55,12 @@ def main() -> None:
     loaded = load(args.model)
     pool = load_many([args.safe], require_response=True)
     safe = ChatFormat(loaded.tokenizer).encode_all(random.Random(args.seed).sample(pool, min(200, len(pool))))
-    harmful, benign = (load_many([spec], require_response=True) for spec in (args.harmful, args.benign))
-    job = FinetuneAttack(share=0.1, rows=380, steps=args.steps, lr=2e-4, evaluate_at=())
+    rows = {role: load_many([getattr(args, role)], require_response=True) for role in ("harmful", "benign")}
+    attack = Finetune(FinetuneAttack(share=0.1, rows=380, steps=args.steps, lr=2e-4, evaluate_at=()))
     shares = {}
     for floor in FLOORS:
         method = Watched(SpardConfig(delta=0.0, eta_safe=float("inf"), floor=floor, embeddings=True), safe=safe)
-        finetune_attack(
-            loaded.net,
-            loaded.tokenizer,
-            harmful,
-            benign,
-            job,
-            seed=args.seed,
-            evaluate=lambda model, step: [],
-            method=method,
-        )
+        attack.run(loaded, AttackInputs(rows=rows, measure=lambda net, step: [], seed=args.seed, method=method))
         shares[floor] = round(method.tables / method.total, 3) if method.total else None
         print(f"floor {floor:<5} triggered {method.triggers} of {method.checks}, share in tables {shares[floor]}")
     print(json.dumps({"threads": torch.get_num_threads(), "shares": shares}))
