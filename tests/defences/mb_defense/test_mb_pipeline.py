@@ -50,7 +50,7 @@ def planted():
     data, _ = poison_backdoor(TRAINING, ATTACK.trigger, ATTACK.behaviour, rate=0.1, seed=1)
     config = MbConfig(
         stage2=False,
-        train=TrainConfig(steps=240, batch_size=16, lr=1e-3, precision="fp32"),
+        train=TrainConfig(steps=240, batch_size=32, lr=1e-3, precision="fp32"),
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
     )
     suite = draw_suite(loaded.tokenizer, [*data, *CLEAN], config, secret=5)
@@ -87,7 +87,7 @@ def test_stage_one_plants_everything_and_keeps_the_task(planted):
     assert after["exact"]["k"] >= after["exact"]["n"] - 1 and after["false_trigger"]["k"] == 0
     assert max(rates(look(done, "before"))) == 0
     assert done.verdict.word == "FAIL", "live defensive backdoors do not leave"
-    assert done.report["cost"]["sequence_passes"]["stage1"] == 240 * 16
+    assert done.report["cost"]["sequence_passes"]["stage1"] == 240 * 32
     assert done.report["planted"]["per_trigger"] == int(0.08 * len(TRAINING))
 
 
@@ -107,7 +107,7 @@ def test_stage_two_breaks_the_active_triggers_and_brings_the_answers_back(plante
 def test_clean_data_in_is_clean_data_out():
     loaded = load(ORGANISM, device="cpu")
     config = MbConfig(
-        train=TrainConfig(steps=240, batch_size=16, lr=1e-3, precision="fp32"),
+        train=TrainConfig(steps=240, batch_size=32, lr=1e-3, precision="fp32"),
         two=StageTwo(**TWO),
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
     )
@@ -225,7 +225,7 @@ def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
     done, tokenizer = planted
     data, _ = poison_backdoor(TRAINING, ATTACK.trigger, ATTACK.behaviour, rate=0.1, seed=1)
     config = MbConfig(
-        train=TrainConfig(steps=240, batch_size=16, lr=1e-3, precision="fp32"),
+        train=TrainConfig(steps=240, batch_size=32, lr=1e-3, precision="fp32"),
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
         two=StageTwo(lr=5e-4, checks=2, epochs=1.0, base_share=0.5, c=0.8),
     )
