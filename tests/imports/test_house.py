@@ -270,3 +270,42 @@ def test_scripts_of_evidence_use_names_that_exist():
                 there = {m.name for m in pkgutil.iter_modules(getattr(module, "__path__", []))}
                 missing += [f"{path.name}: {node.module}.{name}" for name in names if name not in there]
     assert not missing
+
+
+WRITTEN = re.compile(r"`+((?:tests|src|benchmarks|plans|recipes|docs)/[\w/.-]+|[a-z_]+(?:/[a-z_0-9]+)+\.py)`")
+"""Files that a text names; of sources, from the package or from a folder of it."""
+DOTTED = re.compile(r"`+(casehard(?:\.[A-Za-z_]\w*)+)`")
+GROUPS = ("casehard.methods", "casehard.attacks", "casehard.judges", "casehard.json")
+"""Entry point groups, and the file of a checkpoint's provenance."""
+
+
+def resolves(dotted: str) -> bool:
+    """Return whether a dotted name is a module, or something in one."""
+    parts = dotted.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:n]))
+        except ModuleNotFoundError:
+            continue
+        return all((found := getattr(found, part, None)) is not None for part in parts[n:])
+    return False
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda p: p.stem)
+def test_what_a_page_names_exists(path):
+    text = path.read_text(encoding="utf-8")
+    if path.name == "CHANGELOG.md":
+        return  # it tells of names that are gone
+    missing = [
+        name
+        for name in set(WRITTEN.findall(text))
+        if not (ROOT / name.rstrip("./")).exists() and not (name.endswith(".py") and [*PACKAGE.glob(f"**/{name}")])
+    ]
+    missing += [name for name in set(DOTTED.findall(text)) if name not in GROUPS and not resolves(name)]
+    for code in re.findall(r"```python\n(.*?)```", text, re.S) if path.name != "api.md" else ():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("casehard"):
+                missing += [f"{node.module}.{a.name}" for a in node.names if not resolves(f"{node.module}.{a.name}")]
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ch":
+                missing += [] if hasattr(casehard, node.attr) else [f"ch.{node.attr}"]
+    assert not missing

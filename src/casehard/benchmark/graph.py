@@ -36,7 +36,7 @@ STEPS: dict[Kind, tuple[str, ...]] = {
     "attack": ("casehard.steps.attack", "casehard.steps.chain"),
     "prepare": ("casehard.defences.buffer_reinforce.prepare",),
 }
-"""Modules that do the work of a node; what they import is followed, see ``bench.closure``."""
+"""Modules that do the work of a node; what they import is followed, see ``casehard.benchmark.closure``."""
 
 
 def code_version(kind: Kind, named: tuple[str, ...] = ()) -> str:

@@ -1,1 +1,1 @@
-"""The training shell: the seams of ``defend.protocol`` on any ``transformers.Trainer``, and safe checkpoints."""
+"""The seams of ``casehard.train.protocol`` on any ``transformers.Trainer``, and safe checkpoints."""

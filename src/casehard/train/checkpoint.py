@@ -230,7 +230,7 @@ def _object(file: Path, *keys: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ShellState:
-    """What the shell itself must remember so that a resumed run logs and counts as if it was never stopped."""
+    """What the trainer itself must remember so that a resumed run logs and counts as if it was never stopped."""
 
     meter: dict[str, Any]
     loss_sum: float

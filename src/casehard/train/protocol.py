@@ -85,7 +85,7 @@ class Step:
     """Plain loss of this micro-batch, scaled so that summing over the step's micro-batches gives the step's loss.
 
     A batch with other labels than the user's is averaged over its own tokens and divided by ``micros``; use
-    ``defend.passes.part_of_step`` for one whose tokens count together with those of other micro-batches."""
+    ``casehard.train.passes.part_of_step`` for one whose tokens count together with those of other micro-batches."""
     backward: Callable[[torch.Tensor], None]
     """Back-propagate (through the precision machinery of the loop); gradients accumulate into ``.grad``."""
     log: Callable[[Mapping[str, float]], None] = lambda values: None

@@ -1,6 +1,6 @@
 """The seams of a method on any ``transformers.Trainer``, and checkpoints that are complete or absent.
 
-The shell knows nothing about any one method. Without a ``loss`` or ``backward`` seam the stock ``training_step`` runs.
+The trainer knows nothing about any one method. Without a ``loss`` or ``backward`` seam the stock ``training_step`` runs.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from casehard.train.staging import StagedCheckpoints
 
 
 class _Hooks(TrainerCallback):
-    """Passes the loop's events to the shell."""
+    """Passes the loop's events to the trainer."""
 
-    def __init__(self, shell: HardeningMixin) -> None:
-        self.shell = shell
+    def __init__(self, trainer: HardeningMixin) -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shell._begin()
+        self.trainer._begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shell._labels.clear()
-        self.shell.cost_tracker.step = state.global_step
+        self.trainer._labels.clear()
+        self.trainer.cost_tracker.step = state.global_step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shell._guard.check(state.global_step)
+        self.trainer._guard.check(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shell._after_step()
+        self.trainer._after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.shell._boundary(control)
+        self.trainer._boundary(control)
 
 
 class HardeningMixin(StagedCheckpoints):

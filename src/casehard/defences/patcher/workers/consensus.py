@@ -25,7 +25,7 @@ class ConsensusBackend:
 
     Args:
         local: this process's own backend.
-        group: process group (``parallel.wire.group``) of the defender's processes, used for nothing else.
+        group: process group (``transport.group``) of the defender's processes, used for nothing else.
         count: number of attackers.
     """
 
