@@ -1,6 +1,6 @@
 """The seams of a method on any ``transformers.Trainer``, and checkpoints that are complete or absent.
 
-The trainer knows nothing about any one method. Without a ``loss`` or ``backward`` seam the stock ``training_step`` runs.
+It knows nothing about any one method. Without a ``loss`` or ``backward`` seam the stock ``training_step`` runs.
 """
 
 from __future__ import annotations
