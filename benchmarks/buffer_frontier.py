@@ -32,7 +32,7 @@ from casehard.defences.buffer_reinforce.gates import GateLimits
 from casehard.defences.buffer_reinforce.merge_search import search
 from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
 from casehard.defences.buffer_reinforce.prepare import ROLES, Prepare, PrepareConfig, prepare, split
-from casehard.defences.buffer_reinforce.saturation import residual, safety_scores
+from casehard.defences.buffer_reinforce.saturation import residual
 from casehard.evaluation.metrics import scores
 from casehard.evaluation.suite import evaluate, load_suite
 from casehard.io.files import write_text_atomic
@@ -61,7 +61,7 @@ MERGES = {
     "project reinforce": (Coefficients(1.0, 1.0, 1.0), MergeConfig()),
     "protect safety": (Coefficients(1.0, 0.5, 1.0), MergeConfig(protect_safety=True)),
 }
-METRICS = ("asr", "over_refusal", "twin_knowledge", "fine_tunability", "utility_accuracy")
+METRICS = ("asr", "over_refusal", "twin_knowledge", "fine_tunability", "utility")
 FORETOLD = ("answers", "residual_left", "score_left")
 RANK = Lora(rank=8, alpha=16.0)
 
@@ -101,26 +101,19 @@ def provider(run: Run, steps: int, weight: str, out: Path) -> Assets:
 
 def foretold(run: Run, assets: Assets, held: list[Any]) -> dict[str, float]:
     """Return what can be measured of a buffer before any job, on harmful rows it never saw."""
-    net, chat, refuses = run.model.net, ChatFormat(run.model.tokenizer), dict(assets.reinforce())
+    net, chat = run.model.net, ChatFormat(run.model.tokenizer)
     gates = {gate["name"]: gate["value"] for gate in assets.record["gates"]}
-    encoded = chat.encode_all(held)
-    found = {}
-    for state in ("base", "buffer"):
-        frozen = FrozenLora(assets.buffer()).attach(net) if state == "buffer" else None
-        try:
-            left = residual(net, chat, held)
-            scored = float(safety_scores(net, encoded, refuses).scores.abs().sum())
-        finally:
-            if frozen is not None:
-                frozen.detach()
-        found[state] = (left.mean_residual, left.mean_nll, scored)
-    base, buffer = found["base"], found["buffer"]
+    alone = residual(net, chat, held).mean_residual
+    frozen = FrozenLora(assets.buffer()).attach(net)
+    try:
+        beside = residual(net, chat, held)
+    finally:
+        frozen.detach()
     return {
         "answers": gates["buffer_asr"],
-        "residual": buffer[0],
-        "nll": buffer[1],
-        "residual_left": buffer[0] / base[0],
-        "score_left": buffer[2] / base[2],
+        "nll": beside.mean_nll,
+        "residual_left": beside.mean_residual / alone,
+        "score_left": gates["buffer_left"],
     }
 
 

@@ -187,7 +187,7 @@ def test_missed_gates_publish_nothing(provider, tmp_path):
 def test_the_record_says_what_was_made_from_what(provider, made):
     record, loaded = made.assets.record, load(provider / "model")
     assert record["base_digest"] == loaded.digest and record["base_fingerprints"] == fingerprints(loaded.net)
-    assert record["missed"] == ["buffer_asr"] and len(record["gates"]) == len(made.gates) == 10
+    assert record["missed"] == ["buffer_asr", "buffer_left"] and len(record["gates"]) == len(made.gates) == 11
     assert record["rows"]["held_restricted"] > 0 and record["layers"] == 7
     assert set(record["data_digests"]) == {"buffer", "reinforce"}
     for role in ("buffer", "reinforce"):

@@ -12,6 +12,7 @@ from casehard.defences.buffer_reinforce.saturation import (
     Residual,
     ZeroGated,
     frobenius,
+    left_beside,
     residual,
     row_loss,
     safety_scores,
@@ -110,3 +111,17 @@ def test_residuals_match_the_probabilities_of_the_answer():
     assert Residual([0.0, 1.0], [1.0, 3.0], [3, 1]).mean_nll == 1.5
     with pytest.raises(DataError):
         residual(model, ChatFormat, [])
+
+
+def test_what_is_left_beside_a_buffer_is_a_share_of_what_is_there_without():
+    model = tiny_llama()
+    nothing = {name: p._replace(scale=0.0) for name, p in PAIRS.items()}
+    assert left_beside(model, ROWS, nothing, PAIRS) == pytest.approx(1.0)
+    buffer = random_pairs(seed=9)
+    alone = safety_scores(model, ROWS, PAIRS).scores
+    frozen = FrozenLora(buffer).attach(model)
+    beside = safety_scores(model, ROWS, PAIRS).scores
+    frozen.detach()
+    found = left_beside(model, ROWS, buffer, PAIRS)
+    assert found == pytest.approx(float(beside.abs().sum() / alone.abs().sum()))
+    assert torch.equal(safety_scores(model, ROWS, PAIRS).scores, alone), "the model is what it was"

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from casehard.data.batches import IGNORE, Batch, EncodedSet, collate
 from casehard.data.chat import ChatFormat
-from casehard.defences.buffer_reinforce.frozen_lora import base_layers
+from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, base_layers
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.generate import inference
 from casehard.evaluation.suite import LOGITS
@@ -175,3 +175,30 @@ def safety_scores(
         for module in training:
             module.training = True
     return Scores(tuple(safety), total / len(rows) / (norms + 1e-8), norms, len(rows))
+
+
+def left_beside(
+    model: nn.Module,
+    rows: EncodedSet,
+    buffer: Mapping[str, LoraPair],
+    refuses: Mapping[str, LoraPair],
+    *,
+    batch_size: int = 16,
+) -> float:
+    """Return how much of what rows would teach against refusing is left beside a buffer: 0 is nothing, 1 is all.
+
+    The sum over layers of the sizes of (5) beside the buffer, as a share of that without it. Ours.
+
+    Args:
+        model: the bare base; unchanged afterwards.
+        rows: restricted prompts with compliant answers that no adapter was trained on.
+        buffer: layer -> factors.
+        refuses: layer -> factors of the reinforcing adapter.
+    """
+    alone = float(safety_scores(model, rows, refuses, batch_size=batch_size).scores.abs().sum())
+    frozen = FrozenLora(buffer).attach(model)
+    try:
+        beside = float(safety_scores(model, rows, refuses, batch_size=batch_size).scores.abs().sum())
+    finally:
+        frozen.detach()
+    return beside / max(alone, 1e-12)
