@@ -17,6 +17,7 @@ from casehard.data.batches import EncodedSet
 from casehard.data.mix import is_marked, marks
 from casehard.errors import ConfigError
 from casehard.limits import BatchSize, Count, Factor, Large, LearningRate, Limited, Natural, Rank
+from casehard.model.adapters import merged
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
@@ -200,7 +201,7 @@ class Tuning(ABC, Generic[C]):
         provenance = {"settings": to_dict(self.config), "seed": inputs.seed, **facts}
         made = Made(method=f"{self.name}-attack", provenance=provenance)
         trained = frozenset(marks(*(phase.rows for phase in phases)))
-        attacked = model.after(done.net, made, trained=trained, may_leave=False)
+        attacked = model.after(merged(done.net), made, trained=trained, may_leave=False)
         return Attacked(model=attacked, rows=done.rows, budget=done.budget, facts=facts, log=done.log)
 
 
