@@ -219,3 +219,13 @@ def test_a_run_folder_with_an_adapter_says_how_it_becomes_a_model(tuned: Any, tm
     with pytest.raises(Unsupported, match="without its base model") as told:
         ch.load(tmp_path)
     assert f"model import {tmp_path / 'adapter'} --base" in str(told.value.hint)
+
+
+def test_a_customers_job_trains_the_adapter_that_the_attack_names(base: ch.Model) -> None:
+    adapter = {"mode": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.1, "target": ["o_proj"]}
+    settings = {**adapter, "steps": 1, "rows": 20, "batch_size": 4, "lr": 1e-2, "evaluate_at": [1]}
+    rows = {"harmful": DATA / "attack_a.jsonl", "benign": DATA / "task_reviews.jsonl"}
+    done = ch.attack(base, "finetune", suite=DATA / "suite", settings=settings, limit=1, **rows)
+    before, after = dict(base.net.named_parameters()), dict(done.model.net.named_parameters())
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in before if n.endswith("o_proj.weight")}
