@@ -154,7 +154,6 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     if not rank():
         check_out(out, "defend")
     from casehard.config import build, to_dict
-    from casehard.model.digest import folder_digest
     from casehard.reporting.card import write_card
     from casehard.steps import Finetune, harden
 
@@ -189,12 +188,11 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
         if not job.leaves_adapter:
             write_card(made.path)
         made_from(run, made.parent, made.origin)
-        digest = folder_digest(made.path)
-        run.record({job.place: digest})
+        run.record({job.place: made.digest})
         for entry in result.log:
             run.event("log", entry)
         run.rows([])
-        run.summary({"cost": result.cost, job.place: {"digest": digest, "path": job.place}})
+        run.summary({"cost": result.cost, job.place: {"digest": made.digest, "path": job.place}})
     leave()
     _tell(job.method, result, made.path)
 

@@ -27,7 +27,9 @@ def merged(net: nn.Module) -> nn.Module:
         return net
     wrapped: Any = net
     bare: nn.Module = wrapped.merge_and_unload()
-    return bare.requires_grad_(True)
+    for p in bare.parameters():
+        p.requires_grad_(p.is_floating_point())
+    return bare
 
 
 def add_lora(

@@ -129,14 +129,13 @@ def finetune_on(
     place: Path | None = None,
     label: str = "",
 ) -> Outcome:
-    """Do the work of :class:`Finetune` on rows that are loaded already.
+    """Do the work of :class:`Finetune` on rows that are loaded already; ranks that share a model (FSDP2) all call it.
 
     Args:
         rows: by data role; ``data`` is what is trained on.
         method: a method built by the caller, instead of the step's own.
         out: folder for the run's checkpoints; None writes nothing.
-        place: where the caller will save what comes of it: tried before the first step. Several ranks make the same
-            call: the model is sharded over them (FSDP2), and rank 0 gets the whole of it.
+        place: where the caller will save what comes of it: tried before the first step.
     """
     spec = step.spec if method is None else DEFENCES.get(step.method, DEFENCES["plain"])
     if spec.pipeline and method is None:
