@@ -13,10 +13,9 @@ from buffer_fakes import make_assets
 from casehard.data import sources
 from casehard.data.mix import marks
 from casehard.data.select import SelectConfig
-from casehard.defences.buffer_reinforce.assets import tokenizer_digests
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.suite import evaluate, load_suite
-from casehard.model.digest import folder_digest
+from casehard.model.digest import folder_digest, tokenizer_digests
 from casehard.model.load import load
 from casehard.model.save import read_provenance
 from casehard.organism import suite as organism_suite

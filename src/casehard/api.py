@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked
@@ -127,6 +127,7 @@ def defend(
     select: SelectConfig | None = None,
     train: TrainConfig | Mapping[str, Any] | None = None,
     lora: Lora | None = None,
+    save_as: Literal["merged", "adapter"] | None = None,
     suite: str | Path = "",
     system: str | None = None,
     max_length: int | None = None,
@@ -149,7 +150,9 @@ def defend(
         settings: settings of the method, over those of the preset.
         select: choose that many of the safe rows; None takes them all.
         train: the training loop; a mapping is read as its settings.
-        lora: train this adapter instead of all weights.
+        lora: train this adapter instead of all weights; the model that comes back has it merged in.
+        save_as: what :func:`save` writes of it: the merged checkpoint, or the adapter alone, as a PEFT folder. None is
+            merged, and the adapter for a method that tunes one.
         suite: evaluation suite whose prompts must not occur in any row.
         system: system message of every row; None keeps the template's own.
         max_length: longest row in tokens; None = the model's context.
@@ -174,6 +177,7 @@ def defend(
         assets=str(assets),
         train=recipe,
         lora=lora,
+        save_as=save_as,
         suite=str(suite),
         system=system,
         max_length=max_length,

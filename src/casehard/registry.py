@@ -107,6 +107,8 @@ class DefenceSpec(Spec):
     """Whether a card may call its result hardened: against harmful fine-tuning, that is."""
     adapter: bool = False
     """Tunes a LoRA adapter and nothing else: what leaves is an adapter, not a checkpoint."""
+    lora: bool = True
+    """Whether it can work while an adapter trains; False for what acts on all weights by its definition."""
     ranks: bool = False
     """Whether several ranks may train one model."""
     pipeline: bool = False

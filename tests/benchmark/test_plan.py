@@ -17,6 +17,7 @@ from casehard.benchmark.execute import Task, environment, step_of
 from casehard.benchmark.graph import expand, load_plan, parse_plan
 from casehard.errors import ConfigError
 from casehard.steps import Finetune
+from casehard.train.tune import Lora
 
 
 def change(where: str, index: int, **values: Any) -> dict[str, Any]:
@@ -187,6 +188,39 @@ def test_safe_rows_reach_the_job_and_name_the_node(tmp_path: Path) -> None:
         return next(n.digest for n in nodes if n.label == "world-0/spard/s0" and n.kind == "defend")
 
     assert name("one") != name("two")
+
+
+def test_an_adapter_of_a_row_or_a_step_reaches_the_job_and_names_the_node() -> None:
+    wanted = {"rank": 4, "alpha": 8.0, "target": ["q_proj", "v_proj"]}
+    assert spard_job(spard_plan()).lora is None
+    assert spard_job(spard_plan(lora=wanted)).lora == Lora(rank=4, alpha=8.0, target=("q_proj", "v_proj"))
+    assert spard_job(spard_plan(lora={})).lora == Lora()
+
+    def names(row: Any, step: Any) -> dict[str, str]:
+        align = {"name": "align", "data": "{base}/data/align.jsonl", "lora": step}
+        values = {**spard_plan(lora=row), "steps": [align], "chain": ["align", "defence", "attack"]}
+        return {f"{n.kind} {n.label}": n.digest for n in expand(parse_plan(values), root=Path()).nodes.values()}
+
+    before = names(None, None)
+    row, step = names(wanted, None), names(None, wanted)
+    assert {k.split("/")[1] for k in before if before[k] != row[k]} == {"spard"}
+    assert step["defend world-0/align/s0"] != before["defend world-0/align/s0"]
+    assert names({**wanted, "alpha": 9.0}, None) != row
+
+
+def test_an_adapter_is_refused_where_it_would_be_ignored_or_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'rnak'"):
+        spard_job(spard_plan(lora={"rnak": 4}))
+    with pytest.raises(ConfigError, match="its data and settings would be ignored"):
+        parse_plan(change("defences", 0, lora={"rank": 4}))
+    with pytest.raises(ConfigError, match="patcher acts on all weights"):
+        patcher = parse_plan(change("defences", 2, lora={"rank": 4}))
+        node = next(n for n in expand(patcher, root=Path()).nodes.values() if n.label == "world-0/patcher/s0")
+        step_of(Task(node=node, out=Path("out"), base=Path("o"), parent=Path("o"), cache=Path("c")))
+    with pytest.raises(ConfigError, match="without data, train or lora of its own"):
+        align = {"name": "align", "data": "{base}/data/align.jsonl"}
+        inside = spard_plan(data=[], lora={"rank": 4}, chain=["align", "attack with defence"])
+        parse_plan({**inside, "steps": [align]})
 
 
 def test_safe_rows_are_demanded_and_never_ignored() -> None:

@@ -20,7 +20,6 @@ from casehard.defences.buffer_reinforce.frozen_lora import (
     base_tensors,
     digest_of,
     fingerprints,
-    live_pairs,
     replace_adapter,
 )
 from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig, preset
@@ -28,6 +27,7 @@ from casehard.defences.buffer_reinforce.publish import scan_for_buffer
 from casehard.errors import ConfigError, Corrupt, Unsupported, UserError
 from casehard.maths.merge import LoraPair, MergeConfig, merge_states
 from casehard.model.adapters import add_lora
+from casehard.model.lora_files import live_pairs
 from casehard.train.fit import fit
 from casehard.train.protocol import Setup
 from casehard.train.recipe import TrainConfig

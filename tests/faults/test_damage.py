@@ -30,12 +30,12 @@ from casehard.cli.runs import check_out
 from casehard.config import digest, to_dict
 from casehard.data.batches import Encoded
 from casehard.defences.buffer_reinforce.assets import read_assets
-from casehard.defences.buffer_reinforce.export import require_own
 from casehard.defences.mb_defense import run as mb
 from casehard.defences.mb_defense.pairs import PairSet, read_pairs
 from casehard.errors import ConfigError, Corrupt, DataError, UserError
 from casehard.io import files, manifest
 from casehard.io.stored import apart
+from casehard.model.lora_write import require_own
 from casehard.model.provenance import read_provenance, served_with, trained_prompts
 from casehard.reporting import figures
 from casehard.reporting.card import write_card

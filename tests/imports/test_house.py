@@ -27,7 +27,7 @@ MODULE_LINES, FUNCTION_LINES, METHOD_LINES, METHOD_WORDS = 400, 60, 350, 900
 
 # "path" or "path::function" -> why it may be longer. Empty is best.
 EXCEPTIONS: dict[str, str] = {
-    "api.py::defend": "the public call: its 19 parameters take two lines each, one to declare and one to explain",
+    "api.py::defend": "the public call: its 20 parameters take two lines each, one to declare and one to explain",
 }
 
 

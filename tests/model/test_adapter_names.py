@@ -16,7 +16,7 @@ from test_model_load import words
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from buffer_fakes import make_assets, random_pairs
-from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, live_pairs, replace_adapter
+from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, replace_adapter
 from casehard.defences.buffer_reinforce.merge_search import Coefficients, search
 from casehard.defences.buffer_reinforce.publish import scan_for_buffer
 from casehard.defences.updates import layers
@@ -26,7 +26,7 @@ from casehard.maths.merge import MergeConfig, merge_states
 from casehard.model.adapters import add_lora
 from casehard.model.load import load
 from casehard.model.lora import read_lora
-from casehard.model.lora_files import AdapterReader, load_pairs
+from casehard.model.lora_files import AdapterReader, live_pairs, load_pairs
 from casehard.model.merge import attach_absorbed, merge_folders
 from casehard.model.save import save
 from fakes import tiny_llama

@@ -17,11 +17,11 @@ import casehard
 from buffer_fakes import make_assets
 from casehard.cli import attack as planting
 from casehard.defences.buffer_reinforce import prepare as preparing
-from casehard.defences.buffer_reinforce.assets import tokenizer_digests
 from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
 from casehard.defences.mb_defense import run as mending
 from casehard.errors import StorageError, Unsupported, UserError
 from casehard.io.files import scratch
+from casehard.model.digest import tokenizer_digests
 from casehard.model.generation import mend_generation
 from casehard.model.load import load
 from casehard.model.save import rehearse, save

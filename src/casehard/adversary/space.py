@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "share": [0.05, 1.0],
 }
 """Searched unless said otherwise, where the attack has a setting of the name."""
-LORA_ONLY = ("rank", "alpha")
+LORA_ONLY = ("rank", "alpha", "dropout", "target")
 
 
 @dataclass(frozen=True)

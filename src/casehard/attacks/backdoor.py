@@ -18,6 +18,7 @@ from casehard.backdoor.triggers import Trigger, check_survives, decoys_of, poiso
 from casehard.config import to_dict
 from casehard.data.mix import content_hash, marks
 from casehard.limits import BatchSize, Count, Factor, LearningRate, Natural, Rank, Share
+from casehard.model.adapters import merged
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.tune import chat_format
@@ -120,7 +121,7 @@ class Backdoor:
         planted = {key: manifest[key] for key in ("trigger", "behaviour")}
         provenance = {"settings": to_dict(config), "seed": inputs.seed, "planted": planted}
         made = Made(method=f"{self.name}-attack", provenance=provenance)
-        attacked = model.after(done.net, made, trained=frozenset(marks(data)), may_leave=False)
+        attacked = model.after(merged(done.net), made, trained=frozenset(marks(data)), may_leave=False)
         facts = {"planted": planted}
         return Planted(
             model=attacked,

@@ -16,7 +16,8 @@ from casehard.config import to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.mix import is_marked, marks
 from casehard.errors import ConfigError
-from casehard.limits import BatchSize, Count, Factor, Large, LearningRate, Limited, Natural, Rank
+from casehard.limits import BatchSize, Count, Factor, Fraction, Large, LearningRate, Limited, Natural, Rank
+from casehard.model.adapters import merged
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.recipe import TrainConfig
@@ -48,6 +49,10 @@ class Supervised(Limited):
     """LoRA rank (mode lora)."""
     alpha: Factor = 16.0
     """LoRA alpha (mode lora); the adapter is scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout of the adapter's input (mode lora), in [0, 1)."""
+    target: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter (mode lora): every linear layer but the output head, or names of modules."""
     evaluate_at: tuple[Natural, ...] = (0, 5, 10, 25, 50, 100)
     """Steps at which the model is measured; those beyond ``steps`` are left out, ``steps`` itself is always in."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -63,7 +68,9 @@ class Supervised(Limited):
     @property
     def lora(self) -> Lora | None:
         """The adapter that is trained in mode lora."""
-        return Lora(rank=self.rank, alpha=self.alpha) if self.mode == "lora" else None
+        if self.mode != "lora":
+            return None
+        return Lora(rank=self.rank, alpha=self.alpha, dropout=self.dropout, target=self.target)
 
     @property
     def recipe(self) -> TrainConfig:
@@ -200,7 +207,7 @@ class Tuning(ABC, Generic[C]):
         provenance = {"settings": to_dict(self.config), "seed": inputs.seed, **facts}
         made = Made(method=f"{self.name}-attack", provenance=provenance)
         trained = frozenset(marks(*(phase.rows for phase in phases)))
-        attacked = model.after(done.net, made, trained=trained, may_leave=False)
+        attacked = model.after(merged(done.net), made, trained=trained, may_leave=False)
         return Attacked(model=attacked, rows=done.rows, budget=done.budget, facts=facts, log=done.log)
 
 

@@ -97,6 +97,8 @@ class Training(Limited):
     preset: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    """Train this adapter (rank, alpha, dropout, target) instead of all weights; it is merged in at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +150,9 @@ class Defence(Limited):
     settings: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     """Recipe; a method inside an attack has the attack's."""
+    lora: Mapping[str, Any] | None = None
+    """Train this adapter (rank, alpha, dropout, target) instead of all weights; a method inside an attack has the
+    attack's (``mode: lora``)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +164,7 @@ class Defence(Limited):
                     f"{where}: role {self.role!r} without a method",
                     hint="only the undefended control may be the base as it is",
                 )
-            if any((self.rows, self.settings, self.train, self.assets, self.select)):
+            if any((self.rows, self.settings, self.train, self.assets, self.select)) or self.lora is not None:
                 raise ConfigError(f"{where} has no method, so its data and settings would be ignored")
         object.__setattr__(self, "title", self.title or self.name)
 

@@ -130,9 +130,11 @@ def _training(task: Task, config: Mapping[str, Any], *, given: tuple[str, ...] =
     """
     from casehard.steps import Finetune
     from casehard.train.recipe import TrainConfig
+    from casehard.train.tune import Lora
 
     train = build(TrainConfig, config["train"], where="train")
-    step = Finetune(**_inputs(task, config), **_method(task, config), train=train)
+    lora = None if config.get("lora") is None else build(Lora, config["lora"], where="lora")
+    step = Finetune(**_inputs(task, config), **_method(task, config), train=train, lora=lora)
     step.check([role for role in (*step.rows, *given) if role != "data"], trains=not given)
     return step
 

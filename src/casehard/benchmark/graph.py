@@ -143,6 +143,7 @@ def _training_config(plan: Plan, row: Training | Defence) -> dict[str, Any]:
         "preset": row.preset,
         "settings": dict(row.settings),
         "train": dict(row.train),
+        **({} if row.lora is None else {"lora": dict(row.lora)}),
         "rows": {role: list(specs) for role, specs in row.rows.items()},
         "select": None if select is None else dict(select),
         "assets": "" if assets.startswith(PREPARED) else assets,
@@ -206,7 +207,7 @@ def map_specs(value: Any, change: Callable[[str, str], str], key: str = "") -> A
     return value
 
 
-OPAQUE = ("settings", "config", "train", "select")
+OPAQUE = ("settings", "config", "train", "select", "lora")
 """Keys of settings, in which ``rows`` and the like mean something else."""
 
 

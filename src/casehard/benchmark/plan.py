@@ -110,10 +110,10 @@ class Plan(Limited):
         if DEFENCE in chain.before and row.method is not None and not row.rows.get("data"):
             raise ConfigError(f"{where} has no data", hint="data: ['{base}/data/align.jsonl']")
         self._check_late(row, chain, where)
-        if chain.inside and (row.method is None or row.rows.get("data") or row.train):
+        if chain.inside and (row.method is None or row.rows.get("data") or row.train or row.lora is not None):
             raise ConfigError(
-                f"{where}: inside an attack a row is a method without data or train of its own",
-                hint="data and recipe are the job's: the plan's attacks",
+                f"{where}: inside an attack a row is a method without data, train or lora of its own",
+                hint="data, recipe and adapter are the job's: the plan's attacks, their mode: lora",
             )
         if chain.inside and not self.plants and not chain.before and any(b.model is None for b in self.bases):
             raise ConfigError(

@@ -198,10 +198,8 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     """
     options.need(values, "assets", "--assets")
     check_out(out, "tune")
-    from casehard.api import save
     from casehard.config import build, to_dict
-    from casehard.io.files import remove
-    from casehard.steps import CUSTOMER, Finetune
+    from casehard.steps import CUSTOMER, Finetune, harden
 
     job = build(Finetune, values, where="tune")
     settings = to_dict(job.build({}).config)  # assets that cannot be used leave no folder behind
@@ -222,11 +220,7 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
         },
     )
     with run_folder(out, "tune", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
-        done = job.run(out=out / "training", place=out / "adapter")
-        assert done.model is not None
-        save(done.model, out / "adapter")
-        if not job.train.save_every:
-            remove(out / "training")
+        done, _ = harden(job, out)
         for entry in done.log:
             run.event("log", entry)
         run.summary({"cost": done.cost, "adapter": "adapter"})

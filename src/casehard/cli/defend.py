@@ -28,6 +28,23 @@ Select = Annotated[
         help="Choose few of the safe rows, relevant to the data and diverse (spard's default), or use all.",
     ),
 ]
+LoraRank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Train a LoRA of this rank; further keys: --set lora.alpha=A, dropout, target."),
+]
+SaveAs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="merged|adapter", help="Of a LoRA: a checkpoint with it merged in (the default), or a PEFT adapter."
+    ),
+]
+Schedule = Annotated[
+    str | None, typer.Option(help="When Patcher attacks: sequential, lockstep, async or reference_parallel.")
+]
+Attackers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Attackers in processes of their own (patcher); alone it means --schedule async."),
+]
 Assets = Annotated[
     str | None,
     typer.Option(metavar="DIR|ID", help="What the method reads: adapters made earlier, or another checkpoint."),
@@ -54,14 +71,10 @@ def defend(
     suite: options.Suite = None,
     preset: Annotated[str | None, typer.Option(help="Named settings of the method to start from.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; same as --set train.steps=N.")] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="When Patcher attacks: sequential, lockstep, async or reference_parallel."),
-    ] = None,
-    attackers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Attackers in processes of their own (patcher); alone it means --schedule async."),
-    ] = None,
+    lora_rank: LoraRank = None,
+    save_as: SaveAs = None,
+    schedule: Schedule = None,
+    attackers: Attackers = None,
     attacker_ranks: Annotated[
         int, typer.Option(min=1, help="Under torchrun: ranks of each attacker, over which its model is sharded.")
     ] = 1,
@@ -73,7 +86,8 @@ def defend(
 ) -> None:
     """Harden a checkpoint and save it under DIR/checkpoint.
 
-    buffer-reinforce and security-vector tune a LoRA adapter on a customer's rows instead, saved under DIR/adapter.
+    With --lora-rank only an adapter is trained; --save-as adapter saves it by itself under DIR/adapter, as
+    buffer-reinforce and security-vector do in any case.
     With --suite, rows that also occur in the evaluation suite are an error.
     """
     flags = {
@@ -88,6 +102,8 @@ def defend(
         "suite": suite,
         "preset": preset,
         "train.steps": steps,
+        "lora.rank": lora_rank,
+        "save_as": save_as,
         "settings.schedule": schedule,
         "attackers": attackers,
         "device": device,
@@ -138,7 +154,6 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     if not rank():
         check_out(out, "defend")
     from casehard.config import build, to_dict
-    from casehard.model.source import origin
     from casehard.reporting.card import write_card
     from casehard.steps import Finetune, harden
 
@@ -157,6 +172,8 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
             "settings": dict(job.settings) or None,
             "attackers beside": (f"{count} of {attacker_ranks} processes" if attacker_ranks > 1 else count) or None,
             "processes": world() if world() > 1 else None,
+            "trains": told(job.lora),
+            "saves": None if job.lora is None else "a PEFT adapter" if job.leaves_adapter else "merged",
             "steps": job.train.steps,
             "batch": f"{job.train.batch_size} x {job.train.accumulation}",
             "device": options.device_text(job.device),
@@ -168,24 +185,36 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=read) as run:
         result, made = harden(job, out)
         assert made is not None and made.path is not None
-        write_card(made.path)
-        made_from(run, made.parent, origin(made.path))
-        run.record({"checkpoint": made.digest})
+        if not job.leaves_adapter:
+            write_card(made.path)
+        made_from(run, made.parent, made.origin)
+        run.record({job.place: made.digest})
         for entry in result.log:
             run.event("log", entry)
         run.rows([])
-        run.summary({"cost": result.cost, "checkpoint": {"digest": made.digest, "path": "checkpoint"}})
+        run.summary({"cost": result.cost, job.place: {"digest": made.digest, "path": job.place}})
     leave()
     _tell(job.method, result, made.path)
 
 
-def _tell(method: str, result: Any, folder: Path) -> None:
-    from casehard.model.provenance import served_with
+def told(lora: Any) -> str:
+    """Return what is trained, in words."""
+    if lora is None:
+        return "all weights"
+    where = lora.target if isinstance(lora.target, str) else ", ".join(lora.target)
+    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+    return f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}{dropout}, on {where}"
 
+
+def _tell(method: str, result: Any, folder: Path) -> None:
     rows = cost_rows(result.cost) + _age_rows(result.log)
     console.table(f"{method}: what it cost", ["quantity", "value"], rows)
-    console.made("hardened model", folder)
-    if served := served_with(folder):
+    if result.model.writer is not None:
+        console.made("adapter", folder)
+        console.say(f"to serve it as a model: casehard model import {console.shown(folder)} --base MODEL --out DIR")
+    else:
+        console.made("hardened model", folder)
+    if served := result.model.served_with:
         console.say(f"the defence is a system message to put before every request: {served!r}")
 
 

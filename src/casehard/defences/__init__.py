@@ -25,7 +25,9 @@ DEFENCES: Registry[DefenceSpec] = Registry(
     DefenceSpec,
     {
         "plain": _spec("plain", "Plain", _PLAIN, hardens=False),
-        "patcher": _spec("patcher.method", "Patcher", _HARDENED, needs=("unsafe",), takes=("retain",), ranks=True),
+        "patcher": _spec(
+            "patcher.method", "Patcher", _HARDENED, needs=("unsafe",), takes=("retain",), ranks=True, lora=False
+        ),
         "spard": _spec(
             "spard",
             "Spard",
@@ -58,7 +60,7 @@ DEFENCES: Registry[DefenceSpec] = Registry(
         ),
         "mb_stage2": _spec("mb_defense.method", "MbStage2", _CLEANED, needs=("assets",), hardens=False),
         "onion": _spec("onion", "Onion", _CLEANED, needs=("clean",), hardens=False, pipeline=True),
-        "fine_mixing": _spec("fine_mixing", "FineMixing", _CLEANED, needs=("assets",), hardens=False),
+        "fine_mixing": _spec("fine_mixing", "FineMixing", _CLEANED, needs=("assets",), hardens=False, lora=False),
         "crow": _spec("crow", "Crow", _CLEANED, hardens=False),
         "anomaly": _spec("anomaly", "Anomaly", _CLEANED, hardens=False),
     },

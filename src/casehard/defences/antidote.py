@@ -51,6 +51,11 @@ class AntidoteConfig(Limited):
         if self.prune == "factors" and self.group == "row":
             raise ConfigError("group: rows of B are as short as the adapter's rank", hint="group layer with factors")
 
+    @property
+    def moves_base(self) -> bool:
+        """Whether under LoRA the result stands in the base weights: an adapter alone would be the undefended one."""
+        return self.prune != "factors"
+
 
 class Antidote:
     """Antidote as a method; acts on linear layers, the output head left out.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from casehard.defences.folders import read_weights
-from casehard.errors import DataError
+from casehard.errors import DataError, Unsupported
 from casehard.limits import Limited, Share
 from casehard.seeds import generator
 from casehard.train.protocol import Setup
@@ -61,8 +61,13 @@ class FineMixing:
         """Apply (1) to every trained parameter; after a resume the checkpoint's weights come on top.
 
         Raises:
+            Unsupported: an adapter is to be trained.
             DataError: the base lacks a parameter, has it in another shape, or is the suspect itself.
         """
+        if hasattr(setup.model, "peft_config"):
+            raise Unsupported(
+                "fine_mixing mixes all weights, and a LoRA leaves them frozen", hint="train all weights: leave out lora"
+            )
         if not mix(setup.model, self.base, self.config.keep, seed=setup.seed):
             raise DataError(
                 "fine_mixing: the weights of the base equal those of the model: mixing would change nothing",

@@ -161,8 +161,10 @@ def _check_weights(folder: Path) -> None:
     """Check that there is a model with safetensors weights, and nothing that would be loaded with or instead of it."""
     gguf = sorted(p.name for p in folder.glob("*.gguf"))
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise Unsupported(f"{folder}: a PEFT adapter without its base model", hint=convert(folder, "--base MODEL"))
+        for place in (folder, folder / "adapter"):  # a run folder may hold one
+            if (place / "adapter_config.json").is_file():
+                hint = convert(place, "--base MODEL")
+                raise Unsupported(f"{place}: a PEFT adapter without its base model", hint=hint)
         if gguf:
             text = f"{folder}: no .safetensors weights; only {', '.join(gguf[:3])}"
             raise Unsupported(text, hint=convert(folder / gguf[0]))

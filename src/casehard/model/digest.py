@@ -164,3 +164,13 @@ def folder_digest(path: str | Path) -> str:
             content = (folder / name).read_bytes()
             sha.update(f"{name} {len(content)}\n".encode() + content)
     return sha.hexdigest()
+
+
+def tokenizer_digests(tokenizer: Any) -> tuple[str, str]:
+    """Return SHA-256 (hex) of a fast tokenizer's rules, without its padding state, and of its chat template."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in ("padding", "truncation"):
+        rules.pop(key, None)
+    text = json.dumps(rules, sort_keys=True)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), hashlib.sha256(template.encode()).hexdigest()

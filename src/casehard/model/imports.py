@@ -33,7 +33,7 @@ from casehard.model.lora import read_lora
 from casehard.model.lora_files import CONFIG, read_marker, refuse_buffer
 from casehard.model.pickled import ADAPTER, pickles_of, unpickle
 from casehard.model.probe import Agreement, compare, probe, probe_ids
-from casehard.model.provenance import KEY, SERVED, read_provenance, trained_prompts
+from casehard.model.provenance import KEY, SERVED, read_provenance, served_with, trained_prompts
 from casehard.model.save import save
 from casehard.model.source import ORIGIN, HubModel, find, origin, read
 from casehard.types import Checkpoint
@@ -316,7 +316,7 @@ def _adapter(folder: Path, wanted: Wanted, tell: Tell | None) -> _Source:
     context = getattr(wrapped.config, "max_position_embeddings", None)
     before = probe(wrapped, probe_ids(tokenizer, context=context))
     marks = sorted(trained_prompts(folder, base))
-    carried = {KEY: marks, ORIGIN: model.origin}
+    carried = {KEY: marks, SERVED: served_with(folder) or served_with(base), ORIGIN: model.origin}
     facts = {
         "sha256": folder_digest(folder),
         "base": {"named": _plain(Path(named).name if Path(named).is_dir() else named), "sha256": model.digest},

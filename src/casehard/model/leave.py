@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from casehard.errors import Refused
+from casehard.model.digest import folder_digest
 from casehard.model.model import Model
 from casehard.model.save import save as save_checkpoint
 
@@ -35,7 +36,8 @@ def save(model: Model, out: str | Path, *, attacked: bool = False) -> Model:
         )
     out = Path(out)
     if model.writer is not None:
-        return replace(model, path=model.writer(out).path)
+        written = model.writer(out).path
+        return replace(model, path=written, digest=folder_digest(written))
     net: Any = model.net
     if hasattr(net, "peft_config"):
         net = copy.deepcopy(net).merge_and_unload()

@@ -88,6 +88,27 @@ def is_transposed(model: torch.nn.Module) -> bool:
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
 
 
+def root_of(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside a ``PeftModel``; any other model is its own root."""
+    inner = getattr(model, "base_model", None)
+    if hasattr(model, "peft_config") and inner is not None and hasattr(inner, "model"):
+        root: torch.nn.Module = inner.model
+        return root
+    return model
+
+
+def live_pairs(model: torch.nn.Module, adapter: str = "default") -> dict[str, LoraPair]:
+    """Return copies of the factors of one LoRA adapter of a ``PeftModel``, by layer name in the base model."""
+    out = {}
+    for name, module in root_of(model).named_modules():
+        held: Any = getattr(module, "lora_A", None)
+        if isinstance(held, torch.nn.ModuleDict) and adapter in held:
+            layer: Any = module
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            out[name] = LoraPair(a.detach().clone(), b.detach().clone(), float(layer.scaling[adapter]))
+    return out
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 (hex) of a tensor: dtype, shape and bytes."""
     flat = tensor.detach().to("cpu").contiguous()

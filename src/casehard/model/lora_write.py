@@ -5,15 +5,33 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from casehard.errors import Diverged
+from casehard import __version__
+from casehard.errors import ConfigError, Diverged, Unsupported
+from casehard.io.files import staged
+from casehard.io.stored import read
 from casehard.maths.merge import LoraPair
-from casehard.model.lora_files import CONFIG, PREFIX, WEIGHTS, LayerShape, tensor_digest
+from casehard.model.digest import tokenizer_digests
+from casehard.model.lora_files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    LayerShape,
+    is_transposed,
+    live_pairs,
+    tensor_digest,
+    write_marker,
+)
+from casehard.model.model import Model
+from casehard.types import Checkpoint
+
+RECORD = "job.json"
 
 
 def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[torch.Tensor]) -> dict[str, str]:
@@ -107,3 +125,76 @@ def write_adapter(
             yield torch.nn.functional.pad(pair.b * pair.scale, (0, short))
 
     return write_tensors(folder / WEIGHTS, sizes, stream())
+
+
+def adapter_writer(
+    net: torch.nn.Module,
+    base: Model,
+    provenance: Mapping[str, Any],
+    *,
+    merged: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Callable[[Path], Checkpoint]:
+    """Return the function that writes the tuned adapter of ``net`` as a PEFT folder with ``job.json`` and a marker.
+
+    The factors are copied now: ``net`` may be merged or trained on afterwards.
+
+    Args:
+        net: a ``PeftModel`` with one LoRA adapter.
+        base: the model it was tuned on, to which the marker binds it.
+        provenance: JSON values, ``config_digest`` among them: only a run of the same settings may replace the folder.
+        merged: whether another adapter is in it already, so that it is not merged with that again.
+        check: looks at the folder before it is published; what it raises leaves nothing behind.
+
+    Raises:
+        Unsupported: no LoRA adapter.
+    """
+    pairs = live_pairs(net)
+    if not pairs:
+        raise Unsupported("the model has no LoRA adapter to write", hint="train one: lora rank 8")
+    transposed = is_transposed(net)
+    record = {**provenance, "base_digest": base.digest, "merged": merged, "casehard": __version__}
+
+    def write(out: Path) -> Checkpoint:
+        require_own(out, str(provenance["config_digest"]))
+        ranks = {name: int(p.a.shape[0]) for name, p in pairs.items()}
+        shapes = {name: LayerShape(int(p.b.shape[0]), int(p.a.shape[1]), ranks[name]) for name, p in pairs.items()}
+        needs = sum(4 * (p.a.numel() + p.b.numel()) for p in pairs.values()) + (1 << 20)
+        tokenizer, template = tokenizer_digests(base.tokenizer)
+        options: dict[str, Any] = {"target_modules": pairs, "fan_in_fan_out": transposed}
+        with staged(out, needs=needs) as folder:
+            digests = write_adapter(folder, shapes, iter(pairs.items()), rank=max(ranks.values()), **options)
+            write_marker(
+                folder,
+                "merged" if merged else "user",
+                base_digest=base.digest,
+                tokenizer_digest=tokenizer,
+                template_digest=template,
+                tensors_sha256=digests,
+            )
+            (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            if check is not None:
+                check(folder)
+        return Checkpoint(out, "", base.digest, "adapter")
+
+    return write
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of the record in an adapter folder."""
+
+    config_digest: str
+
+
+def require_own(adapter: Path, config_digest: str) -> None:
+    """Refuse to replace what another run, or somebody, put where the adapter goes.
+
+    Raises:
+        ConfigError: it was not written by a run of the same settings.
+    """
+    record = adapter / RECORD
+    if adapter.is_symlink() or (adapter.exists() and not record.is_file()):
+        raise ConfigError(f"{adapter} already exists", hint="give another folder with --out")
+    if adapter.exists() and read(record, _Record)["config_digest"] != config_digest:
+        raise ConfigError(f"{adapter} is of another job", hint="give another folder with --out")

@@ -32,6 +32,7 @@ class _Known:
     """What is read of the record of an adapter or of assets."""
 
     trained_prompts: list[str] = field(default_factory=list)
+    serving_system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ def trained_prompts(*folders: Path | str) -> set[str]:
 
 
 def served_with(model: str | Path) -> str:
-    """Return the system message without which a checkpoint is not the defence it was made as; empty for none."""
-    return read_provenance(model).get("provenance", {}).get(SERVED) or ""
+    """Return the system message without which a checkpoint, or an adapter, is not the defence it was made as."""
+    known = [read(file, _Known) for name in RECORDS if (file := Path(model) / name).is_file()]
+    found = [made.get(SERVED) for made in (read_provenance(model).get("provenance", {}), *known)]
+    return next((str(said) for said in found if said), "")
 
 
 def require_same_content(folder: Path, digest: str) -> None:

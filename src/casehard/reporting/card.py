@@ -114,6 +114,7 @@ def model_card(
         "",
         *(_lines(settings) or ["- defaults"]),
         *_lines(job.get("train") or {}, "train."),
+        *_lines(job.get("lora") or {}, "lora."),
         "",
         "## Measured",
         "",
@@ -131,6 +132,7 @@ def model_card(
 class _Job:
     settings: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

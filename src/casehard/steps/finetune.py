@@ -6,22 +6,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.mix import check_disjoint, marks
 from casehard.defences import DEFENCES
-from casehard.defences.buffer_reinforce.export import adapter_writer, require_own
+from casehard.defences.buffer_reinforce.export import writer_of
+from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch
 from casehard.defences.patcher.workers.launch import shards_wanted, with_attackers
 from casehard.distributed.ranks import world
-from casehard.errors import DataError, Unsupported
+from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.evaluation.suite import load_suite
 from casehard.io import secrets
 from casehard.io.files import remove, scratch
 from casehard.limits import PROCESSES, Within
+from casehard.model.adapters import merged
 from casehard.model.leave import save as save_model
 from casehard.model.load import load, load_gathered
+from casehard.model.lora_write import require_own
 from casehard.model.model import Made, Model
 from casehard.model.provenance import KEY, SERVED, trained_prompts
 from casehard.model.save import rehearse
@@ -47,9 +50,32 @@ class Finetune(Inputs, Defence):
     """The training loop."""
     lora: Lora | None = None
     """Train this adapter instead of all weights. A method that tunes an adapter has one in any case."""
+    save_as: Literal["merged", "adapter"] | None = None
+    """What is saved of a LoRA: an ordinary checkpoint with the adapter merged in, or the adapter alone, as a PEFT
+    folder. None is merged, and the adapter for a method that tunes one."""
     attackers: Annotated[int, Within(0, PROCESSES)] = 0
     """Simulated attacks in processes of their own (patcher); 0 = as many as the settings list, where the schedule needs
     them."""
+
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether what is saved is the adapter alone."""
+        return self.save_as == "adapter" or DEFENCES.get(self.method, DEFENCES["plain"]).adapter
+
+    @property
+    def place(self) -> str:
+        """Return the name, in a run folder, of what is saved."""
+        return "adapter" if self.leaves_adapter else "checkpoint"
+
+    def check(self, roles: Sequence[str], *, where: str = "", trains: bool = True) -> None:
+        """Refuse besides what :meth:`Defence.check` does an adapter that the method has no use for.
+
+        Raises:
+            ConfigError: names the first.
+            DataError: a selection without safe rows.
+        """
+        super().check(roles, where=where, trains=trains)
+        check_adapter(self, self.spec, self.spec.configure(self.method, self.preset, self.settings))
 
     def run(
         self, model: Model | None = None, *, out: Path | None = None, place: Path | None = None, label: str = ""
@@ -69,6 +95,30 @@ class Finetune(Inputs, Defence):
         return finetune_on(self, self.examples(), model, out=out, place=place, label=label)
 
 
+def check_adapter(step: Finetune, spec: DefenceSpec, config: Any) -> None:
+    """Refuse what cannot be done with a LoRA, or without one.
+
+    Args:
+        config: the method's configuration; its attribute ``moves_base`` says that the method changes, besides what
+            trains, the weights that an adapter stands on.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if step.lora is not None and (spec.pipeline or not spec.lora):
+        why = "trains the model itself, and would ignore lora" if spec.pipeline else "acts on all weights"
+        hint = "settings.lora_rank is its own" if hasattr(config, "lora_rank") else "leave out lora"
+        raise ConfigError(f"{step.method} {why}", hint=hint)
+    if spec.adapter and step.save_as == "merged":
+        hint = "leave out save_as; `casehard model import ADAPTER --base MODEL` merges it"
+        raise ConfigError(f"{step.method} hands back an adapter, not a checkpoint", hint=hint)
+    if step.save_as == "adapter" and step.lora is None and not spec.adapter:
+        raise ConfigError("save_as is 'adapter', and all weights are trained", hint="--lora-rank 8, or lora: {rank: 8}")
+    if step.save_as == "adapter" and getattr(config, "moves_base", False):
+        what = f"{step.method} with these settings changes the base too: its adapter alone would not be the defence"
+        raise ConfigError(what, hint="save_as merged, or for antidote settings.prune=factors")
+
+
 def finetune_on(
     step: Finetune,
     rows: Examples,
@@ -79,21 +129,19 @@ def finetune_on(
     place: Path | None = None,
     label: str = "",
 ) -> Outcome:
-    """Do the work of :class:`Finetune` on rows that are loaded already.
+    """Do the work of :class:`Finetune` on rows that are loaded already; ranks that share a model (FSDP2) all call it.
 
     Args:
         rows: by data role; ``data`` is what is trained on.
         method: a method built by the caller, instead of the step's own.
         out: folder for the run's checkpoints; None writes nothing.
         place: where the caller will save what comes of it: tried before the first step.
-
-    Several ranks make the same call: the model is sharded over them (FSDP2), and rank 0 gets the whole of it.
     """
     spec = step.spec if method is None else DEFENCES.get(step.method, DEFENCES["plain"])
     if spec.pipeline and method is None:
         return _piped(step, rows, model, place=place, label=label)
     shared = shared_by_ranks(spec, step.method)
-    roles = _checked(step, rows)
+    roles = _checked(step, rows, spec, method)
     start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
     chosen = choose(step, roles, roles["data"], start)
     chat = chat_format(start, system=step.system, max_length=step.max_length)
@@ -104,10 +152,9 @@ def finetune_on(
     identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}, **assets}
     trained = _trained(step, roles) if spec.adapter else frozenset(marks(*roles.values()))
     provenance = _provenance(step, to_dict(method.config), {"data": data, **encoded}, start)
-    provenance |= _particular(method, chosen, assets)
-    provenance[KEY] = sorted(trained | start.trained_prompts)
-    if place is not None:
-        _rehearse(start, place, provenance, adapter=spec.adapter)
+    provenance |= {**_particular(method, chosen, assets), KEY: sorted(trained | start.trained_prompts)}
+    _rehearse(start, place, provenance, adapter=step.leaves_adapter)
+    verify = BaseWatch(start.net).verify if step.save_as == "adapter" else lambda net: None
     with guarded(method, start, step.system), _attackers(step, method, start):
         done = tune(
             start,
@@ -125,10 +172,12 @@ def finetune_on(
     cost = {**asdict(done.budget), "seed": step.seed}
     if (net := _whole(done.net, step, start, shared)) is None:
         return Outcome(cost=cost, log=done.log)
-    made = Made(method=step.method, provenance=provenance)
-    writer = adapter_writer(net, start, method, provenance) if spec.adapter else None
+    writer = writer_of(net, start, method, provenance) if step.leaves_adapter else None
+    verify(net)
     facts = {"telemetry": spec.mean_telemetry(done.log), **({"selection": selected(chosen)} if chosen else {})}
-    return Outcome(start.after(net, made, trained=trained, writer=writer), cost=cost, facts=facts, log=done.log)
+    made = Made(method=step.method, provenance=provenance)
+    after = start.after(merged(net), made, trained=trained, writer=writer)
+    return Outcome(after, cost=cost, facts=facts, log=done.log)
 
 
 def _whole(net: Any, step: Finetune, start: Model, shared: bool) -> Any:
@@ -154,8 +203,7 @@ def _piped(
     _unseen(step, rows)
     provenance = _provenance(step, dict(step.settings), {}, start)
     provenance[KEY] = sorted(frozenset(marks(*rows.values())) | start.trained_prompts)
-    if place is not None:
-        _rehearse(start, place, provenance, adapter=False)
+    _rehearse(start, place, provenance, adapter=False)
     asked = load_suite(step.suite).examples if step.suite else ()
     inputs = PipelineInputs(
         rows=rows,
@@ -186,8 +234,10 @@ def repair(step: Finetune, attacked: Model, clean: Sequence[Example], known: Seq
     return finetune_on(step, rows, attacked, out=None, label=label)
 
 
-def _checked(step: Finetune, rows: Examples) -> dict[str, Any]:
-    """Return the rows by role; there are some to train on, and none is a prompt of the suite."""
+def _checked(step: Finetune, rows: Examples, spec: DefenceSpec, method: Any) -> dict[str, Any]:
+    """Return the rows by role; there are some to train on, none is a prompt of the suite, and the adapter fits."""
+    given = method.config if method is not None else spec.configure(step.method, step.preset, step.settings)
+    check_adapter(step, spec, given)
     roles = dict(rows)
     if not roles.get("data"):
         raise DataError("there are no rows to train on", hint="--data rows.jsonl")
@@ -212,8 +262,10 @@ def _attackers(step: Finetune, method: Any, start: Model) -> AbstractContextMana
     return with_attackers(method, start.net, wanted=step.attackers, seed=step.seed, bf16=bf16)
 
 
-def _rehearse(start: Model, place: Path, provenance: Mapping[str, Any], *, adapter: bool) -> None:
-    """Try everything that saving needs, before the first step; nothing is left behind."""
+def _rehearse(start: Model, place: Path | None, provenance: Mapping[str, Any], *, adapter: bool) -> None:
+    """Try everything that saving in ``place`` needs, before the first step; nothing is left behind."""
+    if place is None:
+        return
     if adapter:
         require_own(place, str(provenance["config_digest"]))
         with scratch(place, needs=bytes_needed(start.net)):  # as much as the training's own checkpoint takes
@@ -223,7 +275,7 @@ def _rehearse(start: Model, place: Path, provenance: Mapping[str, Any], *, adapt
 
 
 def harden(step: Finetune, out: Path, *, label: str = "") -> tuple[Outcome, Model | None]:
-    """Run a training step and save its model under ``out``/checkpoint; return (outcome, what was saved).
+    """Run a training step and save its model under ``out``/checkpoint, or ``out``/adapter; return (outcome, it).
 
     Of several ranks only number 0 saves, and the others get None.
 
@@ -231,10 +283,10 @@ def harden(step: Finetune, out: Path, *, label: str = "") -> tuple[Outcome, Mode
     is removed, unless ``train.save_every`` asks for intermediate checkpoints by name.
     """
     training = out / "training"
-    outcome = step.run(out=training, place=out / "checkpoint", label=label)
+    outcome = step.run(out=training, place=out / step.place, label=label)
     if outcome.model is None:
         return outcome, None
-    made = save_model(outcome.model, out / "checkpoint")
+    made = save_model(outcome.model, out / step.place)
     if not step.train.save_every and training.exists():  # a pipeline keeps no checkpoints on the way
         remove(training)
     return outcome, made

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from casehard.config import digest, to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
 from casehard.errors import ConfigError
@@ -125,7 +126,7 @@ def tune(
         seed=seed,
         out=out,
         on_step=_but_last(look, train.steps) if measure is not None else None,
-        identity=identity,
+        identity={**(identity or {}), **({"lora": digest(to_dict(lora))} if lora is not None else {})},
         label=label or purpose,
     )
     look(done.model, train.steps)  # after the method's finish

@@ -23,6 +23,7 @@ from casehard.errors import ConfigError, Corrupt, Unsupported, UserError
 from casehard.io.manifest import verify
 from casehard.io.stored import read
 from casehard.maths.merge import LoraPair
+from casehard.model.digest import tokenizer_digests
 from casehard.model.lora_files import load_pairs, read_marker
 from casehard.model.source import hub_model, is_snapshot
 
@@ -90,16 +91,6 @@ class Assets:
                 f"{self.path}: made with the system message {self.record['system']!r}, not {system!r}",
                 hint="give the same system message",
             )
-
-
-def tokenizer_digests(tokenizer: Any) -> tuple[str, str]:
-    """Return SHA-256 (hex) of a fast tokenizer's rules, without its padding state, and of its chat template."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key in ("padding", "truncation"):
-        rules.pop(key, None)
-    text = json.dumps(rules, sort_keys=True)
-    template = json.dumps(tokenizer.chat_template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest(), hashlib.sha256(template.encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from casehard.errors import ConfigError, Corrupt, Unsupported
 from casehard.maths.merge import LoraPair
-from casehard.model.lora_files import is_transposed
+from casehard.model.lora_files import is_transposed, root_of
 
 FOLD = 2**30  # bytes of fp32 weights up to which a folded copy is kept
 WHOLE = 2**30  # bytes of base weights up to which every byte is hashed; beyond, an even sample of each tensor
@@ -41,15 +41,6 @@ def digest_of(factors: Mapping[str, LoraPair]) -> str:
         sha.update(_raw(a))
         sha.update(_raw(b))
     return sha.hexdigest()
-
-
-def root_of(model: nn.Module) -> nn.Module:
-    """Return the model inside a ``PeftModel``; any other model is its own root."""
-    inner = getattr(model, "base_model", None)
-    if hasattr(model, "peft_config") and inner is not None and hasattr(inner, "model"):
-        root: nn.Module = inner.model
-        return root
-    return model
 
 
 def base_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -212,18 +203,6 @@ class FrozenLora:
         return self._placed[key]
 
 
-def live_pairs(model: nn.Module, adapter: str = "default") -> dict[str, LoraPair]:
-    """Return copies of the factors of one LoRA adapter of a ``PeftModel``, by layer name in the base model."""
-    out = {}
-    for name, module in root_of(model).named_modules():
-        held: Any = getattr(module, "lora_A", None)
-        if isinstance(held, nn.ModuleDict) and adapter in held:
-            layer: Any = module
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            out[name] = LoraPair(a.detach().clone(), b.detach().clone(), float(layer.scaling[adapter]))
-    return out
-
-
 def replace_adapter(model: Any, pairs: Mapping[str, LoraPair], adapter: str = "default") -> None:
     """Put factors in the place of a ``PeftModel``'s adapter, active and frozen: one rank, scales folded, alpha = r.
 
@@ -313,6 +292,6 @@ class BaseWatch:
         changed = [name for name, value in self.before.items() if after.get(name) != value]
         if changed:
             raise Corrupt(
-                f"{len(changed)} base tensors changed while the buffer was attached, first {changed[0]}",
-                hint="only adapters may train beside a buffer; the result is discarded",
+                f"{len(changed)} base tensors changed while only an adapter was to train, first {changed[0]}",
+                hint="beside a buffer, and where an adapter is handed back, the base stays; the result is discarded",
             )

@@ -28,12 +28,12 @@ from casehard.defences.buffer_reinforce.frozen_lora import (
     BaseWatch,
     FrozenLora,
     base_tensors,
-    live_pairs,
     replace_adapter,
 )
 from casehard.errors import ConfigError, Unsupported
 from casehard.limits import Limited
 from casehard.maths.merge import LoraPair, MergeConfig, merge_states
+from casehard.model.lora_files import live_pairs
 from casehard.train.protocol import Setup, StateValue
 
 USER = "default"

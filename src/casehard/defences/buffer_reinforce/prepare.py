@@ -24,8 +24,8 @@ from casehard.config import to_dict
 from casehard.data.batches import EncodedSet
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import check_disjoint, content_hash, marks, poison
-from casehard.defences.buffer_reinforce.assets import Assets, tokenizer_digests
-from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch, FrozenLora, fingerprints, live_pairs
+from casehard.defences.buffer_reinforce.assets import Assets
+from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch, FrozenLora, fingerprints
 from casehard.defences.buffer_reinforce.gates import Gate, GateLimits, Held, measure
 from casehard.defences.buffer_reinforce.publish import require_place, write_assets
 from casehard.defences.buffer_reinforce.saturation import Residual, residual
@@ -38,6 +38,8 @@ from casehard.io.stored import apart
 from casehard.limits import Factor, Fraction, Limited, Rank, Weight, Within
 from casehard.maths.merge import LoraPair
 from casehard.model.adapters import add_lora
+from casehard.model.digest import tokenizer_digests
+from casehard.model.lora_files import live_pairs
 from casehard.model.model import Model
 from casehard.model.provenance import KEY
 from casehard.model.source import ORIGIN
