@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer_fakes import shared_assets
+from casehard.defences.anchor import Anchor
 from casehard.defences.anomaly import Anomaly
 from casehard.defences.antidote import Antidote, AntidoteConfig
 from casehard.defences.buffer_reinforce.method import BufferReinforce
@@ -77,6 +78,7 @@ TABLE = (
     Row("safe_mixing", lambda: SafeMixing(safe=tiny_rows(6, seed=1))),
     Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),
     Row("safegrad", lambda: SafeGrad(safe=tiny_rows(6, seed=1))),
+    Row("anchor", lambda: Anchor(safe=tiny_rows(6, seed=1))),
     Row("ptst", Ptst),
     Row("shrink", Shrink),
     Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),

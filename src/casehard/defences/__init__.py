@@ -40,6 +40,7 @@ DEFENCES: Registry[DefenceSpec] = Registry(
         "safe_mixing": _spec("safe_mixing", "SafeMixing", _TUNED, needs=("safe",), telemetry=("safe_loss",)),
         "lisa": _spec("lisa", "Lisa", _TUNED, needs=("safe",), telemetry=("safe_loss",)),
         "safegrad": _spec("safegrad", "SafeGrad", _TUNED, needs=("safe",)),
+        "anchor": _spec("anchor", "Anchor", _TUNED, takes=("safe",), telemetry=("anchor_loss",)),
         "ptst": _spec("ptst", "Ptst", _PROMPTED, hardens=False),
         "shrink": _spec("shrink", "Shrink", _TUNED),
         "safelora": _spec("safelora", "SafeLora", _TUNED, needs=("assets",)),
