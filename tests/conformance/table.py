@@ -17,12 +17,14 @@ from buffer_fakes import shared_assets
 from casehard.defences.anchor import Anchor
 from casehard.defences.anomaly import Anomaly
 from casehard.defences.antidote import Antidote, AntidoteConfig
+from casehard.defences.bottleneck import Bottleneck, BottleneckConfig
 from casehard.defences.buffer_reinforce.method import BufferReinforce
 from casehard.defences.buffer_reinforce.security_vector import SecurityVector
 from casehard.defences.crow import Crow
 from casehard.defences.fine_mixing import FineMixing
 from casehard.defences.lisa import Lisa, LisaConfig
 from casehard.defences.mb_defense.method import MbStage2, MbStage2Config
+from casehard.defences.one_shot_repair import OneShotRepair, OneShotRepairConfig
 from casehard.defences.patcher import Patcher, PatcherConfig
 from casehard.defences.plain import Plain
 from casehard.defences.ptst import Ptst
@@ -31,6 +33,7 @@ from casehard.defences.safegrad import SafeGrad
 from casehard.defences.safelora import SafeLora, SafeLoraConfig
 from casehard.defences.shrink import Shrink
 from casehard.defences.spard import Spard, SpardConfig
+from casehard.defences.token_constrained import TokenConstrained
 from casehard.maths.bilevel import Attacker
 from fakes import tiny_llama, tiny_pairs, tiny_rows
 
@@ -79,6 +82,12 @@ TABLE = (
     Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),
     Row("safegrad", lambda: SafeGrad(safe=tiny_rows(6, seed=1))),
     Row("anchor", lambda: Anchor(safe=tiny_rows(6, seed=1))),
+    Row("token_constrained", TokenConstrained),
+    Row("bottleneck", lambda: Bottleneck(BottleneckConfig(prompts=2), safe=tiny_rows(6, seed=1))),
+    Row(
+        "one_shot_repair",
+        lambda: OneShotRepair(OneShotRepairConfig(steps=3, lr=1e-3, stop=0.0), safe=tiny_rows(6, seed=1)),
+    ),
     Row("ptst", Ptst),
     Row("shrink", Shrink),
     Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),
