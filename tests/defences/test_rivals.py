@@ -310,6 +310,20 @@ def test_answers_of_the_prompts_held_are_not_read():
     assert torch.equal(*held)
 
 
+def test_the_rounding_of_mixed_precision_is_no_distance():
+    model, log = tiny_llama(), {}
+    method = prepared(Bottleneck(BottleneckConfig(prompts=3), safe=SAFE), model)
+
+    def step(index):
+        return Step(index, 0, 1, lambda m, b: m(**b).loss, lambda x: None, log.update, compute_dtype=torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        method.loss(model, user_batch(), step(0))
+        assert log["bottleneck_loss"] == 0
+        method.loss(pushed(model), user_batch(), step(1))
+    assert log["bottleneck_loss"] > 0.01
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_bottleneck_at_no_weight_and_at_a_large_one(lora):
     plain, none = (run(m, fresh(lora)) for m in (None, Bottleneck(BottleneckConfig(weight=0.0), safe=SAFE)))
@@ -372,6 +386,14 @@ def test_a_repair_of_no_steps_is_plain_fine_tuning_and_costs_are_counted():
     done = fit(fresh(), None, USER, config=recipe, method=method, seed=3)
     assert done.budget.passes == 4 + 5 and done.log[-1]["repair_steps"] == 5
     assert method._lr == 1e-2  # that of the job
+
+
+def test_a_repair_is_done_once_when_a_run_continues_after_its_last_step(tmp_path):
+    def make():
+        return OneShotRepair(OneShotRepairConfig(steps=3, stop=0.0), safe=SAFE)
+
+    first, again = (weights(run(make(), fresh(), out=tmp_path)) for _ in range(2))
+    assert largest_difference(first, again) == 0
 
 
 @pytest.mark.parametrize("name", ["token_constrained", "bottleneck", "one_shot_repair"])

@@ -121,6 +121,8 @@ class Anchor:
             rows, tokens = rows_of_micro(self.safe, size, step, seed=self._seed, purpose="anchor", device=device)
         if rows is None:
             return torch.zeros((), device=batch["input_ids"].device)
+        if self.safe is not None:
+            step.log({"tokens": int(rows["attention_mask"].sum())})
         with quiet(model):
             part = share_of_step(rows, step, tokens) * retain_kl(model, self._start, rows)
         step.log({"anchor_loss": float(part.detach()) * step.micros})

@@ -82,6 +82,10 @@ class Bottleneck:
             return user
         with quiet(model):
             now = last_states(model, self._prompts, self.config.layer)
+        if step.index == 0 and step.compute_dtype is not None:
+            self._held = (
+                now.detach()
+            )  # still the start, rounded as the loop rounds: rounding must not count as distance
         penalty = (now - self._held).square().sum(-1).mean()
         step.log({"bottleneck_loss": float(penalty.detach()), "tokens": int(self._prompts["attention_mask"].sum())})
         return user + self.config.weight * penalty
