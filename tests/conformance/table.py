@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from buffer_fakes import shared_assets
+from casehard.defences.anchor import Anchor
 from casehard.defences.anomaly import Anomaly
 from casehard.defences.antidote import Antidote, AntidoteConfig
+from casehard.defences.bottleneck import Bottleneck, BottleneckConfig
 from casehard.defences.buffer_reinforce.method import BufferReinforce
 from casehard.defences.buffer_reinforce.security_vector import SecurityVector
 from casehard.defences.crow import Crow
 from casehard.defences.fine_mixing import FineMixing
 from casehard.defences.lisa import Lisa, LisaConfig
 from casehard.defences.mb_defense.method import MbStage2, MbStage2Config
+from casehard.defences.one_shot_repair import OneShotRepair, OneShotRepairConfig
 from casehard.defences.patcher import Patcher, PatcherConfig
 from casehard.defences.plain import Plain
 from casehard.defences.ptst import Ptst
@@ -30,6 +33,7 @@ from casehard.defences.safegrad import SafeGrad
 from casehard.defences.safelora import SafeLora, SafeLoraConfig
 from casehard.defences.shrink import Shrink
 from casehard.defences.spard import Spard, SpardConfig
+from casehard.defences.token_constrained import TokenConstrained
 from casehard.maths.bilevel import Attacker
 from fakes import tiny_llama, tiny_pairs, tiny_rows
 
@@ -70,6 +74,11 @@ def _fine_mixing() -> FineMixing:
     return FineMixing(base=dict(tiny_llama(layers=1, seed=5).named_parameters()))
 
 
+def _repair() -> OneShotRepair:
+    # A small rate: Adam turns the rounding of a gradient near 0 into a step of full size, on a GPU another one.
+    return OneShotRepair(OneShotRepairConfig(steps=3, lr=1e-5, stop=0.0), safe=tiny_rows(6, seed=1))
+
+
 TABLE = (
     Row("plain", Plain),
     Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
@@ -77,6 +86,10 @@ TABLE = (
     Row("safe_mixing", lambda: SafeMixing(safe=tiny_rows(6, seed=1))),
     Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),
     Row("safegrad", lambda: SafeGrad(safe=tiny_rows(6, seed=1))),
+    Row("anchor", lambda: Anchor(safe=tiny_rows(6, seed=1))),
+    Row("token_constrained", TokenConstrained),
+    Row("bottleneck", lambda: Bottleneck(BottleneckConfig(prompts=2), safe=tiny_rows(6, seed=1))),
+    Row("one_shot_repair", _repair),
     Row("ptst", Ptst),
     Row("shrink", Shrink),
     Row("safelora", lambda: SafeLora(SafeLoraConfig(layers=2), assets=_unaligned())),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from casehard.data.batches import IGNORE, Encoded, EncodedSet
+from casehard.defences.anchor import PRESETS, Anchor
 from casehard.defences.buffer_reinforce.security_vector import KeepBenign, KeepBenignConfig
 from casehard.defences.lisa import Lisa, LisaConfig
 from casehard.defences.mb_defense.method import MbStage2, MbStage2Config
@@ -41,6 +42,7 @@ MAKE = {
     "safe_mixing": lambda: SafeMixing(SafeMixingConfig(share=1.0), safe=OTHERS),
     "lisa": lambda: Lisa(LisaConfig(), safe=OTHERS),
     "safegrad": lambda: SafeGrad(safe=OTHERS),
+    "anchor": lambda: Anchor(safe=OTHERS),
 }
 MORE = (
     Row("safe_mixing-few", lambda: SafeMixing(SafeMixingConfig(share=0.3), safe=OTHERS)),
@@ -48,6 +50,8 @@ MORE = (
     Row("safe_mixing-weight", lambda: SafeMixing(SafeMixingConfig(mode="weight", share=0.6), safe=OTHERS)),
     Row("safe_mixing-weight-one", lambda: SafeMixing(SafeMixingConfig(mode="weight", share=0.01), safe=OTHERS)),
     Row("safegrad-ce", lambda: SafeGrad(SafeGradConfig(alignment="ce"), safe=OTHERS)),
+    Row("anchor-user", Anchor),
+    Row("anchor-ewc", lambda: Anchor(PRESETS["ewc"], safe=OTHERS)),
     Row("mb_stage2-all", lambda: MbStage2(MbStage2Config(triggers=0, kappa=0.0), pairs=PAIRS)),
 )
 

@@ -62,7 +62,8 @@ def test_killed_after_every_step(row, setting, tmp_path):
     actual, resumed = train(row, setting, tmp_path)
     assert largest_difference(expected, actual) == 0
     assert resumed.log == whole.log
-    assert len(resumed.log) == STEPS // 3
+    # A method may log once more when it finishes.
+    assert len([line for line in resumed.log if "loss" in line]) == STEPS // 3
     kept = ("steps", "passes", "tokens")
     assert [getattr(resumed.budget, key) for key in kept] == [getattr(whole.budget, key) for key in kept]
     assert not (tmp_path / "scratch").exists()

@@ -42,6 +42,19 @@ DEFENCES: Registry[DefenceSpec] = Registry(
         "safe_mixing": _spec("safe_mixing", "SafeMixing", _TUNED, needs=("safe",), telemetry=("safe_loss",)),
         "lisa": _spec("lisa", "Lisa", _TUNED, needs=("safe",), telemetry=("safe_loss",)),
         "safegrad": _spec("safegrad", "SafeGrad", _TUNED, needs=("safe",)),
+        "anchor": _spec("anchor", "Anchor", _TUNED, takes=("safe",), telemetry=("anchor_loss",)),
+        "token_constrained": _spec("token_constrained", "TokenConstrained", _TUNED, telemetry=("still_learning",)),
+        "bottleneck": _spec(
+            "bottleneck",
+            "Bottleneck",
+            _TUNED,
+            needs=("safe",),
+            roles={"safe": "restricted prompts; their answers are not read"},
+            telemetry=("bottleneck_loss",),
+        ),
+        "one_shot_repair": _spec(
+            "one_shot_repair", "OneShotRepair", _TUNED, needs=("safe",), telemetry=("repair_steps", "repair_loss")
+        ),
         "ptst": _spec("ptst", "Ptst", _PROMPTED, hardens=False),
         "shrink": _spec("shrink", "Shrink", _TUNED),
         "safelora": _spec("safelora", "SafeLora", _TUNED, needs=("assets",)),

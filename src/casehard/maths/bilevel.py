@@ -312,6 +312,28 @@ class AttackVector:
         return cls(delta, source_step, attack_steps, norm(delta.values()))
 
 
+def logits_under(
+    model: nn.Module,
+    start: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    under: Callable[..., Any] = with_view,
+) -> torch.Tensor:
+    """Return the logits (B, T-1, V) of all but the last position under other weights, without dropout or gradient.
+
+    Arguments as of :func:`retain_kl`; ``inputs`` hold no labels.
+    """
+    dropping = [module for module in model.modules() if module.training]
+    try:
+        model.eval()  # a target with dropout would be noise
+        with torch.no_grad():
+            out: torch.Tensor = under(model, start, lambda m: m(**inputs).logits)
+            return out.float()[:, :-1]
+    finally:
+        for module in dropping:
+            module.training = True
+
+
 def retain_kl(
     model: nn.Module,
     start: Mapping[str, torch.Tensor],
@@ -326,14 +348,7 @@ def retain_kl(
         under: ``under(model, start, function)`` calls ``function(model)`` with those weights in place.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    dropping = [module for module in model.modules() if module.training]
-    try:
-        model.eval()  # a target with dropout would be noise
-        with torch.no_grad():
-            target = under(model, start, lambda m: m(**inputs).logits).float()[:, :-1]
-    finally:
-        for module in dropping:
-            module.training = True
+    target = logits_under(model, start, inputs, under=under)
     logits = model(**inputs).logits.float()[:, :-1]
     keep = batch["labels"][:, 1:] != -100
     rows = nn.functional.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none").sum(
