@@ -27,7 +27,7 @@ from casehard.data.chat import ChatFormat
 from casehard.data.mix import poison
 from casehard.data.sources import load_many
 from casehard.defences.buffer_reinforce.assets import Assets
-from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora, live_pairs
+from casehard.defences.buffer_reinforce.frozen_lora import FrozenLora
 from casehard.defences.buffer_reinforce.gates import GateLimits
 from casehard.defences.buffer_reinforce.merge_search import search
 from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
@@ -40,6 +40,7 @@ from casehard.maths.merge import LoraPair, MergeConfig
 from casehard.maths.pareto import Coefficients
 from casehard.maths.stats import seed_band
 from casehard.model.load import load
+from casehard.model.lora_files import live_pairs
 from casehard.model.model import Model
 from casehard.organism.build import ensure
 from casehard.seeds import derive
@@ -174,29 +175,40 @@ def start(world: int, seed: int, args: argparse.Namespace) -> Run:
     return Run(world, seed, base / "data", model, load_suite(f"{base}/data/suite"), args.limit)
 
 
+def percents(rates: list[float]) -> str:
+    """Return the rates of the runs in percent."""
+    return ", ".join(f"{100 * rate:.0f}" for rate in rates)
+
+
+def interval(rates: list[float]) -> str:
+    """Return mean and 95 % interval over runs, percent; of two runs their range."""
+    if not rates:
+        return ""
+    mean = f"{100 * statistics.fmean(rates):.0f}"
+    if len(rates) < 2:
+        return mean
+    band = seed_band(rates, bounds=(0.0, 1.0))
+    return f"{mean} ({100 * band.low:.0f} to {100 * band.high:.0f})"
+
+
 def tables(entries: list[dict[str, Any]]) -> None:
-    """Print both tables."""
-    print("\nbuffer, share: what is measured before a job | ASR after it, by world")
-    for share in SHARES:
-        for steps in (0, *BUFFERS):
-            here = [e for e in entries if (e["share"], e["buffer"], e["merge"]) == (share, steps, "none")]
-            told = {k: [f"{100 * e[k]:.0f}" for e in here] for k in FORETOLD if steps}
-            left = [f"{100 * e['asr']:.0f}" for e in here]
-            print(f"{steps:4} {share:.1f} {told} | {left}")
-    print("\nshare, buffer, reinforce, merge: mean over runs with the 95 % interval")
+    """Print both tables as Markdown."""
+    print("\n| buffer, steps | base + buffer answers | residual left | score left | ASR at 10 % | ASR at 50 % |")
+    print("|---|---|---|---|---|---|")
+    for steps in (0, *BUFFERS):
+        here = [e for e in entries if (e["buffer"], e["merge"]) == (steps, "none")]
+        told = [percents([e[k] for e in here if e["share"] == SHARES[0]]) if steps else "" for k in FORETOLD]
+        left = [percents([e["asr"] for e in here if e["share"] == share]) for share in SHARES]
+        print(f"| {steps or 'none'} | {' | '.join([*told, *left])} |")
+    print(f"\n| buffer, reinforce, merge | {' | '.join(f'{m} at {100 * s:.0f} %' for s in SHARES for m in METRICS)} |")
+    print("|---" * (1 + len(SHARES) * len(METRICS)) + "|")
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
-        cells[entry["share"], entry["buffer"], entry["reinforce"], entry["merge"]].append(entry)
-    for cell, rows in sorted(cells.items()):
-        told = []
-        for metric in METRICS:
-            rates = [row[metric] for row in rows if metric in row]
-            if not rates:
-                continue
-            band = seed_band(rates, bounds=(0.0, 1.0)) if len(rates) > 1 else None
-            interval = f" ({100 * band.low:.0f} to {100 * band.high:.0f})" if band else ""
-            told.append(f"{metric} {100 * statistics.fmean(rates):.0f}{interval}")
-        print(f"{cell[0]:.1f} {cell[1]:4} {cell[2]:6} {cell[3]:18} {', '.join(told)}")
+        cells[entry["buffer"], entry["reinforce"], entry["merge"], entry["share"]].append(entry)
+    for steps, weight, merge in dict.fromkeys(cell[:3] for cell in cells):
+        rows = [cells[steps, weight, merge, share] for share in SHARES]
+        told = [interval([r[metric] for r in some if metric in r]) for some in rows for metric in METRICS]
+        print(f"| {steps or 'none'}, {weight}, {merge} | {' | '.join(told)} |")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import EncodedSet
-from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch, FrozenLora, live_pairs
+from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch, FrozenLora
 from casehard.maths.merge import LoraPair
 from casehard.model.adapters import add_lora
 

@@ -29,7 +29,6 @@ from casehard.attacks.finetune import FinetuneAttack as FinetuneSettings
 from casehard.attacks.protocol import AttackInputs
 from casehard.benchmark.contrasts import contrast
 from casehard.data.sources import load_many
-from casehard.defences.buffer_reinforce.frozen_lora import live_pairs
 from casehard.defences.buffer_reinforce.gates import GateLimits
 from casehard.defences.buffer_reinforce.merge_search import search
 from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
@@ -41,6 +40,7 @@ from casehard.maths.merge import LoraPair, MergeConfig, merge_states
 from casehard.maths.pareto import Coefficients
 from casehard.maths.stats import seed_band
 from casehard.model.load import load
+from casehard.model.lora_files import live_pairs
 from casehard.organism.build import ensure
 from casehard.steps import Finetune, harden
 from casehard.train import progress
