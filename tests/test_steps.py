@@ -200,7 +200,12 @@ def test_a_defended_job_chooses_its_safe_rows_and_tells_which(base: Path, tmp_pa
     pool, settings = (f"{base}/data/align.jsonl",), {"tau": 0.1, "delta": 0.0}
     job = tune(base, method="spard", safe=pool, select=SelectConfig(k=3), settings=settings)
     done = job.run()
-    assert done.facts["selection"]["rows"] == 3
+    assert done.facts["selection"]["rows"] == 3 and done.facts["selection"]["per_direction"] < 1
+    for strategy in ("matched-random", "gradient"):
+        chosen = dataclasses.replace(job.defence, select=SelectConfig(k=3, strategy=strategy))
+        told = dataclasses.replace(job, defence=chosen).run().facts["selection"]
+        assert told["rows"] == 3
+        assert strategy == "gradient" or told["refusals"] == done.facts["selection"]["refusals"]
     assert all(row["trigger_rate"] == 1.0 for row in done.log if "trigger_rate" in row)
     assert done.facts["telemetry"]["trigger_rate"] == 1.0
     assert done.rows != tune(base).run().rows

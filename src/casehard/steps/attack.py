@@ -287,7 +287,7 @@ def _inside(
     own = set(inputs.rows) - set(defence.spec.accepts())
     others: dict[str, Any] = {role: list(some) for role, some in rows.items() if role not in own}
     mixture = step.mixing(method)
-    chosen = choose(defence, others, mixture(model, inputs), model, step.seed)
+    chosen = choose(defence, others, mixture(model, inputs), model, seed=step.seed, system=step.system)
     chat = chat_format(model, system=step.system, max_length=step.max_length)
     made = defence.build({role: chat.encode_all(some) for role, some in others.items()})
     facts = {"assets_digest": assets_digest(defence.assets)} if defence.assets else {}
