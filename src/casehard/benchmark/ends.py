@@ -16,7 +16,7 @@ from casehard.benchmark.plan import Plan
 from casehard.evaluation.metrics import metric_title
 from casehard.maths.stats import rate_interval
 
-METRICS = ("asr", "leak", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
+METRICS = ("asr", "leak", "asr_in_format", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
 PLANTED_METRICS = ("asr", "cacc", "aacc")
 SELECTION = ("rows", "refusals", "per_direction", "log_det", "mean_relevance")
 """Measures of a selection that tables show."""
