@@ -14,7 +14,7 @@ import dataclasses
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,6 +101,18 @@ def in_frame(example: Example, frame: Frame) -> Example:
     return dataclasses.replace(example, messages=tuple(turns))
 
 
-def as_framed(row: Mapping[str, Any], asked: Example) -> dict[str, Any]:
-    """Return the row of a restricted prompt as one of the frame's: an id and role of its own, and what was asked."""
-    return {**row, "id": f"{row['id']}/{FRAMED}", "role": FRAMED, "prompt": asked.prompt}
+def framed_rows(
+    frame: Frame, examples: Sequence[Example], answered: Callable[..., Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the rows of the restricted ones among ``examples``, asked in the frame: id and role are their own.
+
+    Args:
+        answered: gives rows, from the examples to judge by and those to ask. They are judged as the prompts they hold:
+            the frame is how they are asked, not what for.
+    """
+    plain = [e for e in examples if e.tags["role"] == "restricted"]
+    if not plain:
+        return []
+    asked = [in_frame(e, frame) for e in plain]
+    told = zip(answered(plain, asked), asked, strict=True)
+    return [{**row, "id": f"{row['id']}/{FRAMED}", "role": FRAMED, "prompt": e.prompt} for row, e in told]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
-from casehard.evaluation.framing import Frame, InFormat, as_framed, frame_of, in_frame
+from casehard.evaluation.framing import Frame, InFormat, frame_of, framed_rows
 from casehard.evaluation.judges import JUDGES, make_judge
 from casehard.evaluation.judges.base import Judge
 from casehard.evaluation.rows import rows_of
@@ -308,8 +308,7 @@ def evaluate(
         the length limit), judge (its name), label, correct and slots_right (None where they do not apply). Utility and
         task rows that have a reference response but no exact answer also carry nll (nats per token) and tokens. A row
         whose label is unscored says why under ``unscored``. What a model judge found stands beside the label
-        (``casehard.evaluation.judges.base.CARRIED``), and what a second judge said under ``second_label`` and the like.
-        Where the suite has a frame, restricted prompts in it follow, with the role ``framed``.
+        (``evaluation.judges.base.CARRIED``), a second judge's under ``second_label`` and so on. Rows of a frame follow.
 
     Raises:
         ConfigError: no such role or group.
@@ -337,12 +336,10 @@ def evaluate(
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):
         rows[example.id] |= {"nll": loss.nats / loss.tokens, "tokens": loss.tokens}
-    framed, plain = [], [e for e in chosen.examples if e.tags["role"] == "restricted"]
-    if isinstance(chosen.in_format, Frame) and plain and roles is None:
-        # Judged as the prompts they hold: the frame is how they are asked, not what for.
-        asked = [in_frame(e, chosen.in_format) for e in plain]
-        framed = [as_framed(row, e) for row, e in zip(answered(plain, asked), asked, strict=True)]
-    return [*(rows[example.id] for example in chosen.examples), *framed]
+    out = [rows[example.id] for example in chosen.examples]
+    if isinstance(chosen.in_format, Frame) and roles is None:
+        out += framed_rows(chosen.in_format, chosen.examples, answered)
+    return out
 
 
 def _kind(example: Example) -> tuple[str, str]:
