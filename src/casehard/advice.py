@@ -75,8 +75,11 @@ def table() -> tuple[dict[str, Stage], tuple[Entry, ...]]:
     """Return the stages and the entries, in order of preference within each stage."""
     raw: dict[str, Any] = json.loads(files("casehard").joinpath("advice.json").read_text(encoding="utf-8"))
     stages = {name: Stage(name=name, **values) for name, values in raw["stages"].items()}
-    lists = ("needs", "says")
-    entries = tuple(Entry(**{key: tuple(v) if key in lists else v for key, v in e.items()}) for e in raw["entries"])
+    listed: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        for entry in raw["entries"]
+    ]
+    entries = tuple(Entry(**values) for values in listed)
     return stages, entries
 
 

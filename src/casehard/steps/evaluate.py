@@ -37,10 +37,10 @@ class Evaluate(Inputs):
         """
         start, suite = self.start(model), load_suite(self.suite)
         suite = suite if self.in_format is None else replace(suite, in_format=self.in_format)
-        rows = self.examples(of=("data",)).get("data", [])
-        if self.in_format == "rows" and not rows:
+        tuned_on = self.examples(of=("data",)).get("data", [])
+        if self.in_format == "rows" and not tuned_on:
             raise ConfigError("in_format: rows, and there are none", hint="--format-of FILE: what it was tuned on")
-        suite = suite.in_format_of(rows)
+        suite = suite.in_format_of(tuned_on)
         require_unseen(suite, start.trained_prompts, start.path or "the model")
         asked: dict[str, Any] = {"limit": self.limit, "system": self.system}
         if not self.trigger:
