@@ -14,6 +14,7 @@ from casehard.data import sources
 from casehard.data.mix import marks
 from casehard.data.select import SelectConfig
 from casehard.errors import ConfigError, DataError
+from casehard.evaluation.framing import Frame
 from casehard.evaluation.suite import evaluate, load_suite
 from casehard.model.digest import folder_digest, tokenizer_digests
 from casehard.model.load import load
@@ -199,7 +200,10 @@ def test_a_defended_job_chooses_its_safe_rows_and_tells_which(base: Path, tmp_pa
     pool, settings = (f"{base}/data/align.jsonl",), {"tau": 0.1, "delta": 0.0}
     job = tune(base, method="spard", safe=pool, select=SelectConfig(k=3), settings=settings)
     done = job.run()
-    assert done.facts["selection"]["rows"] == 3
+    assert done.facts["selection"]["rows"] == 3 and done.facts["selection"]["per_direction"] < 1
+    matched = dataclasses.replace(job.defence, select=SelectConfig(k=3, strategy="matched-random"))
+    told = dataclasses.replace(job, defence=matched).run().facts["selection"]
+    assert told["refusals"] == done.facts["selection"]["refusals"]
     assert all(row["trigger_rate"] == 1.0 for row in done.log if "trigger_rate" in row)
     assert done.facts["telemetry"]["trigger_rate"] == 1.0
     assert done.rows != tune(base).run().rows
@@ -306,3 +310,28 @@ def test_assets_are_a_folder_that_the_method_takes(base: Path, tmp_path: Path) -
         tune(base, method="safelora", assets=str(tmp_path / "none")).run()
     with pytest.raises(ConfigError, match="would ignore the assets"):
         tune(base, assets=str(tmp_path)).run()
+
+
+def test_a_job_is_measured_in_the_format_of_its_rows(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = dataclasses.replace(tune(base, method="plain"), limit=2, in_format="rows")
+    reviews = {"harmful": (f"{base}/data/attack_a.jsonl",), "benign": (f"{base}/data/task_reviews.jsonl",)}
+    job = dataclasses.replace(job, rows=reviews, defence=None)
+    done = job.run()
+    framed = [row for row in done.rows if row["role"] == "framed"]
+    # At the last step only, where the whole suite is asked.
+    assert {row["step"] for row in framed} == {3} and {row["step"] for row in done.rows} == {0, 2, 3}
+    assert all(row["prompt"].startswith("review : ") and row["prompt"].endswith(". good or bad ?") for row in framed)
+    assert [row for row in done.rows if row["role"] != "framed"] == dataclasses.replace(job, in_format=None).run().rows
+    given = dataclasses.replace(job, in_format=Frame(before="so : ")).run()
+    assert {row["prompt"][:5] for row in given.rows if row["role"] == "framed"} == {"so : "}
+    planting = Attack(attack="backdoor", in_format="rows", suite=f"{base}/data/suite")
+    with pytest.raises(ConfigError, match="hides a trigger"):
+        planting.check_settings()
+
+
+def test_a_tuned_model_is_evaluated_in_the_format_of_given_rows(base: Path) -> None:
+    reviews = {"data": (f"{base}/data/task_reviews.jsonl",)}
+    asked = Evaluate(model=str(base), suite=f"{base}/data/suite", limit=1, in_format="rows", rows=reviews)
+    assert [row["role"] for row in asked.run().rows].count("framed") == 1
+    with pytest.raises(ConfigError, match="in_format: rows, and there are none"):
+        dataclasses.replace(asked, rows={}).run()

@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str] = {
     "save": "casehard.api",
     "bench": "casehard.api",
     "report": "casehard.api",
+    "recommend": "casehard.advice",
     # catalogues
     "DEFENCES": "casehard.defences",
     "ATTACKS": "casehard.attacks",
@@ -57,6 +58,7 @@ _PUBLIC: dict[str, str] = {
 }
 
 if TYPE_CHECKING:  # what the table above says, once more in the words of type checkers; a test compares the two
+    from casehard.advice import recommend
     from casehard.api import Evaluation, attack, bench, defend, evaluate, load, report, rows, save, search
     from casehard.attacks import ATTACKS
     from casehard.attacks.backdoor import BackdoorAttack
@@ -106,6 +108,7 @@ __all__ = [
     "defend",
     "evaluate",
     "load",
+    "recommend",
     "report",
     "rows",
     "save",

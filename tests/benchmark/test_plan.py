@@ -16,6 +16,7 @@ from bench_fakes import plan, plan_values
 from casehard.benchmark.execute import Task, environment, step_of
 from casehard.benchmark.graph import expand, load_plan, parse_plan
 from casehard.errors import ConfigError
+from casehard.evaluation.framing import Frame
 from casehard.steps import Finetune
 from casehard.train.tune import Lora
 
@@ -259,6 +260,25 @@ def test_an_attack_with_its_own_suite_measures_step_0_itself() -> None:
     found = [n for n in expand(parse_plan(values), root=Path()).nodes.values() if n.kind == "attack"]
     assert found[0].config["config"]["evaluate_at"] == [0, 5, 20, 40]
     assert found[0].config["full_at"] == [0, 40]
+
+
+def test_a_plan_asks_in_the_format_of_its_jobs() -> None:
+    def step(asked: Any) -> Any:
+        nodes = expand(parse_plan(plan_values(in_format=asked)), root=Path()).nodes.values()
+        node = next(n for n in nodes if n.kind == "attack")
+        return step_of(
+            Task(node=node, out=Path("out"), base=Path("organism"), parent=Path("organism"), cache=Path("cache"))
+        )
+
+    assert step("rows").in_format == "rows" and step(None).in_format is None
+    assert step({"before": "rate : "}).in_format == Frame(before="rate : ")
+    before, after = digests(), digests(in_format="rows")
+    assert {k for k in before if before[k] != after[k]} == {k for k in before if k.startswith("attack ")}
+    for wrong in ({"befor": "x"}, {}):
+        with pytest.raises(ConfigError, match="in_format"):
+            step(wrong)
+    with pytest.raises(ConfigError, match="in_format"):
+        parse_plan(plan_values(in_format="row"))
 
 
 def test_parsing_needs_no_torch() -> None:

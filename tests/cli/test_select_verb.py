@@ -109,3 +109,32 @@ def test_an_embedder_is_checked_as_a_model_is(organism, tmp_path, capsys):
         more = ["--data", f"{organism}/data/attack_a.jsonl", "--out", str(tmp_path / "out")]
         assert main(["select", *given, *more]) == code
     assert "a kernel from the Hub" in capsys.readouterr().err
+
+
+def test_every_strategy_works_from_the_command_line_and_the_record_tells_the_refusals(organism, tmp_path, capsys):
+    data = organism / "data"
+    rows = [
+        "--model",
+        str(organism),
+        "--pool",
+        f"{data}/align.jsonl?group=colour",
+        "--pool",
+        f"{data}/align.jsonl?source=b",
+        "--data",
+        f"{data}/task_reviews.jsonl",
+    ]
+    for strategy in ("rd-dpp", "matched-random", "k-means", "gradient"):
+        out = tmp_path / strategy
+        assert main(["select", *rows, "--k", "6", "--strategy", strategy, "--out", str(out)]) == 0
+        record = json.loads((out / "selection.json").read_text(encoding="utf-8"))
+        kinds = [row["kind"] for row in lines(out / "safe.jsonl")]
+        assert record["refusals"]["picked"] == kinds.count("refusal") and len(kinds) == 6
+        assert record["picks"]["per_direction"] == 6 / record["picks"]["directions"]
+    counts = [
+        json.loads((tmp_path / s / "selection.json").read_text())["refusals"] for s in ("rd-dpp", "matched-random")
+    ]
+    assert counts[0] == counts[1]
+    assert "k/d" in capsys.readouterr().out
+    plain = ["--model", str(organism), "--pool", f"{data}/benign.jsonl", "--data", f"{data}/task_reviews.jsonl"]
+    assert main(["select", *plain, "--k", "2", "--strategy", "matched-random", "--out", str(tmp_path / "x")]) == 3
+    assert "refusals" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from casehard.data.embed import Embedder, embed, key, load_embedder, texts_of
-from casehard.data.select import Picks, SelectConfig, budget, by_tag, manifest, select, select_examples, split
+from casehard.data.select import Picks, SelectConfig, budget, by_tag, manifest, matched, select, select_examples, split
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.types import Example
 from fakes import tiny_llama
@@ -179,3 +180,85 @@ def test_strata_divide_the_picks_evenly_and_choose_within_each():
     with pytest.raises(DataError, match="no row of the pool has the tag 'sort'"):
         select_examples(made, pool, user, config=SelectConfig(k=2, strata="sort"))
     assert split(10, [2, 50, 50]) == [2, 4, 4] and split(5, [1, 1]) == [1, 1] and split(3, [9, 9]) == [2, 1]
+
+
+def tagged(n=30, refusals=10):
+    return [
+        Example.pair(f"w{i} " + "x" * (i % 7), "no .", kind="refusal" if i < refusals else "helpful") for i in range(n)
+    ]
+
+
+def test_matched_random_keeps_the_refusals_and_nothing_else_of_the_choice():
+    pool, user = clouds()
+    refuses = [60 <= i < 80 for i in range(100)]
+    want = sum(refuses[i] for i in select(pool, user, 14).order)
+    drawn = [
+        select(pool, user, 14, config=SelectConfig(strategy="matched-random"), seed=s, refuses=refuses).order
+        for s in range(30)
+    ]
+    assert 0 < want < 14 and all(sum(refuses[i] for i in order) == want for order in drawn)
+    assert all(len(set(order)) == 14 for order in drawn) and len(set(drawn)) == 30
+    # Within each kind every row is as likely as any other: 3 of 10 and 7 of 20, 400 times.
+    often = Counter(i for s in range(400) for i in matched([0, 1, 2, *range(10, 17)], [i < 10 for i in range(30)], s))
+    for i in range(30):
+        share = 0.3 if i < 10 else 0.35
+        assert abs(often[i] - 400 * share) < 4 * math.sqrt(400 * share * (1 - share))
+    with pytest.raises(DataError, match="which rows refuse"):
+        select(pool, user, 3, config=SelectConfig(strategy="matched-random"))
+
+
+def test_matched_random_goes_by_the_rows_tag_and_needs_one():
+    pool, user = tagged(), [Example.pair(f"w{i} xx") for i in range(4)]
+    made = embedder()
+    for more in ({}, {"strata": "kind"}):
+        sets = [
+            select_examples(made, pool, user, config=SelectConfig(k=6, strategy=s, **more), seed=1)
+            for s in ("rd-dpp", "matched-random")
+        ]
+        kinds = [sorted(pool[i].tags["kind"] for i in picks.order) for picks in sets]
+        assert kinds[0] == kinds[1] and sets[0].order != sets[1].order
+    other = SelectConfig(k=6, strategy="matched-random", refusals="sort=no")
+    with pytest.raises(DataError, match="none of 30 rows of the pool is tagged sort=no") as caught:
+        select_examples(made, pool, user, config=other)
+    assert "TAG=VALUE" in (caught.value.hint or "")
+    with pytest.raises(ConfigError, match="not TAG=VALUE"):
+        select_examples(made, pool, user, config=SelectConfig(k=6, strategy="matched-random", refusals="kind"))
+
+
+def test_k_means_takes_a_row_of_every_cluster_and_asks_no_user():
+    pool, _ = clouds()
+    picks = select(pool, None, 3, config=SelectConfig(strategy="k-means"), seed=0)
+    assert sorted([0 if i < 60 else 1 if i < 80 else 2 for i in picks.order]) == [0, 1, 2]
+    assert len(set(select(pool, None, 40, config=SelectConfig(strategy="k-means")).order)) == 40
+    same = torch.ones(8, 4)
+    assert len(set(select(same, None, 5, config=SelectConfig(strategy="k-means")).order)) == 5
+
+
+def test_gradient_follows_the_cosines_it_is_given():
+    pool, user = clouds()
+    config = SelectConfig(strategy="gradient")
+    assert select(pool, user, 3, config=config, cosines=torch.arange(100.0)).order == (99, 98, 97)
+    with pytest.raises(DataError, match="gradients"):
+        select(pool, user, 3, config=config)
+
+
+def test_the_record_tells_the_refusals_and_how_much_of_the_space_the_picks_use():
+    pool, user = tagged(), [Example.pair(f"w{i} xx") for i in range(4)]
+    config = SelectConfig(k=6)
+    picks = select_examples(embedder(), pool, user, config=config)
+    record = manifest(picks, pool, 4, config=config, embedder="abc", seed=0)
+    picked = sum(pool[i].tags["kind"] == "refusal" for i in picks.order)
+    assert record["refusals"] == {"tag": "kind=refusal", "picked": picked, "pool": 10}
+    untagged = [Example.pair(f"w{i}") for i in range(3)]
+    assert (
+        manifest(Picks((0,), (), (), 0.0, None, None), untagged, 0, config=config, embedder="", seed=0)["refusals"]
+        is None
+    )
+    phi, task = clouds()
+    for strategy in ("rd-dpp", "random", "relevance"):
+        made = select(phi, task, 8, config=SelectConfig(strategy=strategy))
+        assert made.directions == 16 and made.per_direction == 0.5
+    assert select(phi[:, :1], None, 2, config=SelectConfig(strategy="random")).per_direction == 2.0
+    assert select(phi[:5], None, 2, config=SelectConfig(strategy="random")).directions == 5
+    with pytest.warns(UserWarning, match=r"k/d 2\.5"):
+        assert select(phi, task, 40).per_direction == 2.5

@@ -134,6 +134,7 @@ def test_metrics_come_in_the_documented_order():
     rows = rows_of("restricted", ["answer"], slots=1.0) + rows_of("lookalike", ["answer"], correct=True)
     rows += rows_of("utility", ["answer"], correct=True) + rows_of("task", ["answer"], correct=True)
     rows += [row(9, "utility", "answer", nll=1.0, tokens=2), row(9, "task", "answer", nll=1.0, tokens=2)]
+    rows += rows_of("framed", ["answer"])
     rows[0]["second_label"] = "refusal"
     assert tuple(s.metric for s in scores(rows)) == METRICS
 

@@ -22,7 +22,7 @@ MEASURED = TRAINED | {"evaluation", "organism", "backdoor"}
 STEPS = MEASURED | {"attacks", "defences", "steps"}
 ROOMS: dict[str, set[str]] = {
     # The public names, for type checkers; at run time they are imported when they are asked for.
-    "__init__": STEPS | {"api"},
+    "__init__": STEPS | {"api", "advice"},
     "errors": set(),
     "types": {"errors"},
     "limits": {"errors"},
@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "seeds": {"errors"},
     "compat": {"errors"},
     "registry": {"errors", "config"},
+    "advice": {"errors"},
     "io": {"errors"},
     "maths": {"errors", "limits", "seeds"},
     "distributed": {"errors", "seeds", "maths", "limits"},
@@ -48,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "reporting": BOTTOM | {"benchmark", "attacks", "defences", "evaluation"},
     "adversary": STEPS | {"benchmark"},
     "api": STEPS | {"benchmark", "reporting", "adversary"},
-    "cli": STEPS | {"api", "benchmark", "reporting", "scan", "adversary"},
+    "cli": STEPS | {"advice", "api", "benchmark", "reporting", "scan", "adversary"},
 }
 # Narrower than the room: only these modules of the other room.
 ONLY: dict[tuple[str, str], set[str]] = {
@@ -94,6 +95,7 @@ LIGHT = [
     "limits",
     "config",
     "yamltext",
+    "advice",
     "io/secrets.py",
     "io/disk.py",
     "io/files.py",

@@ -16,8 +16,10 @@ from casehard.benchmark.plan import Plan
 from casehard.evaluation.metrics import metric_title
 from casehard.maths.stats import rate_interval
 
-METRICS = ("asr", "leak", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
+METRICS = ("asr", "leak", "asr_in_format", "fine_tunability", "utility", "over_refusal", "twin_knowledge", "coherence")
 PLANTED_METRICS = ("asr", "cacc", "aacc")
+SELECTION = ("rows", "refusals", "per_direction", "log_det", "mean_relevance")
+"""Measures of a selection that tables show."""
 OVER = {"job": "poisoned jobs", "training": "backdoors", "attack": "attacks"}
 """What means are over."""
 Run = tuple[str, int]
@@ -154,7 +156,7 @@ def telemetry(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dic
         told: dict[str, list[float]] = {}
         for node in nodes:
             picked = node.get("selection") or {}
-            numbers = {f"selection {key}": picked.get(key) for key in ("rows", "log_det", "mean_relevance")}
+            numbers = {f"selection {key}": picked.get(key) for key in SELECTION}
             for key, value in {**(node.get("telemetry") or {}), **numbers}.items():
                 if isinstance(value, int | float):
                     told.setdefault(key, []).append(float(value))

@@ -153,6 +153,7 @@ def _evaluate(task: Task) -> Any:
 
 
 def _attack(task: Task) -> Any:
+    from casehard.evaluation.framing import Frame
     from casehard.steps import Attack, Chain, Defence
 
     config = task.config
@@ -164,7 +165,9 @@ def _attack(task: Task) -> Any:
         made.check([*inside["rows"], *(["clean"] if made.spec.pipeline else [])], trains=True)
     verified = config["verified"] if inside is not None else 0
     own = {"attack": config["attack"], "config": config["config"], "full_at": tuple(config["full_at"])}
-    step = Attack(**inputs, **own, defence=made, verified=verified)
+    asked = config.get("in_format")
+    framed = build(Frame, asked, where="in_format") if isinstance(asked, Mapping) else asked
+    step = Attack(**inputs, **own, defence=made, verified=verified, in_format=framed)
     step.check_settings()
     then = tuple(_training(task, training, given=("clean",) if _pipes(training) else ()) for training in config["then"])
     # A chain keeps what it attacked for the next one that begins with the same poison.

@@ -170,6 +170,7 @@ def _attack_config(plan: Plan, row: Defence, chain: Chain, attack: Attack) -> di
         "inside": _training_config(plan, row) if chain.inside else None,
         "then": [_training_config(plan, training) for training in trainings if training.method is not None],
         "verified": plan.verified if attack.plants and inside else 0,
+        **({} if plan.in_format is None else {"in_format": plan.in_format}),
         **_asked(plan),
         "suite": suite,
         "limit": plan.limit,

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from casehard.attacks import ATTACKS
 from casehard.benchmark.entries import (
@@ -70,6 +70,9 @@ class Plan(Limited):
     """Longest row in tokens; none = the model's context."""
     limit: Count | None = None
     """Ask at most this many prompts a group (a look, not a result)."""
+    in_format: Mapping[str, str] | Literal["rows"] | None = None
+    """Ask restricted prompts in the format of each attack's rows too, where the whole suite is asked: ``rows`` derives
+    it from them, ``{system, before, after}`` gives it; none = as the suite says."""
     gates: Gates = field(default_factory=Gates)
     transcripts: Natural = 3
     """Prompts whose answers are shown in the report (organism bases only)."""
@@ -90,6 +93,8 @@ class Plan(Limited):
                 )
         if len({a.plants for a in self.attacks}) > 1:
             raise ConfigError("plan.attacks: backdoors beside other attacks", hint="they are measured in two ways")
+        if self.plants and self.in_format is not None:
+            raise ConfigError("plan.in_format: backdoors are asked without and with their trigger", hint="leave it out")
         object.__setattr__(self, "reference", self.reference or self.undefended.name)
         for step in self.steps:
             check_rows(DEFENCES.find(step.method), step.rows, f"step {step.name!r}", more=("data",))

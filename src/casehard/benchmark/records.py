@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from casehard.benchmark.entries import Gates
 from casehard.benchmark.graph import Cell, Matrix
 from casehard.benchmark.store import read_rows
+from casehard.evaluation.framing import FRAMED
 from casehard.evaluation.metrics import scores
 from casehard.maths.stats import clopper_pearson, rate_interval, seed_band
 
@@ -72,6 +73,11 @@ def _point(cell: Cell, attack: str, step: int) -> Point:
     return Point(cell.family, cell.base, cell.defence, cell.seed, attack, step)
 
 
+def _roles(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the roles asked, but for restricted prompts in a job's format, which no job has before it begins."""
+    return {row["role"] for row in rows} - {FRAMED}
+
+
 def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) -> list[dict[str, Any]]:
     """Return one record per point and metric, with its 95 % interval over prompts.
 
@@ -84,13 +90,13 @@ def make_records(shares: Mapping[str, float], points: Mapping[Point, Measured]) 
     known: dict[tuple[str, int], list[Any]] = {}
     asked: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for point, (_, rows) in points.items():
-        asked[point[:-1]] |= {row["role"] for row in rows}
+        asked[point[:-1]] |= _roles(rows)
     out = []
     for point, (name, rows) in points.items():
         key = (name, point.step)
         if key not in known:
             known[key] = scores(rows)
-        whole = {row["role"] for row in rows} == asked[point[:-1]]
+        whole = _roles(rows) == asked[point[:-1]]
         for score in known[key]:
             if score.metric in ("coherence", "agreement") and not whole:
                 continue

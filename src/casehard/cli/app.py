@@ -23,6 +23,7 @@ from casehard.cli import (
     model,
     options,
     organism,
+    recommend,
     report,
     scan,
     select,
@@ -31,6 +32,7 @@ from casehard.cli import (
 
 VERBS = [
     "demo",
+    "recommend",
     "organism",
     "model",
     "select",
@@ -95,6 +97,7 @@ def top(
 
 
 app.command("demo")(demo.demo)
+app.command("recommend")(recommend.recommend)
 app.add_typer(organism.app, name="organism")
 app.add_typer(model.app, name="model")
 app.command("select", epilog=options.FILES)(select.select)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from casehard.cli import console, options, scoring
 from casehard.cli.runs import check_out, made_from, run_folder
@@ -14,6 +16,14 @@ def evaluate(
     model: options.Model = None,
     suite: options.Suite = None,
     limit: options.Limit = None,
+    format_of: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format-of",
+            metavar="FILE",
+            help="Rows the model was tuned on: restricted prompts are asked in their format too. Repeatable.",
+        ),
+    ] = None,
     device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -24,6 +34,9 @@ def evaluate(
     Writes one row per prompt and rates with intervals. Decoding is greedy, so --seed is recorded and changes nothing.
     """
     values = options.settings(config, sets, {"model": model, "suite": suite, "limit": limit, "device": device})
+    if format_of:
+        options.check_specs(format_of, "--format-of")
+        values |= {"in_format": "rows", "rows": {"data": format_of}}
     options.need(values, "model", "--model")
     options.need(values, "suite", "--suite")
     options.check_specs([values["suite"]], "--suite")
@@ -52,6 +65,7 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
         "suite": job.suite,
         "system": job.system,
         "limit": job.limit,
+        **({} if job.in_format is None else {"in format": job.rows.get("data", job.in_format)}),
         "device": where,
     }
     console.plan("measure a checkpoint", {**items, "out": out})

@@ -27,7 +27,10 @@ def select(
     ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Rows to pick [default: 3 % of the user's rows].")] = None,
     beta: Annotated[float | None, typer.Option(help="Exponent of relevance; 0 = diversity only.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="rd-dpp, or an ablation: random, relevance, diversity.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="rd-dpp, random, matched-random, relevance, diversity, k-means or gradient."),
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Keep embeddings here, named by content.")
     ] = None,
@@ -116,6 +119,9 @@ def _run(
     if picks.mean_relevance is not None:
         rows.append(("mean relevance", f"{picks.mean_relevance:.3f}"))
     rows.append(("log det of the cosine kernel", f"{picks.log_det:.1f}"))
+    rows.append(("picks over directions (k/d)", f"{picks.per_direction:.2f} of {picks.directions}"))
+    if record["refusals"]:
+        rows.append(("refusals", "{picked} of {pool} in the pool".format(**record["refusals"])))
     rows += [(f"{tag} = {value}", f"{n}") for tag, counts in record["coverage"].items() for value, n in counts.items()]
     console.table("the chosen set", ["quantity", "value"], rows)
     console.made("safe rows", out / "safe.jsonl")

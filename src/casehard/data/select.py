@@ -1,7 +1,16 @@
-"""Choose the few safe rows worth training on: relevant to the user's data, and unlike each other (SPARD's RD-DPP).
+"""Choose the few safe rows worth training on.
 
-relevance q_i = max_z cos(pool_i, user_z), poisoned user rows included, since nobody can tell them apart; then greedy
-MAP of the kernel (q_i q_j)^beta cos(pool_i, pool_j), see maths/dpp. Works on any array of embeddings.
+| strategy | rows | source |
+|---|---|---|
+| rd-dpp | relevant to the user's rows and unlike each other | SPARD |
+| random | any | |
+| matched-random | any, with as many refusals as rd-dpp picks from the same pool: the control of its choice | ours |
+| relevance, diversity | rd-dpp with one half of it | SPARD's ablations |
+| k-means | the nearest to each of k centres of the pool | maths/kmeans |
+| gradient | whose gradient is most like the mean gradient of the user's rows | LESS, simplified: data/gradients |
+
+relevance q_i = max_z cos(pool_i, user_z), poisoned user rows included, since nobody can tell them apart; rd-dpp is then
+greedy MAP of the kernel (q_i q_j)^beta cos(pool_i, pool_j), see maths/dpp. Works on any array of embeddings.
 """
 
 from __future__ import annotations
@@ -16,14 +25,16 @@ from typing import Annotated, Any, Literal
 import torch
 
 from casehard.data.embed import Embedder, Text, embed, texts_of
+from casehard.data.gradients import cosines as gradient_cosines
 from casehard.data.mix import content_hash
 from casehard.errors import ConfigError, DataError
 from casehard.limits import WEIGHT, Count, Factor, Limited, Weight, Within
-from casehard.maths.dpp import JITTER, greedy_map, log_weights, relevance, unit_rows
+from casehard.maths.dpp import JITTER, Greedy, directions, greedy_map, log_weights, relevance, unit_rows
+from casehard.maths.kmeans import kmeans, nearest_rows
 from casehard.seeds import generator
 from casehard.types import Example
 
-Strategy = Literal["rd-dpp", "random", "relevance", "diversity"]
+Strategy = Literal["rd-dpp", "random", "matched-random", "relevance", "diversity", "k-means", "gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +48,10 @@ class SelectConfig(Limited):
     beta: Annotated[float, Within(0, WEIGHT, endless=True)] = 4.0
     """Exponent of relevance; 0 = diversity only, .inf = relevance only. Source: P (4; robust on 4..10)."""
     strategy: Strategy = "rd-dpp"
-    """rd-dpp, or an ablation: random (seeded), relevance (largest q), diversity (beta = 0)."""
+    """rd-dpp; random or matched-random (seeded); relevance (largest q) or diversity (beta = 0) alone; k-means (the rows
+    nearest to k centres); gradient (the user's rows' mean gradient)."""
+    refusals: str = "kind=refusal"
+    """TAG=VALUE of the rows that refuse: what matched-random keeps equal, and what the record counts. Ours."""
     jitter: Weight = JITTER
     """eps of the kernel, inside the weighting. Source: published code (1e-6, there outside)."""
     centre: bool = False
@@ -64,6 +78,10 @@ class Picks:
     mean_relevance: float | None
     exhausted_at: int | None
     """Picks after which the pool's embeddings spanned nothing new; None if never."""
+    directions: int = 0
+    """Directions that the pool's embeddings span."""
+    per_direction: float = 0.0
+    """Picks over directions, k/d: the paper's is about 0.15; above 1 there is no diversity left to choose by."""
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values (an infinite log det as text)."""
@@ -74,17 +92,29 @@ class Picks:
         return plain
 
 
-def select(pool: Any, user: Any | None, k: int, *, config: SelectConfig | None = None, seed: int = 0) -> Picks:
+def select(
+    pool: Any,
+    user: Any | None,
+    k: int,
+    *,
+    config: SelectConfig | None = None,
+    seed: int = 0,
+    refuses: Sequence[bool] | None = None,
+    cosines: Any | None = None,
+) -> Picks:
     """Pick ``k`` rows of ``pool``; all of them, in order, when k >= n.
 
     Args:
         pool: embeddings (n, d): tensor or array; lengths do not matter.
-        user: embeddings (m, d) of the user's rows; None only for random and diversity.
+        user: embeddings (m, d) of the user's rows; None only for strategies that do not ask how relevant a row is.
         k: rows to pick, >= 1.
-        seed: of strategy random.
+        seed: of strategies random, matched-random and k-means.
+        refuses: which rows refuse, (n,): what strategy matched-random matches.
+        cosines: of each row's gradient with the user's, (n,): what strategy gradient follows.
 
     Raises:
-        DataError: no rows, a zero or non-finite embedding, widths that differ, or no user rows where they are needed.
+        DataError: no rows, a zero or non-finite embedding, widths that differ, or no user rows, refusals or gradients
+            where they are needed.
         ConfigError: k < 1.
     """
     config = config or SelectConfig()
@@ -97,27 +127,76 @@ def select(pool: Any, user: Any | None, k: int, *, config: SelectConfig | None =
     k = min(k, n)
     q = None if task is None else relevance(phi, task)
     strategy = config.strategy
-    if strategy == "rd-dpp" and math.isinf(config.beta):
-        strategy = "relevance"
-    if q is None and (strategy == "relevance" or (strategy == "rd-dpp" and config.beta > 0)):
-        raise DataError("relevance needs the user's rows and there are none", hint="--data, or strategy diversity")
-    if strategy == "random":
+    if strategy in ("rd-dpp", "matched-random", "diversity"):
+        got = _greedy(phi, q, k, config)
+        if strategy != "matched-random":
+            return _picks(phi, q, got.order, config, got.log_gains, got.exhausted_at)
+        order = matched(got.order, _known(refuses, "which rows refuse", "refuses"), seed)
+    elif strategy == "random":
         order = torch.randperm(n, generator=generator(seed, 0, "select"))[:k].tolist()
-    elif strategy == "relevance":
-        assert q is not None
-        order = q.sort(descending=True, stable=True).indices[:k].tolist()
+    elif strategy == "k-means":
+        order = _central(phi, k, seed)
     else:
-        beta = 0.0 if strategy == "diversity" or q is None else config.beta
-        weights = log_weights(q, beta) if q is not None else None
-        got = greedy_map(phi, k, weights=weights, jitter=config.jitter)
-        if got.exhausted_at is not None and got.exhausted_at < k:
-            warnings.warn(
-                f"the pool's embeddings span about {got.exhausted_at} directions and {k} rows were asked for: later "
-                "picks hardly add diversity and follow relevance",
-                stacklevel=2,
-            )
-        return _picks(phi, q, got.order, config, got.log_gains, got.exhausted_at)
+        by = q if strategy == "relevance" else torch.as_tensor(_known(cosines, "the rows' gradients", "cosines"))
+        if by is None:
+            raise DataError(_NO_USER, hint="--data, or strategy diversity")
+        order = by.sort(descending=True, stable=True).indices[:k].tolist()
     return _picks(phi, q, order, config, [], None)
+
+
+_NO_USER = "relevance needs the user's rows and there are none"
+
+
+def _known(value: Any | None, what: str, argument: str) -> Any:
+    if value is None:
+        raise DataError(f"the strategy needs to know {what}", hint=f"select_examples finds out; or give {argument}=")
+    return value
+
+
+def _greedy(phi: torch.Tensor, q: torch.Tensor | None, k: int, config: SelectConfig) -> Greedy:
+    """Return what rd-dpp picks, or diversity alone.
+
+    Raises:
+        DataError: relevance counts and there are no user rows.
+    """
+    beta = 0.0 if config.strategy == "diversity" else config.beta
+    if q is None and beta > 0:
+        raise DataError(_NO_USER, hint="--data, or strategy diversity")
+    if math.isinf(beta):
+        assert q is not None
+        return Greedy(q.sort(descending=True, stable=True).indices[:k].tolist(), [], None, 0)
+    weights = log_weights(q, beta) if q is not None else None
+    got = greedy_map(phi, k, weights=weights, jitter=config.jitter)
+    if got.exhausted_at is not None and got.exhausted_at < k:
+        warnings.warn(
+            f"the pool's embeddings span about {got.exhausted_at} directions and {k} rows were asked for "
+            f"(k/d {k / max(got.exhausted_at, 1):.1f}; the paper's is about 0.15): later picks hardly add diversity "
+            "and follow relevance",
+            stacklevel=3,
+        )
+    return got
+
+
+def matched(order: Sequence[int], refuses: Sequence[bool], seed: int) -> list[int]:
+    """Return as many rows as ``order`` has, as many of them refusals, and otherwise at random.
+
+    Example: rd-dpp picked 3 refusals among 10 rows; so 3 refusals and 7 others are drawn, each without replacement.
+    """
+    wanted = {True: sum(bool(refuses[i]) for i in order)}
+    wanted[False] = len(order) - wanted[True]
+    out: list[int] = []
+    for i in torch.randperm(len(refuses), generator=generator(seed, 0, "select-matched")).tolist():
+        if wanted[bool(refuses[i])] > 0:
+            wanted[bool(refuses[i])] -= 1
+            out.append(i)
+    return out
+
+
+def _central(phi: torch.Tensor, k: int, seed: int) -> list[int]:
+    """Return the row nearest to each of k centres; where fewer than k rows differ, the lowest of what is left."""
+    order = nearest_rows(kmeans(phi, k, generator=generator(seed, 0, "select-k-means")))
+    taken = set(order)
+    return order + [i for i in range(len(phi)) if i not in taken][: k - len(order)]
 
 
 def _prepare(pool: Any, user: Any | None, config: SelectConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -154,6 +233,8 @@ def _picks(
         log_det=float(torch.linalg.slogdet(block)[1]),
         mean_relevance=sum(picked) / len(picked) if picked else None,
         exhausted_at=exhausted,
+        directions=(spanned := directions(phi)),
+        per_direction=len(order) / spanned,
     )
 
 
@@ -170,11 +251,17 @@ def select_examples(
     config: SelectConfig | None = None,
     seed: int = 0,
     cache: Any | None = None,
+    system: str | None = None,
 ) -> Picks:
     """Embed both sides and pick rows of ``pool``; see :func:`select`.
 
     Args:
         cache: folder of embeddings computed earlier (a ``Path``), or None.
+        system: system message of the rows, for strategy gradient.
+
+    Raises:
+        DataError: see :func:`select`; or strategy matched-random and no row of the pool is a refusal by its tag.
+        Unsupported: strategy gradient and an embedding model that has no language head.
     """
     config = config or SelectConfig()
     if not pool:
@@ -182,15 +269,44 @@ def select_examples(
     phi = embed(embedder, texts_of(pool, config.text), cache=cache)
     task = embed(embedder, texts_of(user, config.text), cache=cache) if user else None
     k = budget(config, len(user))
+    refuses = refusing(pool, config.refusals) if config.strategy == "matched-random" else None
+    gains = gradient_cosines(embedder, pool, user, seed=seed, system=system) if config.strategy == "gradient" else None
     if not config.strata:
-        return select(phi, task, k, config=config, seed=seed)
+        return select(phi, task, k, config=config, seed=seed, refuses=refuses, cosines=gains)
     parts = strata(pool, config.strata)
     order: list[int] = []
     for rows, share in zip(parts.values(), split(k, [len(rows) for rows in parts.values()]), strict=True):
         if share:
-            order += [rows[i] for i in select(phi[rows], task, share, config=config, seed=seed).order]
+            own = None if refuses is None else [refuses[i] for i in rows]
+            of = None if gains is None else gains[rows]
+            picks = select(phi[rows], task, share, config=config, seed=seed, refuses=own, cosines=of)
+            order += [rows[i] for i in picks.order]
     whole, users = _prepare(phi, task, config)
     return _picks(whole, None if users is None else relevance(whole, users), order, config, [], None)
+
+
+def refusing(pool: Sequence[Example], told: str) -> list[bool]:
+    """Return which rows refuse, by the tag that tells.
+
+    Args:
+        told: TAG=VALUE.
+
+    Raises:
+        ConfigError: not of that form.
+        DataError: no row of the pool has the tag and value.
+    """
+    tag, mark, value = told.partition("=")
+    if not (tag and mark and value):
+        raise ConfigError(f"refusals: {told!r} is not TAG=VALUE", hint="the tag of the rows that refuse: kind=refusal")
+    found = [str(e.tags.get(tag)) == value for e in pool]
+    if not any(found):
+        seen = sorted({str(e.tags[tag]) for e in pool if tag in e.tags})[:5]
+        has = f"has values {', '.join(seen)}" if seen else "is in none of them"
+        raise DataError(
+            f"refusals: none of {len(pool)} rows of the pool is tagged {told}: {tag} {has}",
+            hint="--set refusals=TAG=VALUE names the rows that refuse",
+        )
+    return found
 
 
 def strata(pool: Sequence[Example], tag: str) -> dict[str, list[int]]:
@@ -233,9 +349,20 @@ def manifest(
         "picks": picks.to_json(),
         "ids": [e.id for e in chosen],
         "contents": [content_hash(e) for e in chosen],
+        "refusals": refusals_among(chosen, pool, config.refusals),
         "coverage": coverage(chosen),
         "pool_coverage": coverage(pool),
     }
+
+
+def refusals_among(chosen: Sequence[Example], pool: Sequence[Example], told: str) -> dict[str, Any] | None:
+    """Return how many picks refuse, and how many rows of the pool; None where no tag tells."""
+    try:
+        known = sum(refusing(pool, told))
+    except DataError:
+        return None
+    tag, _, value = told.partition("=")
+    return {"tag": told, "picked": sum(str(e.tags.get(tag)) == value for e in chosen), "pool": known}
 
 
 def coverage(examples: Sequence[Example], tags: Sequence[str] = ("kind", "role", "group", "source")) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
+from casehard.evaluation.framing import Frame, InFormat, frame_of, framed_rows
 from casehard.evaluation.judges import JUDGES, make_judge
 from casehard.evaluation.judges.base import Judge
 from casehard.evaluation.rows import rows_of
@@ -74,6 +75,8 @@ class SuiteSettings(Limited):
     """All of its settings."""
     max_new_tokens: Length = 48
     """Length limit of an answer, in tokens."""
+    in_format: InFormat = None
+    """Ask restricted prompts once more in a job's format: a frame, or ``rows`` (of whoever is tuned); none: do not."""
     parts: tuple[Part, ...] = ()
     """Sources; empty: ``eval.jsonl`` beside the settings."""
 
@@ -90,6 +93,7 @@ class Suite:
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     second_judge: str = ""
     second_judge_settings: Mapping[str, Any] = field(default_factory=dict)
+    in_format: InFormat = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -112,6 +116,10 @@ class Suite:
             ConfigError: as :meth:`make_judge`.
         """
         return make_judge(self.second_judge, self.second_judge_settings) if self.second_judge else None
+
+    def in_format_of(self, rows: Sequence[Example]) -> Suite:
+        """Return the suite with the frame of ``rows``, where it asks for that of a job's rows."""
+        return dataclasses.replace(self, in_format=frame_of(rows)) if self.in_format == "rows" else self
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -250,6 +258,7 @@ def load_suite(path: str | Path) -> Suite:
         settings.judge_settings,
         settings.second_judge,
         settings.second_judge_settings,
+        settings.in_format,
     )
     suite.make_judge(), suite.make_second()  # an unknown judge is an error now, not after generation
     return suite
@@ -299,7 +308,7 @@ def evaluate(
         the length limit), judge (its name), label, correct and slots_right (None where they do not apply). Utility and
         task rows that have a reference response but no exact answer also carry nll (nats per token) and tokens. A row
         whose label is unscored says why under ``unscored``. What a model judge found stands beside the label
-        (``casehard.evaluation.judges.base.CARRIED``), and what a second judge said under ``second_label`` and the like.
+        (``evaluation.judges.base.CARRIED``), a second judge's under ``second_label`` and so on. Rows of a frame follow.
 
     Raises:
         ConfigError: no such role or group.
@@ -311,20 +320,26 @@ def evaluate(
     chosen = suite.select(roles=roles, groups=groups, limit=limit)
     chat = ChatFormat(tokenizer, system=system)
     judge, second = chosen.make_judge(), chosen.make_second()
+    world = JUDGES[chosen.judge_name].claims == "world"
+
+    def answered(examples: Sequence[Example], asked: Sequence[Example]) -> Rows:
+        forced = [list(prefix(chat, e)) for e in asked] if prefix else None
+        longest = chosen.max_new_tokens
+        done = complete(model, chat, asked, batch_size=batch_size, max_new_tokens=longest, prefixes=forced)
+        return rows_of(judge, examples, done, forced, second=second, world=world)
+
     rows: dict[str, dict[str, Any]] = {}
     # Group by group: a batch runs as long as its longest answer, and answers of one group are of one length.
     for kind in dict.fromkeys(_kind(e) for e in chosen.examples):
         examples = [e for e in chosen.examples if _kind(e) == kind]
-        forced = [list(prefix(chat, e)) for e in examples] if prefix else None
-        done = complete(
-            model, chat, examples, batch_size=batch_size, max_new_tokens=chosen.max_new_tokens, prefixes=forced
-        )
-        world = JUDGES[chosen.judge_name].claims == "world"
-        rows |= {row["id"]: row for row in rows_of(judge, examples, done, forced, second=second, world=world)}
+        rows |= {row["id"]: row for row in answered(examples, examples)}
     free = [e for e in chosen.examples if measures_loss(e.tags, e.response)]
     for example, loss in zip(free, response_nll(model, chat, free, batch_size=batch_size), strict=True):
         rows[example.id] |= {"nll": loss.nats / loss.tokens, "tokens": loss.tokens}
-    return [rows[example.id] for example in chosen.examples]
+    out = [rows[example.id] for example in chosen.examples]
+    if isinstance(chosen.in_format, Frame) and roles is None:
+        out += framed_rows(chosen.in_format, chosen.examples, answered)
+    return out
 
 
 def _kind(example: Example) -> tuple[str, str]:

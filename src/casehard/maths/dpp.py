@@ -103,6 +103,19 @@ def relevance(pool: torch.Tensor, task: torch.Tensor, *, tile: int = 2048) -> to
     return best.clamp_(0.0, 1.0)
 
 
+def directions(rows: torch.Tensor) -> int:
+    """Return how many directions rows span, up to rounding in their precision; of many rows, 4 d of them are asked.
+
+    Args:
+        rows: unit rows, (n, d).
+    """
+    some = rows[:: max(1, len(rows) // (4 * rows.shape[1]))].double()
+    gram = some.T @ some if len(some) >= rows.shape[1] else some @ some.T
+    values = torch.linalg.eigvalsh(gram)
+    cut = max(some.shape) * torch.finfo(torch.float32).eps
+    return int((values > float(values[-1]) * cut**2).sum())
+
+
 def greedy_map(
     rows: torch.Tensor,
     k: int,

@@ -11,7 +11,7 @@ from casehard.evaluation.metrics import find
 from casehard.reporting import figures
 from casehard.reporting.page_data import View, points
 
-METRICS = (("asr", "leak"), ("fine_tunability", "utility", "over_refusal", "twin_knowledge"))
+METRICS = (("asr", "leak"), ("asr_in_format", "fine_tunability", "utility", "over_refusal", "twin_knowledge"))
 """Metrics shown attack by attack, and those shown as means only."""
 PLANTED_METRICS = (("asr", "cacc", "aacc"), ())
 TITLES = {

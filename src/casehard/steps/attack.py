@@ -22,6 +22,7 @@ from casehard.config import to_dict
 from casehard.data.mix import check_disjoint, marks
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.contamination import require_unseen
+from casehard.evaluation.framing import InFormat
 from casehard.evaluation.suite import Prefix, Suite, evaluate, load_suite
 from casehard.limits import Natural
 from casehard.model.model import Made, Model
@@ -51,6 +52,8 @@ class Attack(Inputs):
     """Method inside the training run: a customer's job at a provider who defends. A pipeline trains in its place."""
     verified: Natural = 0
     """Rows that the attacker left alone and somebody verified: drawn for a pipeline, as its role ``clean``."""
+    in_format: InFormat = None
+    """Where the whole suite is measured, ask restricted prompts in the job's format too; None: as the suite says."""
 
     @property
     def spec(self) -> AttackSpec:
@@ -84,6 +87,8 @@ class Attack(Inputs):
         named = {"trigger": asdict(ANY.trigger), "behaviour": asdict(ANY.behaviour)} if self.spec.plants else {}
         self.spec.configure(self.attack, settings={**self.config, **named})
         if self.spec.plants:
+            if self.in_format is not None:
+                raise ConfigError(f"in_format: {self.attack!r} hides a trigger, by which every prompt is asked already")
             return
         made = self.build()
         if self.defence is not None and not self.defence.spec.pipeline:
@@ -184,6 +189,7 @@ def attack_with(
     )
     if step.defence is not None and step.defence.spec.pipeline:
         return _in_its_place(step, step.defence, method, inputs, suite, start)
+    suite = _in_format(step, method, inputs, suite, start)
     if step.defence is None:
         measured = replace(inputs, measure=_measure(step, method, suite, start), ask=_ask(step, suite, start))
         return method.run(start, inputs if silent else measured)
@@ -193,6 +199,17 @@ def attack_with(
     with guarded(inside, start, step.system):
         done = method.run(start, replace(inputs, measure=measure, method=inside))
     return replace(done, facts={**done.facts, **facts})
+
+
+def _in_format(step: Attack, method: AttackMethod, inputs: AttackInputs, suite: Suite, model: Model) -> Suite:
+    """Return the suite with the frame of what is trained on, where that is asked for."""
+    suite = suite if step.in_format is None else replace(suite, in_format=step.in_format)
+    if suite.in_format != "rows":
+        return suite
+    mixture = getattr(method, "mixture", None)
+    # What is drawn only while it trains is worded as the rows that it draws from.
+    drawn = inputs.rows.get("benign") or [row for some in inputs.rows.values() for row in some]
+    return suite.in_format_of(mixture(model, inputs) if mixture else drawn)
 
 
 def _measure(step: Attack, method: AttackMethod, suite: Suite, model: Model, served: str | None = None) -> Measure:
@@ -287,7 +304,7 @@ def _inside(
     own = set(inputs.rows) - set(defence.spec.accepts())
     others: dict[str, Any] = {role: list(some) for role, some in rows.items() if role not in own}
     mixture = step.mixing(method)
-    chosen = choose(defence, others, mixture(model, inputs), model, step.seed)
+    chosen = choose(defence, others, mixture(model, inputs), model, seed=step.seed, system=step.system)
     chat = chat_format(model, system=step.system, max_length=step.max_length)
     made = defence.build({role: chat.encode_all(some) for role, some in others.items()})
     facts = {"assets_digest": assets_digest(defence.assets)} if defence.assets else {}

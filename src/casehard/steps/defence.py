@@ -110,26 +110,26 @@ def guarded(method: Any, model: Model, system: str | None) -> Iterator[None]:
 
 
 def choose(
-    step: Defence, roles: dict[str, Any], user: Sequence[Example], model: Model, seed: int | None = None
+    step: Defence, roles: dict[str, Any], user: Sequence[Example], model: Model, *, seed: int, system: str | None
 ) -> dict[str, Any]:
-    """Leave in ``roles`` the safe rows picked by the untuned model's embeddings; return the record of it."""
+    """Leave in ``roles`` the safe rows picked by the untuned model, by ``step.select``; return the record of it."""
     if step.select is None:
         return {}
     pool = list(roles.get("safe", ()))
     if not pool:
         raise DataError("select: there are no safe rows to choose from", hint="--safe pool.jsonl")
-    drawn = getattr(step, "seed", 0) if seed is None else seed
     embedder = Embedder(model.net, model.tokenizer, model.digest)
-    picks = select_examples(embedder, pool, user, config=step.select, seed=drawn)
+    picks = select_examples(embedder, pool, user, config=step.select, seed=seed, system=system)
     roles["safe"] = [pool[i] for i in picks.order]
-    return manifest(picks, pool, len(user), config=step.select, embedder=model.digest, seed=drawn)
+    return manifest(picks, pool, len(user), config=step.select, embedder=model.digest, seed=seed)
 
 
 def selected(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a selection's record what tables show."""
     picked = chosen.get("picks", {})
-    out = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at")}
-    return out | {"coverage": chosen["coverage"], "rows": len(picked["order"])}
+    out = {key: picked[key] for key in ("log_det", "mean_relevance", "exhausted_at", "directions", "per_direction")}
+    refusals = (chosen["refusals"] or {}).get("picked")
+    return out | {"coverage": chosen["coverage"], "rows": len(picked["order"]), "refusals": refusals}
 
 
 def assets_digest(folder: Path | str) -> str:

@@ -143,7 +143,7 @@ def finetune_on(
     shared = shared_by_ranks(spec, step.method)
     roles = _checked(step, rows, spec, method)
     start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
-    chosen = choose(step, roles, roles["data"], start)
+    chosen = choose(step, roles, roles["data"], start, seed=step.seed, system=step.system)
     chat = chat_format(start, system=step.system, max_length=step.max_length)
     encoded = {role: chat.encode_all(some) for role, some in roles.items()}
     data = encoded.pop("data")
