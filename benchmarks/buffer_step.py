@@ -25,6 +25,7 @@ from casehard.data.batches import EncodedSet
 from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch, FrozenLora
 from casehard.maths.merge import LoraPair
 from casehard.model.adapters import add_lora
+from casehard.model.lora_files import live_pairs
 
 TOKENS = {"organism": 32, "llama25m": 64}
 """Tokens a row."""
