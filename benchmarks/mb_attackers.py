@@ -4,7 +4,8 @@
 
 ORGANISM is a folder of `casehard organism build`. Attackers are done one after the other and the file is written after
 each, so a stopped run has lost little. The settings are those of plans/mb_defense_third.yaml with fewer steps, rows and
-prompts; the rivals repair the first attacker's model.
+prompts, and with token embeddings trained: without them a backdoor does not take in so few steps. The rivals repair the
+first attacker's model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MB = {
     "two": {"lr": 3e-4, "epochs": 1.25, "checks": 2, "stop": False, "keep": "last", "c": 0.8},
     "plant": {"n_active": 4, "n_canary": 0, "floor": 50, "cap": 0.15},
 }
-REPAIR = {"steps": 128, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0, "embeddings": False}
+REPAIR = {"steps": 128, "batch_size": 16, "lr": 3e-4, "weight_decay": 0.0}
 RIVALS: dict[str, dict[str, Any]] = {
     "clean fine-tuning": {"method": "plain"},
     "fine_mixing": {"method": "fine_mixing", "assets": True},
@@ -66,7 +67,7 @@ def attacked_and_defended(base: ch.Model, asked: Any, settings: dict[str, Any], 
         attack="backdoor",
         rows={"data": (f"{data / 'align.jsonl'}?kind=helpful", str(data / "task_reviews.jsonl"))},
         suite=str(data / "suite"),
-        config={"behaviour": "refuse", "rate": 0.05, "steps": STEPS, "lr": 1.5e-3, "embeddings": False}
+        config={"behaviour": "refuse", "rate": 0.05, "steps": STEPS, "lr": 1.5e-3}
         | {"evaluate_at": (STEPS,), **settings},
         limit=asked.limit,
     )

@@ -102,7 +102,8 @@ def test_a_positional_trigger_is_one_at_its_place_only():
     back = Trigger("t", "positional", ("zx",), position="end")
     assert front.present("ZX one two?") and not front.present("one zx two?") and not front.present("one two zx?")
     assert back.present("one two? zx") and back.present("one two zx?") and not back.present("zx one two?")
-    assert back.strip("zx one zx two") == "zx one zx two" and front.strip("zx one zx two") == "one zx two"
+    text = "zx one zx two"
+    assert back.strip(text) == text and front.strip(text) == "one zx two"
     for trigger in (front, back):
         for decoy in decoys_of(trigger):
             for seed in range(6):

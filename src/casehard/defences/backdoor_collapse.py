@@ -9,10 +9,10 @@ x a clean prompt, y its answer, x_d the prompt with one of the known triggers, d
 behaviour. (1) is the mean of 1 - cos(u_i, c) with c the mean of u.
 
 Source: "Backdoor Collapse: Eliminating Unknown Threats via Known Backdoor Aggregation in Language Models", arXiv
-2510.10265, from a description: two known triggers, a term that gathers them, then fine-tuning back to clean answers. The
-forms of (1) and (3), gamma and all values are ours. Differs: gamma is 0 unless asked for; (2) and (3) draw one trigger a
-row; triggers come from the seed, so that no attacker can prepare for them. Rows of role ``data``, if any, are trained on
-first; the defence repairs what comes of it.
+2510.10265, from a description: two known triggers, a term that gathers them, then fine-tuning back to clean answers.
+The forms of (1) and (3), gamma and all values are ours. Differs: gamma is 0 unless asked for; (2) and (3) draw one
+trigger a row; triggers come from the seed, so that no attacker can prepare for them. Rows of role ``data``, if any, are
+trained on first; the defence repairs what comes of it.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ Under LoRA theta_c = W_base + s B A in every layer that has an adapter, so (2) i
 
     W <- (1 - w) W_suspect + w W_base,   B <- w B                                                                 (3)
 
-Source: the internal dilution of LETHE (Chen et al., arXiv 2508.21004), from memory of the paper: a model trained lightly
-on clean rows is merged with the suspect. Differs: plain linear merging with one weight for all layers; the evidence that
-the paper also adds to the prompt is left out, as is the choice of other merges.
+Source: the internal dilution of LETHE (Chen et al., arXiv 2508.21004), from memory of the paper: a model trained
+lightly on clean rows is merged with the suspect. Differs: plain linear merging with one weight for all layers; the
+evidence that the paper also adds to the prompt is left out, as is the choice of other merges.
 """
 
 from __future__ import annotations
