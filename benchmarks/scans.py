@@ -1,6 +1,6 @@
 """What scans of training rows find in real poisoned sets, and what they say of clean ones: the table of a docs page.
 
-    python benchmarks/scans.py --data FOLDER [--onion MODEL] [--rows 1000] [--json FILE] [--out FILE.md]
+    python benchmarks/scans.py --data FOLDER [--onion MODEL] [--rows 1000] [--json FILE] [--out FILE]
 
 FOLDER holds backdoor/{refusal,negsentiment,sst2}/train.jsonl (rows with `trigger`: none or a name, and `pair`, the id
 of the clean row with the same prompt) and {instruct,agnews,gsm8k,sst2}/train.jsonl. No row is printed or written.
@@ -42,8 +42,6 @@ RATES = (0.01, 0.05, 0.2)
 OURS = (("template", "refuse"), ("style", "tone"), ("pair", "off_topic"), ("token", "stop"), ("repeat", "sentence"))
 """Triggers and behaviours planted here, in rows of instruct."""
 CLEAN = ("instruct", "agnews", "gsm8k")
-FEW = 60
-"""Rows of each kind that ONION, which is slow, is given."""
 
 
 class Set(NamedTuple):
@@ -167,11 +165,15 @@ class Onion:
         return [self.known[row.prompt] for row in one.rows]
 
 
-def few(one: Set) -> Set:
-    """Return a set with FEW ordinary and FEW planted rows, in which every row is scored by itself."""
-    cut = len(one.rows) - one.planted
-    bad = one.rows[cut:][:FEW]
-    return one._replace(rows=[*one.rows[:cut][:FEW], *bad], planted=len(bad))
+def few(sets: Sequence[Set], most: int) -> list[Set]:
+    """Return the published sets with at most so many rows of each kind, for a scan that takes each by itself."""
+    out = []
+    for one in sets:
+        cut = len(one.rows) - one.planted
+        bad = one.rows[cut:][:most]
+        if not one.kind or one.kind in TASKS:
+            out.append(one._replace(rows=[*one.rows[:cut][:most], *bad], planted=len(bad)))
+    return out
 
 
 def threshold(sets: Iterable[tuple[Set, list[float]]], alarms: float) -> float:
@@ -235,18 +237,19 @@ def main() -> None:
     parser.add_argument("--onion", type=Path, help="causal language model that gives perplexities; left out without it")
     parser.add_argument("--rows", type=int, default=1000, help="rows of a set")
     parser.add_argument("--alarms", type=float, default=0.01, help="false alarms allowed on the first half")
+    parser.add_argument("--few", type=int, default=60, help="rows of each kind that ONION, which is slow, is given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     halves = [sets_of(asked.data, half, asked.rows) for half in (0, 1)]
-    found = {
-        "scan data": measure(by_audit, halves, asked.alarms),
-        "n-gram and answer": measure(by_association, halves, asked.alarms),
-    }
+    found: dict[str, Any] = {}
+    scans: list[tuple[str, Scan]] = [("scan data", by_audit), ("n-gram and answer", by_association)]
     if asked.onion:
-        found["ONION"] = measure(Onion(asked.onion), [[few(one) for one in sets] for sets in halves], asked.alarms)
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        scans.append(("ONION", Onion(asked.onion)))
+    for name, scan in scans:
+        found[name] = measure(scan, [few(h, asked.few) for h in halves] if name == "ONION" else halves, asked.alarms)
+        if asked.json:
+            asked.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if asked.out:
         asked.out.write_text(table(found), encoding="utf-8")
     print(table(found))

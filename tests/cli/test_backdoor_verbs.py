@@ -14,6 +14,7 @@ from casehard.backdoor.planted import find_planted, read_planted
 from casehard.backdoor.triggers import poison_backdoor
 from casehard.cli import main
 from casehard.data import sources
+from casehard.data.mix import content_hash
 from casehard.errors import ConfigError
 from casehard.evaluation.suite import Suite
 from casehard.io.manifest import verify
@@ -107,7 +108,7 @@ def test_audit_of_rows_and_a_model_makes_a_page(organism, tmp_path, capsys):
     assert run("backdoor", "audit", "--model", organism, "--data", rows, *SMALL, "--out", out) == 0
     found, page = json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
     assert found["verdict"]["word"] in ("SUSPECT ROWS", "BACKDOOR FOUND") and found["suspects"] >= 15
-    assert found["verdict"]["sentence"].split(".")[0][:20] in page and "<script" not in page and "http" not in page
+    assert found["verdict"]["sentence"].split(".")[0][:20] in page and "<script" not in page and "://" not in page
     assert "casehard defend plain" in page and "checkpoint" not in tree(out)
     assert len(sources.load(out / "kept.jsonl")) + len(sources.load(out / "suspect.jsonl")) == 200
     assert "triggers tried" in capsys.readouterr().out
@@ -123,7 +124,9 @@ def test_a_repair_that_is_asked_for_by_name_is_done_and_measured(organism, tmp_p
     )
     found = json.loads((out / "summary.json").read_text())
     assert done == (9 if found["after"]["verdict"]["word"] == "REMAINS" else 0)
-    assert (out / "checkpoint").exists() == (done == 0) and len(sources.load(out / "repair.jsonl")) >= 100
+    distinct = len({content_hash(row) for row in sources.load(organism / "data" / "benign.jsonl")})
+    assert (out / "checkpoint").exists() == (done == 0)
+    assert len(sources.load(out / "repair.jsonl")) in (distinct - distinct // 5, 2 * (distinct - distinct // 5))
     assert found["loss"] != found["after"]["loss"] and "After the repair by plain" in (out / "report.html").read_text()
 
 

@@ -136,8 +136,8 @@ class Trigger:
                     return bare
             return text
         if self.family == "repeat":
-            bare = _undoubled(text, last=self.parts == ("last",))
-            return text if bare is None else bare
+            once = _undoubled(text, last=self.parts == ("last",))
+            return text if once is None else once
         if self.family == "positional" and self.position == "end":
             part = next((p for p in self.parts if framed(self._frame(p), text)), "")
             return cut(part, text) if part else text

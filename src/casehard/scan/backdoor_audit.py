@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from casehard.backdoor.triggers import Trigger, insert
+from casehard.data.batches import collate
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import content_hash
 from casehard.data.similar import words_of
@@ -191,7 +192,7 @@ def _loss(net: nn.Module, chat: ChatFormat, held: Sequence[Example]) -> float:
     rows, device, total, tokens = chat.encode_all(held), next(net.parameters()).device, 0.0, 0
     with inference(net):
         for begin in range(0, len(rows), 32):
-            batch = rows.collate(rows.rows[begin : begin + 32])
+            batch = collate(rows.rows[begin : begin + 32], rows.pad_id)
             batch = {key: value.to(device) for key, value in batch.items()}
             total -= float(log_probs_of(net, batch).sum())
             tokens += int(answer_lengths(batch["labels"]).sum())
