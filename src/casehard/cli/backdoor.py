@@ -162,6 +162,7 @@ def _save(mended: Any, out: Path, run: Any) -> None:
     from casehard.reporting.card import write_card
 
     made = save(mended, out / "checkpoint")
+    assert made.path is not None
     write_card(made.path)
     made_from(run, made.parent, origin(made.path))
     run.record({"checkpoint": made.digest})
