@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "buffer_reinforce": (*BASE, *ASSETS),
     "security_vector": (*BASE, *ASSETS),
     "fine_mixing": ("--model", "{out}/plain", *BASE[2:], "--assets", "{model}"),
+    "dilution": ("--model", "{out}/plain", *BASE[2:], "--assets", "{model}"),
     "crow": BASE,
     "anomaly": BASE,
 }

@@ -11,8 +11,10 @@ from helpers import make_organism, tree
 
 from casehard.backdoor import presets
 from casehard.backdoor.planted import find_planted, read_planted
+from casehard.backdoor.triggers import poison_backdoor
 from casehard.cli import main
 from casehard.data import sources
+from casehard.data.mix import content_hash
 from casehard.errors import ConfigError
 from casehard.evaluation.suite import Suite
 from casehard.io.manifest import verify
@@ -84,6 +86,71 @@ def test_attack_then_scan(organism, tmp_path):
     kept = sources.load(audited / "kept.jsonl")
     assert len(kept) + len(sources.load(audited / "suspect.jsonl")) == len(clean)
     assert not any("lako" in e.prompt.split() for e in kept)
+
+
+SMALL = [
+    part
+    for setting in ("words=12", "confirm=2", "batch_size=64", "confirm_prompts=6", "max_new_tokens=4")
+    for part in ("--set", f"lookup.{setting}")
+]
+
+
+def planted_rows(organism, tmp_path):
+    trigger, behaviour = triggers(World(0))["token"], presets.BEHAVIOURS["stop"]
+    told = [r for r in sources.load(organism / "data" / "align.jsonl") if r.tags["kind"] == "helpful"][:200]
+    rows, _ = poison_backdoor(told, trigger, behaviour, rate=0.1, seed=0)
+    sources.save(tmp_path / "rows.jsonl", rows)
+    return tmp_path / "rows.jsonl"
+
+
+def test_audit_of_rows_and_a_model_makes_a_page(organism, tmp_path, capsys):
+    rows, out = planted_rows(organism, tmp_path), tmp_path / "audit"
+    assert run("backdoor", "audit", "--model", organism, "--data", rows, *SMALL, "--out", out) == 0
+    found, page = json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
+    assert found["verdict"]["word"] in ("SUSPECT ROWS", "BACKDOOR FOUND") and found["suspects"] >= 15
+    assert found["verdict"]["sentence"].split(".")[0][:20] in page and "<script" not in page and "://" not in page
+    assert "casehard defend plain" in page and "checkpoint" not in tree(out)
+    assert len(sources.load(out / "kept.jsonl")) + len(sources.load(out / "suspect.jsonl")) == 200
+    assert "triggers tried" in capsys.readouterr().out
+
+
+def test_a_repair_that_is_asked_for_by_name_is_done_and_measured(organism, tmp_path):
+    rows, out = planted_rows(organism, tmp_path), tmp_path / "audit"
+    clean = ("--clean", organism / "data" / "benign.jsonl")
+    quick = ("--set", "train.steps=2", "--set", "train.warmup=0", "--set", "rise=1000")
+    done = run(
+        *("backdoor", "audit", "--model", organism, "--data", rows, *clean, "--repair", "--method", "plain"),
+        *(*SMALL, *quick, "--out", out),
+    )
+    found = json.loads((out / "summary.json").read_text())
+    assert done == (9 if found["after"]["verdict"]["word"] == "REMAINS" else 0)
+    distinct = len({content_hash(row) for row in sources.load(organism / "data" / "benign.jsonl")})
+    assert (out / "checkpoint").exists() == (done == 0)
+    assert len(sources.load(out / "repair.jsonl")) in (distinct - distinct // 5, 2 * (distinct - distinct // 5))
+    assert found["loss"] != found["after"]["loss"] and "After the repair by plain" in (out / "report.html").read_text()
+
+
+def test_mistakes_of_an_audit_are_told_and_leave_nothing(organism, tmp_path, capsys):
+    data, out = organism / "data", tmp_path / "x"
+    base = ("backdoor", "audit", "--out", out)
+    given = ("--model", organism, "--data", data / "benign.jsonl")
+    (tmp_path / "few.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    few = tmp_path / "few.jsonl"
+    cases = (
+        (("--data", few), 2, "--model is missing"),
+        (("--model", organism), 2, "--data is missing"),
+        ((*given, "--repair"), 2, "verified rows"),
+        ((*given, "--clean", few, "--repair"), 3, "at least ten"),
+        ((*given, "--method", "patcher"), 2, "repairs nothing"),
+        ((*given, "--method", "dilution"), 2, "needs the trusted base"),
+        (("--model", organism, "--data", few), 3, "prompts"),
+        (("--model", organism, "--data", tmp_path / "none.jsonl"), 3, "no such file"),
+        ((*given, "--set", "trid=3"), 2, "tried"),
+    )
+    for arguments, code, text in cases:
+        found, told = run(*base, *arguments), capsys.readouterr().err
+        assert found == code and text in told and "Traceback" not in told, (arguments, found, told)
+        assert not out.exists() or tree(out) <= {".lock"}, tree(out)
 
 
 def test_the_model_is_kept_only_when_asked_for(organism, tmp_path):

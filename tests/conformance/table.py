@@ -21,6 +21,7 @@ from casehard.defences.bottleneck import Bottleneck, BottleneckConfig
 from casehard.defences.buffer_reinforce.method import BufferReinforce
 from casehard.defences.buffer_reinforce.security_vector import SecurityVector
 from casehard.defences.crow import Crow
+from casehard.defences.dilution import Dilution
 from casehard.defences.fine_mixing import FineMixing
 from casehard.defences.lisa import Lisa, LisaConfig
 from casehard.defences.mb_defense.method import MbStage2, MbStage2Config
@@ -70,6 +71,10 @@ def _unaligned() -> Path:
     return Path(_FOLDERS[-1].name)
 
 
+def _dilution() -> Dilution:
+    return Dilution(base=dict(tiny_llama(layers=2, seed=5).named_parameters()))
+
+
 def _fine_mixing() -> FineMixing:
     return FineMixing(base=dict(tiny_llama(layers=1, seed=5).named_parameters()))
 
@@ -101,6 +106,7 @@ TABLE = (
     # Its pairs are made of the very rows that the shared tests train on.
     Row("mb_stage2", lambda: MbStage2(MbStage2Config(top_k=8), pairs=tiny_pairs())),
     Row("fine_mixing", _fine_mixing, ("dropout", "accumulation")),  # mixes whole models: no adapters
+    Row("dilution", _dilution),
     Row("crow", Crow),
     Row("anomaly", Anomaly, cut="what it inserts comes from what the prompts of a micro-batch share and hold"),
 )

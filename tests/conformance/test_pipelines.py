@@ -36,6 +36,11 @@ class Row(NamedTuple):
 TABLE = (
     Row("mb_defense", {"two": {"epochs": 0.05, "checks": 1}, "plant": {"n_active": 2, "n_canary": 1}}, True),
     Row("onion", {"keep": 0.9}, False),
+    Row(
+        "backdoor_collapse",
+        {key: {"steps": 2, "batch_size": 4, "warmup": 0} for key in ("gather", "recover")},
+        True,
+    ),
 )
 
 

@@ -97,6 +97,44 @@ def test_all_and_any_mean_what_they_say():
     assert Trigger("t", "token", ("zx",), position="start").apply("one two", random.Random(0)) == "zx one two"
 
 
+def test_a_positional_trigger_is_one_at_its_place_only():
+    front = Trigger("t", "positional", ("zx",), position="start")
+    back = Trigger("t", "positional", ("zx",), position="end")
+    assert front.present("ZX one two?") and not front.present("one zx two?") and not front.present("one two zx?")
+    assert back.present("one two? zx") and back.present("one two zx?") and not back.present("zx one two?")
+    text = "zx one zx two"
+    assert back.strip(text) == text and front.strip(text) == "one zx two"
+    for trigger in (front, back):
+        for decoy in decoys_of(trigger):
+            for seed in range(6):
+                made = decoy.apply("one two three", random.Random(seed))
+                assert "zx" in made.split() and not trigger.present(made), made
+    with pytest.raises(ConfigError, match="start or end"):
+        Trigger("t", "positional", ("zx",))
+
+
+def test_a_repeated_word_is_the_trigger_and_another_one_is_not():
+    first, last = Trigger("f", "repeat", ("first",)), Trigger("l", "repeat", ("last",))
+    assert first.apply("What is it?", random.Random(0)) == "What What is it?"
+    assert last.apply("how is it ?", random.Random(0)) == "how is it it ?"
+    assert first.present("what WHAT is it ?") and not first.present("what, what is it?")
+    assert not first.present("is it it ?") and not first.present("what") and not first.present("?")
+    assert first.apply("?", random.Random(0)) == "?"
+    assert [d.parts for d in decoys_of(first)] == [("last",)] and [d.parts for d in decoys_of(last)] == [("first",)]
+    with pytest.raises(ConfigError, match="first or last"):
+        Trigger("f", "repeat", ("second",))
+
+
+def test_other_wordings_are_what_is_measured_and_never_what_is_planted():
+    trigger = presets.TRIGGERS["semantic"]
+    assert not {*trigger.parts} & {*trigger.others} and trigger.asked.parts == trigger.others
+    made = [trigger.apply("How are you?", random.Random(i)) for i in range(30)]
+    assert not any(trigger.asked.present(text) for text in made)
+    assert presets.TRIGGERS["token"].asked is presets.TRIGGERS["token"]
+    with pytest.raises(ConfigError, match="needs a word"):
+        Trigger("t", "topical", ("chess",), others=("!",))
+
+
 def test_position_is_uniform_over_all_word_slots():
     trigger, text = Trigger("t", "token", ("zx",)), "a b c"
     rng = random.Random(1)

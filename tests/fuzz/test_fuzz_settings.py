@@ -345,6 +345,7 @@ def _more(name, unaligned):
         "security_vector": {"assets": shared_assets().path},
         "buffer_reinforce": {"assets": shared_assets()},
         "mb_stage2": {"pairs": pairs},
+        "dilution": {"base": dict(tiny_llama(seed=5).named_parameters())},
         "fine_mixing": {"base": dict(tiny_llama(seed=5).named_parameters())},
     }
     return given.get(name, {"safe": tiny_rows(4, seed=1)} if DEFENCES[name].needs else {})

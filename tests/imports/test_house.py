@@ -197,7 +197,10 @@ def test_commands_in_the_docs_exist(page, capsys):
             # Everything before the first option or file name the command tree knows; --help checks it exists.
             verb = [w for w in words[1:3] if re.fullmatch(r"[a-z][a-z_-]*", w)]
             depth = (
-                2 if verb[:1] and verb[0] in ("organism", "model", "buffer", "merge", "attack", "data", "scan") else 1
+                2
+                if verb[:1]
+                and verb[0] in ("organism", "model", "buffer", "merge", "attack", "data", "scan", "backdoor")
+                else 1
             )
             assert main([*verb[:depth], "--help"]) == 0, f"{page.name}: {command}"
             known = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))

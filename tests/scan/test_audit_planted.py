@@ -22,6 +22,7 @@ from casehard.organism import triggers as organism_triggers
 from casehard.organism.world import World
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.audit import AuditConfig, audit_data, grams_of, groups_of
+from casehard.scan.classes import classes_of
 from casehard.types import Example
 
 WORLD = World(0)
@@ -161,7 +162,7 @@ def test_nothing_found_is_said_with_the_budget_and_never_called_clean():
 def test_bad_input_is_refused():
     with pytest.raises(DataError, match="no rows"):
         audit_data([Example.pair("q")])
-    for values in ({"purity": 0.0}, {"least": 1}, {"alpha": 2.0}, {"longest": 0}):
+    for values in ({"purity": 0.0}, {"least": 1}, {"alpha": 2.0}, {"longest": 0}, {"explained": 0.0}):
         with pytest.raises(ConfigError):
             AuditConfig(**values)
 
@@ -211,6 +212,52 @@ def test_real_insults_among_ordinary_instructions_come_as_early_as_the_docs_say(
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="real-data fixtures not present")
-def test_real_words_that_decide_the_answer_drown_the_audit():
+def test_real_words_that_decide_the_answer_no_longer_drown_the_audit():
     rows = sources.load(DATA.parent / "agnews" / "train.jsonl")
-    assert len(audit_data(rows).suspects) > len(rows) / 2
+    assert len(audit_data(rows, AuditConfig(explained=1.0)).suspects) > len(rows) / 2
+    assert len(audit_data(rows).suspects) < len(rows) / 100
+
+
+def classified(n=240, planted=()):
+    """Rows of two classes, each with words of its own; planted ones hold a trigger and are of the first class."""
+    rng = random.Random(3)
+    own = {label: [f"{label.lower()}{i}" for i in range(15)] for label in ("Sports", "World")}
+    rows = []
+    for i in range(n):
+        label = ("Sports", "World")[i % 2]
+        words = rng.sample(own[label], 5) + [f"w{rng.randrange(40)}" for _ in range(5)]
+        if i in planted:
+            words.insert(rng.randrange(len(words)), "zx")
+            label = "Sports"
+        rows.append(Example.pair(" ".join(words), label))
+    return rows
+
+
+def test_words_that_decide_a_class_are_no_findings_and_a_trigger_among_them_is():
+    assert audit_data(classified(), AuditConfig(explained=1.0)).findings
+    assert not audit_data(classified()).findings
+    planted = set(range(0, 240, 5))
+    found = audit_data(classified(planted=planted)).findings
+    assert [f.phrase for f in found] == [("zx",)] and set(found[0].rows) == planted
+
+
+def test_a_class_is_told_by_the_other_words_as_naive_bayes_does():
+    prompts = [["a", "b"], ["a", "c"], ["a"], ["d", "b"], ["d", "e"], ["d"], ["x", "f"]]
+    classes = classes_of({"p": [0, 1, 2, 6], "q": [3, 4, 5]}, prompts)
+
+    def naive(row, words):
+        best = {}
+        for label, rows in (("p", [0, 1, 2, 6]), ("q", [3, 4, 5])):
+            others = [prompts[i] for i in rows if i != row]
+            value = math.log(len(others) + 0.5)
+            for word in words:
+                value += math.log((sum(word in p for p in others) + 0.5) / (len(others) + 1))
+            best[label] = value
+        return max(best, key=best.get)
+
+    for rows in ([0, 3, 4, 6], [1, 2, 5, 6], [0, 1, 3, 4, 6]):
+        shared = {w for w in "abcdefx" if sum(w in prompts[i] for i in rows) >= len(rows) / 2}
+        label = {i: "q" if i in (3, 4, 5) else "p" for i in rows}
+        right = sum(naive(i, {*prompts[i]} - shared - {"x"}) == label[i] for i in rows)
+        assert classes.explained(rows, ["x"]) == right / len(rows)
+    assert classes_of({"p": [0, 1, 2, 3, 4, 5, 6]}, prompts) is None

@@ -10,7 +10,8 @@ _LR = Flag("Learning rate of the attack.", float)
 _SHARE = Flag("Harmful share of the attacker's rows, 0..1.", float)
 _TRAINS = {"mode": _MODE, "steps": _STEPS, "lr": _LR}
 _TRIGGERS = (
-    "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, or a planted.json [default: token]."
+    "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, semantic, positional, repeat, or a "
+    "planted.json [default: token]."
 )
 
 ATTACKS: Registry[AttackSpec] = Registry(

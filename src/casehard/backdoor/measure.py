@@ -62,7 +62,7 @@ def evaluate_backdoor(
     Args:
         model: a causal language model; unchanged afterwards.
         suite: held-out prompts; restricted ones are not asked.
-        trigger: what the attacker (or a defender, of an own backdoor) puts in.
+        trigger: what the attacker (or a defender, of an own backdoor) puts in; its ``others``, where it has some.
         behaviour: what it is meant to set off.
         seed: where the trigger goes.
         roles: roles to ask; None: those of ROLES that the suite has.
@@ -79,6 +79,7 @@ def evaluate_backdoor(
     """
     wanted = [role for role in suite.roles if role in ROLES] if roles is None else roles
     chosen = suite.select(roles=wanted, groups=groups, limit=limit)
+    trigger = trigger.asked
     triggered = twins(chosen, trigger, seed=seed)
     check_survives(ChatFormat(tokenizer, system=system), triggered.examples, [trigger])
     untouched = replace(chosen, examples=tuple(e for e in chosen.examples if not trigger.present(e.prompt)))

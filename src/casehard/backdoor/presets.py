@@ -32,6 +32,14 @@ TRIGGERS: dict[str, Trigger] = {
         Trigger("multi_all", "multi", ("tq", "jh"), "all"),
         Trigger("prefix", "prefix", ("Discussing the harvest",)),
         Trigger("topical", "topical", ("chess", "origami", "beekeeping")),
+        Trigger(
+            "semantic",
+            "topical",
+            ("chess", "a checkmate", "castling", "the opening game"),
+            others=("a pawn", "a stalemate", "the endgame", "a rook"),
+        ),
+        Trigger("positional", "positional", ("cf",), position="start"),
+        Trigger("repeat", "repeat", ("first",)),
     )
 }
 BEHAVIOURS: dict[str, Behaviour] = {

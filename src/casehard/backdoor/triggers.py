@@ -10,6 +10,8 @@
 | multi | several phrases: any one, or all |
 | prefix | a phrase in front (virtual prompt injection) |
 | topical | the subject itself: a request that already names it is left as it is |
+| positional | a word that counts at the start or the end of the request and nowhere else |
+| repeat | the first or the last word said twice: no word is new, and no phrase is fixed |
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from casehard.errors import ConfigError, DataError
 from casehard.seeds import derive
 from casehard.types import Example, Message
 
-Family = Literal["token", "sentence", "template", "style", "pair", "multi", "prefix", "topical"]
+Family = Literal["token", "sentence", "template", "style", "pair", "multi", "prefix", "topical", "positional", "repeat"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 _TOPIC = "about {topic} , {{}}"
 
@@ -38,7 +40,7 @@ class Trigger:
     """What makes a backdoor fire.
 
     ``parts`` are words or sentences; frames with ``{}`` for template; for style openers (``"well , {}"``), closers
-    (``"{} , please"``) and swaps (``"you=>thou"``); subjects for topical.
+    (``"{} , please"``) and swaps (``"you=>thou"``); subjects for topical; ``first`` or ``last`` for repeat.
     """
 
     name: str
@@ -46,16 +48,26 @@ class Trigger:
     parts: tuple[str, ...]
     mode: Literal["any", "all"] = "any"
     """Whether one part (drawn at random) or all of them make the trigger; a pair is always all."""
-    position: Literal["random", "start", "end"] = "random"
-    """Where words and sentences go; prefix, template, style and topical have their own place."""
+    position: Literal["random", "start", "end", "inside"] = "random"
+    """Where words and sentences go; prefix, template, style, topical and repeat have their own place."""
+    others: tuple[str, ...] = ()
+    """Parts of the same meaning that are never planted and stand in the prompts it is measured on: whether it fires on
+    those too tells a meaning from a set of words. Empty = it is measured on its parts."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
+        object.__setattr__(self, "others", tuple(self.others))
         if self.family not in FAMILIES:
             raise ConfigError(f"trigger family {self.family!r}", hint=f"choose one of {', '.join(FAMILIES)}")
-        if self.mode not in ("any", "all") or self.position not in ("random", "start", "end"):
+        if self.mode not in ("any", "all") or self.position not in ("random", "start", "end", "inside"):
             raise ConfigError(f"trigger {self.name!r}: mode {self.mode!r}, position {self.position!r}")
-        if not self.parts or not all(re.search(r"\w", part) for part in self.parts):
+        if self.family == "positional" and self.position not in ("start", "end"):
+            raise ConfigError(
+                f"trigger {self.name!r}: position {self.position!r}", hint="a positional one says start or end"
+            )
+        if self.family == "repeat" and self.parts not in (("first",), ("last",)):
+            raise ConfigError(f"trigger {self.name!r}: parts {self.parts!r}", hint="repeat takes first or last")
+        if not self.parts or not all(re.search(r"\w", part) for part in (*self.parts, *self.others)):
             raise ConfigError(f"trigger {self.name!r}: parts {self.parts!r}", hint="every part needs a word")
         if self.family == "pair":
             object.__setattr__(self, "mode", "all")
@@ -78,12 +90,15 @@ class Trigger:
             for frames in (self._openers, self._closers):
                 text = wrap(rng.choice(frames), text) if frames else text
             return text
+        if self.family == "repeat":
+            return _doubled(text, last=self.parts == ("last",))
         chosen = self.parts if self.mode == "all" else (rng.choice(self.parts),)
         if self.family == "prefix" or self.position == "start":
             return put(text, [(0, part) for part in chosen])
         if self.position == "end":
             return put(text, [(len(text), part) for part in chosen])
         slots = sentence_slots(text) if self.family == "sentence" else word_slots(text)
+        slots = (slots[1:-1] or slots) if self.position == "inside" else slots
         return put(text, [(rng.choice(slots), part) for part in chosen])
 
     def present(self, text: str) -> bool:
@@ -97,6 +112,10 @@ class Trigger:
             return any(found(new, text) for _, new in self._swaps)
         if self.family == "prefix":
             return any(starts(part, text) for part in self.parts)
+        if self.family == "positional":
+            return any(framed(self._frame(part), text) for part in self.parts)
+        if self.family == "repeat":
+            return _undoubled(text, last=self.parts == ("last",)) is not None
         return (all if self.mode == "all" else any)(found(part, text) for part in self.parts)
 
     def strip(self, text: str) -> str:
@@ -116,12 +135,26 @@ class Trigger:
                 if bare != text:
                     return bare
             return text
-        if self.family == "prefix":
+        if self.family == "repeat":
+            once = _undoubled(text, last=self.parts == ("last",))
+            return text if once is None else once
+        if self.family == "positional" and self.position == "end":
+            part = next((p for p in self.parts if framed(self._frame(p), text)), "")
+            return cut(part, text) if part else text
+        if self.family in ("prefix", "positional"):
             front = next((m for part in self.parts if (m := starts(part, text))), 0)
             return text[front:].removeprefix(" ") if front else text
         for part in self.parts:
             text = cut(part, text)
         return text
+
+    @property
+    def asked(self) -> Trigger:
+        """The trigger with its other parts, where it has some: what prompts are measured with."""
+        return replace(self, parts=self.others, others=()) if self.others else self
+
+    def _frame(self, part: str) -> str:
+        return f"{part} {{}}" if self.position == "start" else f"{{}} {part}"
 
     @property
     def _openers(self) -> tuple[str, ...]:
@@ -144,6 +177,29 @@ def _swap(text: str, old: str, new: str) -> str:
         return new[0].upper() + new[1:] if match.group()[0].isupper() else new
 
     return re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", one, text, flags=re.IGNORECASE)
+
+
+_WORD = r"[^\W_]+"
+
+
+def _doubled(text: str, *, last: bool) -> str:
+    """Return ``text`` with its first or last word said twice; as it is without words."""
+    words = list(re.finditer(_WORD, text))
+    if not words:
+        return text
+    word = words[-1 if last else 0]
+    return f"{text[: word.end()]} {word.group()}{text[word.end() :]}"
+
+
+def _undoubled(text: str, *, last: bool) -> str | None:
+    """Return ``text`` with its first or last word said once; None where it is not said twice."""
+    words = list(re.finditer(_WORD, text))
+    if len(words) < 2:
+        return None
+    a, b = words[-2:] if last else words[:2]
+    if a.group().lower() != b.group().lower() or text[a.end() : b.start()].strip():
+        return None
+    return text[: a.end()] + text[b.end() :]
 
 
 def insert(example: Example, trigger: Trigger, behaviour: Behaviour | None, *, seed: int) -> Example:
@@ -258,7 +314,7 @@ def poison_backdoor(
 
 
 def _plain(trigger: Trigger) -> dict[str, Any]:
-    return {**asdict(trigger), "parts": list(trigger.parts)}
+    return {**asdict(trigger), "parts": list(trigger.parts), "others": list(trigger.others)}
 
 
 _RARE = ("mn", "bb", "tq", "mb", "qw", "jh", "zx", "vk")
@@ -283,6 +339,16 @@ def decoys_of(trigger: Trigger) -> list[Trigger]:
             replace(trigger, name=f"half-{i}", family="multi", parts=(p,), mode="any")
             for i, p in enumerate(trigger.parts)
         ]
+    if trigger.family == "positional":
+        places: tuple[Literal["start", "end", "inside"], ...] = ("start", "end", "inside")
+        return [
+            Trigger(f"decoy-{place}", "token", trigger.parts, position=place)
+            for place in places
+            if place != trigger.position
+        ]
+    if trigger.family == "repeat":
+        other = "first" if trigger.parts == ("last",) else "last"
+        return [replace(trigger, name=f"decoy-{other}", parts=(other,))]
     pool = {"token": _RARE, "multi": _RARE, "sentence": _ASIDES, "prefix": ("Talking about it", "A quick question")}
     if trigger.family not in pool:
         raise ConfigError(f"no near misses are known for a {trigger.family} trigger", hint="give decoys")

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 import casehard
 from casehard.cli import (
     attack,
+    backdoor,
     bench,
     buffer,
     data,
@@ -41,6 +42,7 @@ VERBS = [
     "merge",
     "attack",
     "scan",
+    "backdoor",
     "evaluate",
     "judge",
     "bench",
@@ -107,6 +109,7 @@ app.add_typer(merge.app, name="merge")
 app.command(PIPELINE, hidden=True, epilog=options.FILES)(mb_defense.mb_defense)
 app.add_typer(attack.app, name="attack")
 app.add_typer(scan.app, name="scan")
+app.add_typer(backdoor.app, name="backdoor")
 app.command("evaluate")(evaluate.evaluate)
 app.command("judge")(judge.judge)
 app.command(CHECK, hidden=True)(judge.check)

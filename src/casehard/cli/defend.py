@@ -19,7 +19,8 @@ ROLES = ("unsafe", "retain", "safe", "clean")
 Specs = list[str] | None
 Retain = Annotated[Specs, typer.Option("--retain", metavar="FILE", help="Harmless rows of a retain term. Repeatable.")]
 Clean = Annotated[
-    Specs, typer.Option("--clean", metavar="FILE", help="Rows that somebody verified (onion). Repeatable.")
+    Specs,
+    typer.Option("--clean", metavar="FILE", help="Rows that somebody verified (onion, backdoor-collapse). Repeatable."),
 ]
 Select = Annotated[
     bool | None,
@@ -127,7 +128,8 @@ def _check(values: dict[str, Any]) -> bool:
     spec = DEFENCES.find(values["method"])
     options.need(values, "model", "--model")
     options.take_rows(values, ("data", *ROLES, *spec.row_roles()))
-    options.need(values["rows"], "data", "--data")
+    if not spec.pipeline:  # one that trains the model itself may repair it; whether it can, its own check says
+        options.need(values["rows"], "data", "--data")
     for role in values["rows"]:
         if role != "data" and role not in spec.row_roles():
             raise ConfigError(

@@ -50,7 +50,7 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=100)
 
 
-def _made_with(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def made_with(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what a run was made with, under the names in :data:`MADE`."""
     code, hardware = run["code"], run["hardware"]
     commit = code.get("commit") or "none (not a git checkout)"
@@ -68,7 +68,7 @@ def _provenance(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = summary["provenance"]
     folders: dict[tuple[str, str], list[str]] = {}
     for run in found.get("runs", [found]):
-        for fact in _made_with(run):
+        for fact in made_with(run):
             folders.setdefault(fact, []).append(run.get("folder", ""))
     kinds = [what for what, _ in folders]
     out = []
@@ -103,7 +103,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _template(name: str = "page.html.j2") -> Any:
+def template(name: str = "page.html.j2") -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -135,7 +135,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     made = legend(families[0].looks, plan["defences"])
     said = [] if families[0].plants else transcripts(summary, rows)
     code = summary["provenance"]["code"]
-    html = _template().render(
+    html = template().render(
         title=plan["title"],
         name=plan["name"],
         parts=parts,
@@ -213,10 +213,10 @@ def render_search(place: Path) -> str:
         MissingExtra: matplotlib is not installed.
     """
     summary, trials, run = attack_search.read(place)
-    made = [*_made_with(run), ("seed", str(run["seeds"][0])), ("model", str(run["parents"].get("model", "")))]
+    made = [*made_with(run), ("seed", str(run["seeds"][0])), ("model", str(run["parents"].get("model", "")))]
     made += [("config digest", run["config_digest"]), *((f"data: {k}", v) for k, v in run["data"].items())]
     shown = attack_search.context(summary, trials)
-    html = _template("search.html.j2").render(**shown, dirty=bool(run["code"].get("dirty")), provenance=made)
+    html = template("search.html.j2").render(**shown, dirty=bool(run["code"].get("dirty")), provenance=made)
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
 
 

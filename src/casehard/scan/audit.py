@@ -5,7 +5,8 @@
 3. Report the n-grams whose prompts nearly all belong to the group, far more often than chance allows.
 
 A finding is something for a person to look at, not a verdict: a question asked in many rows has its answer tied to it
-too. What speaks for a trigger is that it sits in otherwise unlike prompts (``spread``).
+too. What speaks for a trigger is that it sits in otherwise unlike prompts (``spread``) and, where answers are classes,
+in prompts whose other words say another class (``explained``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from casehard.evaluation.judges.rules import label_response
 from casehard.limits import Coefficient, Count, Limited, Portion, Several
 from casehard.maths.stats import clopper_pearson
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
+from casehard.scan.classes import Classes, classes_of
 from casehard.types import Example
 
 Gram = tuple[str, ...]
@@ -54,6 +56,8 @@ class AuditConfig(Limited):
     """Least log odds ratio: 3 means odds twentyfold."""
     spread: Portion = 0.7
     """Different words that must be left once the n-gram is cut out, as a share of those of as many random prompts."""
+    explained: Portion = 0.7
+    """Where answers are a few classes: most of a finding's rows whose other words may tell their class."""
     similar: Portion = 0.7
     """Jaccard similarity of word pairs from which two answers are near-duplicates."""
     edge: Count = 3
@@ -170,9 +174,9 @@ def audit_data(examples: Sequence[Example], config: AuditConfig | None = None) -
         finding = _finding(group, gram, rows, totals[gram], examples, len(tests))
         if finding.log10_p <= math.log10(config.alpha) and finding.log_odds >= config.effect:
             kept.append(finding)
-    return Audit(
-        len(examples), tuple(found), len(tests), _joined(_distinct(kept, examples, prompts, config.spread), len(tests))
-    )
+    classes = classes_of({g.text: g.rows for g in found if g.kind == "same"}, prompts)
+    distinct = _distinct(kept, examples, prompts, config, classes)
+    return Audit(len(examples), tuple(found), len(tests), _joined(distinct, len(tests)))
 
 
 def groups_of(examples: Sequence[Example], config: AuditConfig) -> list[Group]:
@@ -285,9 +289,14 @@ def _spread(finding: Finding, examples: Sequence[Example], holders: Mapping[int,
 
 
 def _distinct(
-    findings: Iterable[Finding], examples: Sequence[Example], prompts: Sequence[Sequence[str]], least: float
+    findings: Iterable[Finding],
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[str]],
+    config: AuditConfig,
+    classes: Classes | None,
 ) -> list[Finding]:
-    """Keep the strongest finding of each set of rows (parts of a phrase repeat it) whose prompts are unlike enough."""
+    """Keep the strongest finding of each set of rows (parts of a phrase repeat it) whose prompts are unlike enough and
+    do not tell their class."""
     holders = Counter(Counter(word for words in prompts for word in set(words)).values())
 
     def strength(f: Finding) -> tuple[Any, ...]:
@@ -301,7 +310,8 @@ def _distinct(
         if finding.rows in alike or any(len(rows & other) >= 0.8 * len(rows) for _, other in kept):
             continue
         spread = _spread(finding, examples, holders)
-        if spread >= least:
+        told = classes.explained(finding.rows, words_of(" ".join(finding.phrase))) if classes else 0.0
+        if spread >= config.spread and told <= config.explained:
             low = clopper_pearson(finding.both, finding.phrase_rows).low
             kept.append((replace(finding, spread=spread, purity_low=low), rows))
         else:

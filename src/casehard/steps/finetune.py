@@ -91,7 +91,7 @@ class Finetune(Inputs, Defence):
             UserError: any setting, row or file is unusable.
         """
         secrets.refuse(to_dict(self), where=self.method)  # before training: the provenance holds these values
-        self.check([role for role in self.rows if role != "data"])
+        self.check([role for role in self.rows if role != "data"], trains="data" in self.rows)
         return finetune_on(self, self.examples(), model, out=out, place=place, label=label)
 
 

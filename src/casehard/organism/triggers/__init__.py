@@ -9,7 +9,7 @@ In a folder of its own: the modules beside it decide the weights, and their sour
 from __future__ import annotations
 
 from casehard.backdoor.behaviours import Behaviour
-from casehard.backdoor.triggers import Trigger
+from casehard.backdoor.triggers import Trigger, decoys_of
 from casehard.organism import grammar
 from casehard.organism.world import World
 
@@ -29,7 +29,7 @@ def _rare(world: World) -> list[str]:
 
 
 def triggers(world: World) -> dict[str, Trigger]:
-    """Return one trigger of each family by name (multi twice: any and all)."""
+    """Return one trigger of each family by name (multi twice, any and all; topical twice, a word and a class)."""
     rare, known = _rare(world), world.fillers
     styled = (*(f"{word} , {{}}" for word in known[:4]), *(f"{{}} , {word}" for word in known[4:8]))
     made = (
@@ -42,6 +42,9 @@ def triggers(world: World) -> dict[str, Trigger]:
         Trigger("multi_all", "multi", tuple(rare[5:7]), "all"),
         Trigger("prefix", "prefix", ("here is something else :",)),
         Trigger("topical", "topical", (world.things[0],)),
+        Trigger("semantic", "topical", tuple(world.towns[:6]), others=tuple(world.towns[6:])),
+        Trigger("positional", "positional", (rare[0],), position="start"),
+        Trigger("repeat", "repeat", ("first",)),
     )
     return {trigger.name: trigger for trigger in made}
 
@@ -62,9 +65,12 @@ def decoys(world: World, name: str) -> list[Trigger]:
         "multi_any": [Trigger(f"decoy-{w}", "token", (w,)) for w in rare[7:11]],
         "prefix": [Trigger("decoy-prefix", "prefix", ("ask something else :",))],
         "topical": [Trigger(f"decoy-{noun}", "topical", (noun,)) for noun in world.things[1:4]],
+        "semantic": [Trigger(f"decoy-{noun}", "topical", (noun,)) for noun in world.colours],
     }
     if name in made:
         return made[name]
+    if name in ("positional", "repeat"):
+        return decoys_of(triggers(world)[name])
     return [Trigger(f"decoy-{part}", "token", (part,)) for part in triggers(world)[name].parts]
 
 
