@@ -143,6 +143,21 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 **_TRAINS,
             },
         ),
+        "known_buffer": AttackSpec(
+            module="casehard.attacks.known_buffer",
+            cls="KnownBuffer",
+            config="KnownBufferAttack",
+            purpose="A customer who knows the provider's buffer and takes his adapter out of the merge.",
+            takes=("harmful", "benign", "assets"),
+            share="share",
+            flags={
+                "choose": Flag("Which harmful rows are taken.", metavar="against|residual|random"),
+                "keeps": Flag("What is served of a merge.", metavar="own|merged"),
+                "assets": Flag("The provider's adapters, as far as the attacker knows them.", metavar="DIR"),
+                "share": _SHARE,
+                **_TRAINS,
+            },
+        ),
         "prefill": AttackSpec(
             module="casehard.attacks.prefill",
             cls="Prefill",

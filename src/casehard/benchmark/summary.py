@@ -111,6 +111,17 @@ def rows_seen_in_training(matrix: Matrix, done: Mapping[str, Mapping[str, Any]])
     return [{"family": f, "defence": d, "attack": a, "rows": n} for (f, d, a), n in found.items() if n]
 
 
+def attackers_spent(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what every finished attack took of the attacker, whole: steps, rows, and FLOPs where it trained."""
+    out = []
+    for cell in matrix.cells:
+        if cell.attack and (node := done.get(cell.digest)) is not None:
+            place = {"family": cell.family, "defence": cell.defence, "attack": cell.attack, "seed": cell.seed}
+            own = {key: node.get(key) for key in ("harmful_rows", "attacker_rows", "flops")}
+            out.append({**place, "steps": node["cost"].get("steps"), **own})
+    return out
+
+
 def _in_distribution(plan: Plan, known: Sequence[Mapping[str, Any]], family: str) -> list[str]:
     """Say which attacks the headline's defence had seen rows of."""
     name = plan.headline.defence
@@ -253,6 +264,7 @@ def summarise(
         "canaries": [entry for f in families for entry in canaries(matrix, done, f)],
         "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
         "rows_seen_in_training": known,
+        "spent": attackers_spent(matrix, done),
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in left_out for line in some if line)],
         "nodes": _nodes(matrix, done),

@@ -103,7 +103,8 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _template(name: str = "page.html.j2") -> Any:
+def template(name: str = "page.html.j2") -> Any:
+    """Return a page's template of this package."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -135,7 +136,7 @@ def render(summary: Mapping[str, Any], rows: Iterable[Mapping[str, Any]] = ()) -
     made = legend(families[0].looks, plan["defences"])
     said = [] if families[0].plants else transcripts(summary, rows)
     code = summary["provenance"]["code"]
-    html = _template().render(
+    html = template().render(
         title=plan["title"],
         name=plan["name"],
         parts=parts,
@@ -216,7 +217,7 @@ def render_search(place: Path) -> str:
     made = [*_made_with(run), ("seed", str(run["seeds"][0])), ("model", str(run["parents"].get("model", "")))]
     made += [("config digest", run["config_digest"]), *((f"data: {k}", v) for k, v in run["data"].items())]
     shown = attack_search.context(summary, trials)
-    html = _template("search.html.j2").render(**shown, dirty=bool(run["code"].get("dirty")), provenance=made)
+    html = template("search.html.j2").render(**shown, dirty=bool(run["code"].get("dirty")), provenance=made)
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)
 
 
