@@ -3,8 +3,8 @@
 The program (EleutherAI, ``lm_eval`` 0.4) runs as a process of its own, in whatever environment it is installed in, on a
 model folder, and fetches its data sets itself. Of what it writes, ``results_*.json`` in a folder named after the model,
 the metrics of the tasks that were asked for become scores named ``TASK METRIC,FILTER``; all of it stays as it is. A
-score's interval is +- 1.96 of the standard errors that the program gives; where it gives none, that of a share of as many
-questions (Wilson).
+score's interval is +- 1.96 of the standard errors that the program gives; where it gives none, that of a share of as
+many questions (Wilson).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,12 @@ class Evaluate(Inputs):
         if start.path is None:
             raise DataError("lm_eval reads a model folder, and this model is in memory", hint="save it first")
         device = str(next(start.net.parameters()).device)
-        own = {"device": device, "limit": self.limit, "seed": self.seed, "system": self.system}
+        run = partial(run_lm_eval, settings, start.path, device=device, limit=self.limit, seed=self.seed)
         if out is None:
             with tempfile.TemporaryDirectory(prefix="casehard-lm-eval-") as name:
-                return [asdict(score) for score in run_lm_eval(settings, start.path, Path(name), **own)]
+                return [asdict(score) for score in run(Path(name), system=self.system)]
         place = out / "lm_eval"
         if place.exists():  # of a run that did not come to its end
             remove(place)
         place.mkdir()
-        return [asdict(score) for score in run_lm_eval(settings, start.path, place, **own)]
+        return [asdict(score) for score in run(place, system=self.system)]
