@@ -53,7 +53,7 @@ def test_an_attacker_who_ruins_the_model_has_no_worst_case(tmp_path: Path) -> No
     board = board_of(bench_summary(tmp_path / "run"))
     assert all(line.worst is None and line.cheapest is None for line in board.lines)
     (part,) = shown([board])
-    assert all(row[2] == "not measured" and row[4] == "none found" for row in part.ranks)
+    assert all(row[2] == "not measured" and row[4] == row[5] == "none found" for row in part.ranks)
     assert all(re.fullmatch(r"\[\d+ %\]", row[1]) for row in part.matrix)
 
 

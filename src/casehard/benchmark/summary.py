@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from casehard.attacks import ATTACKS
 from casehard.benchmark.contrasts import make_differences
 from casehard.benchmark.ends import beside, end_rows, telemetry
 from casehard.benchmark.graph import Matrix
@@ -180,8 +181,21 @@ def not_tested(plan: Plan) -> list[str]:
         )
     if all(a.share > 0 for a in plan.attacks):
         out.append("Benign fine-tuning (harmful share 0), which also erodes safety.")
-    out.append("Attackers who know the defence, prompt attacks, weight edits and quantisation.")
+    out += _kinds_left(plan)
     return [*out, *_real(plan), *_look(plan)]
+
+
+def _kinds_left(plan: Plan) -> list[str]:
+    """Name the kinds of attackers that stand in no column."""
+    specs = [ATTACKS.find(attack.attack) for attack in plan.attacks]
+    found = {
+        "attackers who know the defence": any(spec.knows for spec in specs),
+        "prompt attacks": any(not spec.weights for spec in specs),
+        "weight edits and quantisation": any(spec.weights and not spec.trains for spec in specs),
+    }
+    left = [name for name, there in found.items() if not there]
+    text = ", ".join(left)
+    return [f"{text[0].upper()}{text[1:]}."] if left else []
 
 
 def _planted_not_tested(plan: Plan) -> list[str]:
