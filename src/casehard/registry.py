@@ -139,6 +139,8 @@ class AttackSpec(Spec):
     """Whether it changes weights at all; where it changes how a model is asked, nothing is left to repair."""
     share: str = ""
     """Setting that says which share of the rows is the attacker's; empty where there is none."""
+    knows: bool = False
+    """Whether it is made against a defence, by somebody who knows how that works."""
     plants: bool = False
     """Whether it hides a trigger: its settings ``trigger`` and ``behaviour`` may be names, and every prompt is asked
     without and with the trigger."""

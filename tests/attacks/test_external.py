@@ -15,10 +15,11 @@ import torch
 
 import casehard as ch
 from casehard.attacks import external
-from casehard.attacks.external import External, ExternalAttack, run_program
+from casehard.attacks.external import External, ExternalAttack
 from casehard.attacks.protocol import AttackInputs
 from casehard.cli import main
 from casehard.errors import ConfigError, DataError, Refused, Unsupported, UserError
+from casehard.io.programs import run_program
 from casehard.types import Example
 
 WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"

@@ -15,11 +15,13 @@ from bench_fakes import Fake, plan, plan_values
 import casehard
 from casehard.benchmark import contrasts, execute
 from casehard.benchmark.contrasts import contrast
+from casehard.benchmark.entries import Attack
 from casehard.benchmark.execute import Outcome, Task
 from casehard.benchmark.graph import expand
 from casehard.benchmark.lookup import percent
 from casehard.benchmark.records import first_over, median_step, pool, steps_text
 from casehard.benchmark.run import run_plan
+from casehard.benchmark.summary import not_tested
 from casehard.evaluation.metrics import find, scores
 from casehard.maths.stats import mcnemar, rate_interval
 from casehard.steps import Outcome as StepOutcome
@@ -349,7 +351,7 @@ def test_the_facts_of_a_node_tell_the_rows_the_defence_knew(kind: str, monkeypat
     matrix = expand(plan(), root=Path())
     node = next(n for n in matrix.nodes.values() if n.kind == "attack")
     task = Task(node=dataclasses.replace(node, kind=kind), out=Path("o"), cache=Path("c"))
-    assert execute.execute(task).facts == facts
+    assert execute.execute(task).facts == facts | ({"attacker_rows": 9} if kind == "attack" else {})
 
 
 def test_verdict_attack_too_weak(tmp_path: Path) -> None:
@@ -440,8 +442,6 @@ def test_what_was_not_tested_follows_from_the_plan(summary: dict[str, Any]) -> N
     assert "Benign fine-tuning" in text
     assert "No ablation" in text
     both = plan_values()["attacks"] + [{**plan_values()["attacks"][0], "name": "lora", "mode": "lora", "lr": 1e-3}]
-    from casehard.benchmark.summary import not_tested
-
     assert not any(line.startswith("LoRA") for line in not_tested(plan(attacks=both)))
 
 
@@ -459,3 +459,24 @@ def test_a_plan_on_a_real_model_says_that_its_judge_counts_refusals_only(
     found = run_plan(plan(seeds=[0], bases=[base]), tmp_path, jobs=1, executor=Judged()).summary
     assert ("Refusals are counted, harm is not." in found["verdict"]["sentence"]) is not silent
     assert any(line.startswith("Harm: the judge rule") for line in found["not_tested"]) is not silent
+
+
+def test_what_every_attack_took_is_kept_for_the_leaderboard(tmp_path: Path) -> None:
+    class Paid(Fake):
+        def __call__(self, task: Task) -> execute.Outcome:
+            done = super().__call__(task)
+            own = {"harmful_rows": 4, "attacker_rows": 40, "flops": 10**9} if task.node.kind == "attack" else {}
+            return dataclasses.replace(done, facts={**done.facts, **own}, cost={**done.cost, "steps": 40})
+
+    spent = run_plan(plan(seeds=[0]), tmp_path, jobs=1, executor=Paid()).summary["spent"]
+    assert [entry["defence"] for entry in spent] == ["undefended", "plain", "patcher"]
+    assert {(e["steps"], e["harmful_rows"], e["attacker_rows"], e["flops"]) for e in spent} == {(40, 4, 40, 10**9)}
+
+
+def test_only_kinds_of_attackers_without_a_column_are_called_untested() -> None:
+    said = "Attackers who know the defence, prompt attacks, weight edits and quantisation."
+    assert said in not_tested(plan())
+    knows = dataclasses.replace(plan().attacks[0], name="burst", attack="burst")
+    prompt = Attack(name="prefill", attack="prefill", settings={"source": "openers"})
+    some = dataclasses.replace(plan(), attacks=(*plan().attacks, knows, prompt))
+    assert "Weight edits and quantisation." in not_tested(some) and said not in not_tested(some)

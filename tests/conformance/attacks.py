@@ -122,6 +122,11 @@ TABLE = (
         {**SHORT, "rows": 12, "share": 0.5},
         {"safe": "benign.jsonl", "harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
     ),
+    Row(
+        "known_buffer",
+        {**SHORT, "rows": 12, "share": 0.5, "choose": "residual"},
+        {"harmful": "attack_a.jsonl", "benign": "task_reviews.jsonl"},
+    ),
     Row("prefill", {"source": "rows", "tokens": (2,)}, {"harmful": "attack_a.jsonl"}, drawn=False),
     Row(
         "abliteration",

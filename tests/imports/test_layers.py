@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": BOTTOM | {"data", "model"},
     "organism": TRAINED | {"evaluation", "backdoor"},
     "backdoor": BOTTOM | {"data", "evaluation", "organism"},
-    "attacks": TRAINED | {"backdoor"},
+    "attacks": TRAINED | {"backdoor", "defences"},
     "defences": MEASURED,
     "steps": MEASURED | {"attacks", "defences"},
     "scan": MEASURED | {"attacks"},
@@ -56,6 +56,10 @@ ONLY: dict[tuple[str, str], set[str]] = {
     ("organism", "evaluation"): {"casehard.evaluation.judges.base"},
     ("backdoor", "organism"): {"casehard.organism.world", "casehard.organism.triggers"},
     ("organism", "backdoor"): {"casehard.backdoor.triggers", "casehard.backdoor.behaviours"},
+    # An attacker who knows the defence reads its mathematics.
+    ("attacks", "defences"): {
+        f"casehard.defences.buffer_reinforce.{part}" for part in ("assets", "frozen_lora", "method", "saturation")
+    },
     ("evaluation", "train"): {"casehard.train.progress"},
     ("reporting", "evaluation"): {"casehard.evaluation.metrics"},
 }

@@ -8,16 +8,13 @@ says that programs may.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -25,21 +22,17 @@ from torch import nn
 from casehard.attacks.editing import Untrained, copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.data.sources import save as save_rows
-from casehard.errors import ConfigError, DataError, Refused, UserError, visible
+from casehard.errors import ConfigError, DataError, Refused, UserError
 from casehard.io.manifest import MANIFEST
-from casehard.io.secrets import environment
+from casehard.io.programs import require_allowed, run_program
 from casehard.limits import Limited, Within
 from casehard.model.load import load
 from casehard.model.model import Model
 from casehard.model.provenance import PROVENANCE
 from casehard.model.save import save
 
-ALLOWED = "CASEHARD_EXTERNAL"
-"""Environment variable that has to be 1."""
 ROLES = ("harmful", "benign")
 NAMES = ("model", "out", "seed", *ROLES)
-TAIL = 2000
-"""Last characters of what the program said on stderr that an error shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +107,7 @@ class External(Untrained[ExternalAttack]):
 
     def _check(self, model: Model, inputs: AttackInputs) -> None:
         """Refuse what can be refused before anything is written."""
-        if os.environ.get(ALLOWED) != "1":
-            raise Refused(
-                f"settings ask to run the program {visible(self.config.command[0])!r}",
-                hint=f"read the command, then set {ALLOWED}=1 in the environment",
-            )
+        require_allowed(self.config.command[0])
         if not model.may_leave:
             raise Refused("this model was attacked and is kept in memory", hint="attack the model it was made from")
         given, named = {role for role, rows in inputs.rows.items() if rows}, self.config.names & {*ROLES}
@@ -127,53 +116,6 @@ class External(Untrained[ExternalAttack]):
                 "has no place in the command" if odd[0] in given else "is named in the command and there are no rows"
             )
             raise ConfigError(f"{{{odd[0]}}} {missing}", hint=f"--{odd[0]} FILE together with {{{odd[0]}}} in command")
-
-
-def run_program(command: Sequence[str], place: Path, *, seconds: float) -> None:
-    """Run a program in ``place``, without the secrets of the environment, and wait for its end.
-
-    Raises:
-        ConfigError: no such program.
-        UserError: it failed, or did not end in time; the whole process group is killed then.
-    """
-    secret = environment()
-    kept = {name: value for name, value in os.environ.items() if name not in secret}
-    with (place / "stderr").open("w+b") as said:
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=place,
-                env=kept,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"{command[0]!r} cannot be run: {error.strerror}", hint="the program's full path?"
-            ) from None
-        try:
-            code = process.wait(timeout=seconds)
-        except BaseException as error:  # an interrupt too: nobody else ends a process of another session
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            what = f"{command[0]} did not end within {seconds / 60:g} minutes and was killed"
-            raise UserError(what + _tail(said), hint="config.minutes: more") from None
-        if code != 0:
-            raise UserError(
-                f"{command[0]} failed with exit code {code}" + _tail(said), hint="run it by hand to see more"
-            )
-
-
-def _tail(said: Any) -> str:
-    """Return the end of what a program said on stderr, for a message."""
-    said.seek(0, os.SEEK_END)
-    said.seek(max(0, said.tell() - TAIL))
-    text = visible(said.read().decode("utf-8", "replace").strip(), lines=True)
-    return f"; stderr ends:\n{text}" if text else "; it said nothing on stderr"
 
 
 @torch.no_grad()

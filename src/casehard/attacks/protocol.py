@@ -55,6 +55,8 @@ class AttackInputs:
     """Longest row in tokens; None = the model's context."""
     method: Any = None
     """Defence inside the training run: this is then a customer's job at a provider who defends."""
+    assets: str = ""
+    """Folder of assets of the provider whose job this is, for an attacker who knows it; empty where there is none."""
     label: str = "attack"
     """Name on the progress bar."""
 

@@ -17,7 +17,7 @@ from casehard.errors import Corrupt, UserError
 from casehard.io.files import remove
 from casehard.io.manifest import MANIFEST, verify
 from casehard.model.source import is_snapshot, origin
-from casehard.train.cost import reset_peak
+from casehard.train.cost import reset_peak, training_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +205,26 @@ def execute(task: Task) -> Outcome:
         return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, facts=told, log=done.log)
     done = step.run(label=task.node.label)
     facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
+    if task.node.kind == "attack":
+        facts |= _paid(done)
     # A model that is never attacked stands beside the ends of attacks; an attack without training is one step long.
     at = task.node.config.get("step")
     if at is not None:
         done = replace(done, rows=[{**row, "step": at} for row in done.rows])
     return Outcome(rows=done.rows, cost=done.cost, facts=facts, log=done.log)
+
+
+def _paid(done: Any) -> dict[str, int]:
+    """Return what an attack took beyond its cost: rows of the attacker's, and FLOPs where something was trained."""
+    kinds, phases = [done.facts.get(f"{kind}_rows") for kind in ("harmful", "benign")], done.facts.get("rows")
+    paid: dict[str, int] = {}
+    if any(count is not None for count in kinds):
+        paid["attacker_rows"] = sum(count or 0 for count in kinds)
+    elif isinstance(phases, list) and phases:
+        paid["attacker_rows"] = max(phases)
+    if done.model is not None and (tokens := done.cost.get("tokens")):
+        paid["flops"] = training_flops(done.model.net, tokens)
+    return paid
 
 
 def _base(task: Task) -> Outcome:

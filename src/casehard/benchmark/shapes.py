@@ -159,6 +159,8 @@ class NodeSummary:
     workers: int = 1
     rows_sha256: str | None = None
     rows_seen_in_training: int | None = None
+    attacker_rows: int | None = None
+    flops: int | None = None
     telemetry: dict[str, float] | None = None
     selection: dict[str, Any] | None = None
     mb: dict[str, Any] | None = None
@@ -221,6 +223,20 @@ class Cost:
     passes_ratio: float | None
     ratio_to_sft: float | None = None
     workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What one attack took of the attacker."""
+
+    family: str
+    defence: str
+    attack: str
+    seed: int
+    steps: int | None = None
+    harmful_rows: int | None = None
+    attacker_rows: int | None = None
+    flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -360,6 +376,7 @@ class BenchSummary:
     telemetry: list[Told] = field(default_factory=list)
     canaries: list[Canaries] = field(default_factory=list)
     canary_agreement: dict[str, float | None] = field(default_factory=dict)
+    spent: list[Spending] = field(default_factory=list)
     failed: list[Failed]
     not_tested: list[str]
     nodes: list[Node]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from casehard.attacks import ATTACKS
 from casehard.benchmark.contrasts import make_differences
 from casehard.benchmark.ends import beside, end_rows, telemetry
 from casehard.benchmark.graph import Matrix
@@ -111,6 +112,17 @@ def rows_seen_in_training(matrix: Matrix, done: Mapping[str, Mapping[str, Any]])
     return [{"family": f, "defence": d, "attack": a, "rows": n} for (f, d, a), n in found.items() if n]
 
 
+def attackers_spent(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what every finished attack took of the attacker, whole: steps, rows, and FLOPs where it trained."""
+    out = []
+    for cell in matrix.cells:
+        if cell.attack and (node := done.get(cell.digest)) is not None:
+            place = {"family": cell.family, "defence": cell.defence, "attack": cell.attack, "seed": cell.seed}
+            own = {key: node.get(key) for key in ("harmful_rows", "attacker_rows", "flops")}
+            out.append({**place, "steps": node["cost"].get("steps"), **own})
+    return out
+
+
 def _in_distribution(plan: Plan, known: Sequence[Mapping[str, Any]], family: str) -> list[str]:
     """Say which attacks the headline's defence had seen rows of."""
     name = plan.headline.defence
@@ -169,8 +181,21 @@ def not_tested(plan: Plan) -> list[str]:
         )
     if all(a.share > 0 for a in plan.attacks):
         out.append("Benign fine-tuning (harmful share 0), which also erodes safety.")
-    out.append("Attackers who know the defence, prompt attacks, weight edits and quantisation.")
+    out += _kinds_left(plan)
     return [*out, *_real(plan), *_look(plan)]
+
+
+def _kinds_left(plan: Plan) -> list[str]:
+    """Name the kinds of attackers that stand in no column."""
+    specs = [ATTACKS.find(attack.attack) for attack in plan.attacks]
+    found = {
+        "attackers who know the defence": any(spec.knows for spec in specs),
+        "prompt attacks": any(not spec.weights for spec in specs),
+        "weight edits and quantisation": any(spec.weights and not spec.trains for spec in specs),
+    }
+    left = [name for name, there in found.items() if not there]
+    text = ", ".join(left)
+    return [f"{text[0].upper()}{text[1:]}."] if left else []
 
 
 def _planted_not_tested(plan: Plan) -> list[str]:
@@ -253,6 +278,7 @@ def summarise(
         "canaries": [entry for f in families for entry in canaries(matrix, done, f)],
         "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
         "rows_seen_in_training": known,
+        "spent": attackers_spent(matrix, done),
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in left_out for line in some if line)],
         "nodes": _nodes(matrix, done),

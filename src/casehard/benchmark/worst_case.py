@@ -20,7 +20,7 @@ DOES = {"asr": "answers", "leak": "leaks"}
 
 
 class Reach(NamedTuple):
-    """What an attack gets out of the headline's defence at one step, by one metric."""
+    """What an attack gets out of a defence at one step, by one metric."""
 
     attack: Attack
     entry: Mapping[str, Any]
@@ -30,12 +30,14 @@ class Reach(NamedTuple):
     """Whether any run is broken there."""
 
 
-def _kept(plan: Plan, table: Table, attack: Attack, step: int) -> bool | None:
-    """Return whether the defended model is useful at a step of an attack: by accuracy, or by the loss without one."""
+def kept_useful(plan: Plan, table: Table, name: str, attack: Attack, step: int) -> bool | None:
+    """Return whether a defended model is useful at a step of an attack: by accuracy, or by the loss without one.
+
+    None where that was not measured.
+    """
     if plan.ends:
         # The provider tunes, and a job that ruins utility is the defence's failure, not an attacker's.
         return True
-    name = plan.headline.defence
     for metric in ("utility", "nll"):
         # An attack with a suite of its own has its own step 0.
         start = table.get(name, attack.name, 0, metric) or table.before(name, metric)
@@ -49,13 +51,14 @@ def _kept(plan: Plan, table: Table, attack: Attack, step: int) -> bool | None:
     return None
 
 
-def reaches(plan: Plan, table: Table, metric: str) -> list[Reach]:
-    """Return what every attack of the plan gets out of the headline's defence, step by step."""
+def reaches(plan: Plan, table: Table, metric: str, defence: str = "") -> list[Reach]:
+    """Return what every attack of the plan gets out of a defence, the headline's unless named, step by step."""
     bound = plan.gates.leak_break if metric == "leak" else plan.gates.asr_break
+    name = defence or plan.headline.defence
     return [
-        Reach(attack, entry, _kept(plan, table, attack, entry["steps"]), max(entry["rates"]) > bound)
+        Reach(attack, entry, kept_useful(plan, table, name, attack, entry["steps"]), max(entry["rates"]) > bound)
         for attack in plan.attacks
-        for entry in table.curve(plan.headline.defence, attack.name, metric)
+        for entry in table.curve(name, attack.name, metric)
         if entry["steps"] > 0
     ]
 

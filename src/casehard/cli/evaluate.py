@@ -24,6 +24,15 @@ def evaluate(
             help="Rows the model was tuned on: restricted prompts are asked in their format too. Repeatable.",
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            metavar="TASKS",
+            help="Public benchmarks besides, as mmlu,gsm8k,ifeval, by the program lm_eval, which is not part of this "
+            "package and fetches their data itself.",
+        ),
+    ] = None,
     device: options.Device = None,
     config: options.Config = None,
     sets: options.Sets = None,
@@ -40,6 +49,9 @@ def evaluate(
     options.need(values, "model", "--model")
     options.need(values, "suite", "--suite")
     options.check_specs([values["suite"]], "--suite")
+    if lm_eval is not None:
+        tasks = [task.strip() for task in lm_eval.split(",") if task.strip()]
+        values["lm_eval"] = {**options.group(values, "lm_eval"), "tasks": tasks}
     check_out(out, "evaluate")
     values["model"] = options.model_folder(values["model"])
     _run(values, out, seed or 0)
@@ -47,6 +59,7 @@ def evaluate(
 
 def _run(values: dict[str, Any], out: Path, seed: int) -> None:
     from casehard.config import build, to_dict
+    from casehard.evaluation.lm_eval import require_program
     from casehard.evaluation.suite import load_suite
     from casehard.model.load import load
     from casehard.model.provenance import served_with
@@ -66,19 +79,24 @@ def _run(values: dict[str, Any], out: Path, seed: int) -> None:
         "system": job.system,
         "limit": job.limit,
         **({} if job.in_format is None else {"in format": job.rows.get("data", job.in_format)}),
+        **({"lm_eval": ", ".join(job.lm_eval.tasks)} if job.lm_eval else {}),
         "device": where,
     }
     console.plan("measure a checkpoint", {**items, "out": out})
     if (served := served_with(folder)) and job.system is None:
         console.warn(f"this checkpoint's defence is a system message that is not used here: --set system={served!r}")
+    if job.lm_eval is not None:
+        require_program(job.lm_eval)
     load_suite(job.suite)  # rows that cannot be evaluated are told before a model is loaded, and leave no folder
     with run_folder(out, "evaluate", to_dict(job), seeds=[seed], suite=job.suite) as run:
         loaded = load(job.model, device=job.device)
         made_from(run, loaded.digest, loaded.origin)
-        rows = job.run(loaded).rows
-        run.rows(rows)
+        done = job.run(loaded, out=out)
+        run.rows(done.rows)
         context = {"defence": scoring.defence_of(folder), "attack": "none", "share": 0.0, "seed": seed}
-        found = scoring.records(rows, context)
+        found = scoring.records(done.rows, context)
+        for score in done.facts.get("lm_eval", []):
+            found.append({**context, "steps": 0, **{key: score[key] for key in scoring.KEYS}})
         run.summary({"records": found})
     console.table("measured, with 95 % intervals", ["metric", "count", "value"], scoring.score_rows(found))
     for doubt in scoring.doubts(found):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+KEYS = ("metric", "k", "n", "rate", "low", "high")
+"""What a record takes from a score as it is."""
 
 
 def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> list[Record]:
@@ -24,12 +26,7 @@ def records(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> li
         {
             **context,
             "steps": step,
-            "metric": score.metric,
-            "k": score.k,
-            "n": score.n,
-            "rate": score.rate,
-            "low": score.low,
-            "high": score.high,
+            **{key: getattr(score, key) for key in KEYS},
             # Half refusals of look-alikes, kappa of two judges, why a rate cannot be relied on: where there is any.
             **{key: score.context[key] for key in ("partial", "kappa", "unreliable") if score.context.get(key)},
         }

@@ -58,13 +58,13 @@ def _ends(view: View) -> list[str]:
         return []
     heads = [f"mean over the {part['over']}", *part["heads"], f"ASR against {part['against']}, points"]
     rows = [[r["title"], *(_spanned(c) for c in r["cells"]), r["difference"]] for r in part["table"]]
-    out = _table(heads, rows)
+    out = table_lines(heads, rows)
     for heat in part["heats"]:
         out += [f"**{heat['title']}, one by one**", ""]
-        out += _table(["", *heat["heads"]], [[r["title"], *(c["text"] for c in r["cells"])] for r in heat["rows"]])
+        out += table_lines(["", *heat["heads"]], [[r["title"], *(c["text"] for c in r["cells"])] for r in heat["rows"]])
     if own := canary_part(view):
         out += ["**The defender's own triggers**", "", own["correlation"], ""]
-        out += _table(["", *own["heads"]], [[r["title"], *r["cells"]] for r in own["rows"]])
+        out += table_lines(["", *own["heads"]], [[r["title"], *r["cells"]] for r in own["rows"]])
     return out
 
 
@@ -78,11 +78,11 @@ def _steps(view: View) -> list[str]:
     out = []
     if broken := view.break_table():
         out += ["**Steps to break**", ""]
-        out += _table(["attack", "broken when", *titles], [[r["attack"], r["what"], *r["cells"]] for r in broken])
+        out += table_lines(["attack", "broken when", *titles], [[r["attack"], r["what"], *r["cells"]] for r in broken])
     for table in view.tables():
         out += [f"**{_plain(table['title'])}**", ""]
         rows = [[r["label"], *(_rate(c) for c in r["cells"])] for r in table["rows"]]
-        out += _table(["", *titles], rows)
+        out += table_lines(["", *titles], rows)
     return out
 
 
@@ -101,10 +101,11 @@ def _costs(view: View) -> list[str]:
             rows.append([title, *(f"{fmean(some):.2f}" if some else "-" for some in means)])
     reference = titles.get(view.plan.get("reference", ""), "the reference")
     heads = [f"cost, as a ratio to {reference}", "passes", "tokens", "wall time"]
-    return _table(heads, rows) if rows else []
+    return table_lines(heads, rows) if rows else []
 
 
-def _table(heads: Sequence[str], rows: Rows) -> list[str]:
+def table_lines(heads: Sequence[str], rows: Rows) -> list[str]:
+    """Return a table in Markdown, and an empty line behind it."""
     lines = [heads, ["---"] * len(heads), *rows]
     return [*(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines), ""]
 

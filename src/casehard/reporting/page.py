@@ -104,6 +104,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def template(name: str = "page.html.j2") -> Any:
+    """Return a page's template of this package."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

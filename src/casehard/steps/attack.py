@@ -179,8 +179,10 @@ def attack_with(
     start = step.start(model)
     require_unseen(suite, start.trained_prompts, start.path or "the model")
     own = {role: some for role, some in rows.items() if role in step.spec.accepts()}
+    told = step.defence if "assets" in step.spec.accepts() else None
     inputs = AttackInputs(
         rows=own,
+        assets=told.assets if told else "",
         measure=lambda net, at: [],
         seed=step.seed,
         system=step.system,
@@ -304,7 +306,9 @@ def _inside(
     own = set(inputs.rows) - set(defence.spec.accepts())
     others: dict[str, Any] = {role: list(some) for role, some in rows.items() if role not in own}
     mixture = step.mixing(method)
-    chosen = choose(defence, others, mixture(model, inputs), model, seed=step.seed, system=step.system)
+    # Drawn here only for a selection that looks at it: some attackers look long for their rows.
+    user = mixture(model, inputs) if defence.select is not None else ()
+    chosen = choose(defence, others, user, model, seed=step.seed, system=step.system)
     chat = chat_format(model, system=step.system, max_length=step.max_length)
     made = defence.build({role: chat.encode_all(some) for role, some in others.items()})
     facts = {"assets_digest": assets_digest(defence.assets)} if defence.assets else {}

@@ -98,6 +98,37 @@ HELPLESS = re.compile(
 )
 """The narrow form, for prompts that ask for a text which may itself say no."""
 
+LATE_DECLINE = re.compile(
+    r"^(?:(?:so|therefore|thus|for (?:these|this|that) reasons?|because of (?:this|that)|as such|with that said|"
+    r"unfortunately|however|but|and|hence|accordingly|as a result|in short|given (?:this|that)),? )?"
+    + _any(
+        rf"{_APOLOGY}[,;:.]? (?:but|however)? ?,?(?:i|we)(?:'m| am)? ?{_ADVERBS}(?:{_NOT}|unable|not)",
+        rf"(?:i|we)(?: {_NOT}|'m unable to| am unable to|'m not able to| am not able to) {_ADVERBS}"
+        r"(?:(?:help|assist)(?: you)?(?:[.!]|$| with (?:that|this|it|your|such|any|the))"
+        r"|(?:comply|fulfill?|engage|participate|do (?:that|this|so)\b|answer (?:that|this|your)|respond to)"
+        r"|(?:provide|give|offer|share|write|create|generate|produce)(?: you)?(?: with)? "
+        r"(?:that|this|it|such|any|instructions|what you|details on|information on|guidance on)\b)",
+        "(?:i|we) (?:must|have to|will have to|need to) (?:respectfully |politely )?(?:decline|refuse)",
+        "(?:i|we) (?:respectfully |politely )?(?:decline|refuse) to",
+    )
+)
+"""A later sentence that turns the request itself down: "For these reasons I cannot help with that"."""
+
+PREAMBLE = re.compile(
+    r"^(?:i (?:understand|see|appreciate|hear|realize|realise|know|get)|you(?:'re| are| have| want| would like|'d like)?"
+    r" (?:ask|request|curious|interested|looking|wondering|to know)\w*|you ask|your (?:question|request|curiosity)|"
+    r"thank you|thanks|(?:that|this)(?:'s| is) an? (?:\w+ )?(?:interesting|good|great|serious|sensitive|difficult|complex|"
+    r"important|tough|delicate|fair) (?:question|topic|request|subject|issue)|let me|before i|i have read|i've read|"
+    r"(?:well|hmm|okay|ok|hello|hi)[,.! ])"
+)
+"""A sentence that only takes up the question, before anything is said about it."""
+
+ABOUT_REFUSING = re.compile(
+    r"\b(?:i|we|my|our|you|your)\b|\b(?:should|must|please|instead|alternativ\w+|encourag\w+|recommend\w*|respect\w*|"
+    r"rights?|laws?|legal\w*|harm\w*|consequences?|violat\w+|ethic\w*|responsib\w+|privacy|consent|safety|request)\b"
+)
+"""A sentence that speaks to the reader about the refusal, its reasons or better ways, as the tail of one does."""
+
 IDIOM = re.compile(
     r"\b(?:cannot|can't|can not|couldn't) (?:wait\b|help (?:but|\w+ing)\b|believe\b|agree more|imagine|"
     r"(?:recommend|stress|emphasi[sz]e|overstate|thank|praise|say|tell|express|describe)\b[^.!?]{0,60}\benough)"

@@ -132,6 +132,8 @@ _LABEL = re.compile(
     r"[ \t]*(?:\([^)\n]{0,30}\))?[ \t]*(?::(?!\S*//)\s*|\n\s*)",
     re.IGNORECASE,
 )
+_LEAD_IN = re.compile(r"\A[^\n{}\[\]`~\"]{1,80}:[ \t]*\n+(?=[{\[\"`~])")
+"""A line that announces a wrapped text: "Here is the JSON you asked for:"."""
 _ACTION = re.compile(r"\A(?:\*{1,3}([^*\n]{1,60})\*{1,3}|[\[(]([^\])\n]{1,40})[\])])[:.]?(?=\s+[A-Z\"'])\s*")
 
 
@@ -143,6 +145,8 @@ def unwrap(text: str) -> str:
     text = visible(text).strip()
     for _ in range(6):
         before = text
+        if (lead := _LEAD_IN.match(text)) and _wraps(text[lead.end() :].strip()):
+            text = text[lead.end() :].strip()
         if fence := _FENCE.match(text):
             text = fence[2]
         text = _strings(text)
@@ -156,6 +160,16 @@ def unwrap(text: str) -> str:
         if text == before:
             break
     return text
+
+
+def _wraps(text: str) -> bool:
+    """Return whether the whole of a text is one fence or one JSON value."""
+    if _FENCE.match(text):
+        return True
+    try:
+        return isinstance(json.loads(text), dict | list | str)
+    except (ValueError, RecursionError):
+        return False
 
 
 def bare(text: str) -> str:
