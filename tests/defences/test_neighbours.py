@@ -326,3 +326,4 @@ def test_the_published_settings_are_a_preset(name):
     else:
         assert {a.steps for a in paper.attackers} == {64}
         assert (paper.objective, paper.tamper_weight, paper.retain_weight) == ("entropy", 4.0, 1.0)
+        assert paper.representation == 1.0

@@ -31,8 +31,8 @@ from casehard.train.protocol import Setup, Step
 class BoosterConfig(Limited):
     """Settings of Booster."""
 
-    weight: Weight = 5.0
-    """lambda of (1); 0 is plain SFT bit for bit. Source: Booster, from memory."""
+    weight: Weight = 1.0
+    """lambda of (1); 0 is plain SFT bit for bit. Source: tries on the organism; 5 in the paper, from memory."""
     alpha: Large = 0.1
     """Length of the simulated step over all trained weights. Source: Booster, from memory."""
     batch_size: BatchSize = 10

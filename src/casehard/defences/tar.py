@@ -40,20 +40,20 @@ from casehard.train.protocol import Setup, StateValue, Step
 class TarConfig(Limited):
     """Settings of TAR; ``paper`` among the presets has the published ones."""
 
-    attackers: tuple[Attacker, ...] = (Attacker(steps=8, lr=2e-4, batch_size=16),)
+    attackers: tuple[Attacker, ...] = (Attacker(steps=8, lr=4e-4, batch_size=16),)
     """Simulated attackers, one drawn for each step. Ours, at the size of the organism."""
     every: Count = 4
     """Attack steps between the points of (1); the last step is always one."""
     objective: Literal["entropy", "loss"] = "entropy"
     """L_TR. Source: TAR."""
-    tamper_weight: Weight = 4.0
-    """lambda_TR of (3); 0 runs no attack. Source: TAR, from memory."""
+    tamper_weight: Weight = 1.0
+    """lambda_TR of (3); 0 runs no attack. Source: tries on the organism; 4 in the paper, from memory."""
     tamper_batch_size: BatchSize = 16
     """Rows x_TR."""
     retain_weight: Weight = 1.0
     """lambda_R of (3). Source: TAR, from memory."""
-    representation: Weight = 1.0
-    """w_r of (2); 0 leaves the hidden states free. Source: TAR, from memory."""
+    representation: Weight = 0.02
+    """w_r of (2); 0 leaves the hidden states free. Source: tries on the organism; 1 in the paper, from memory."""
     retain_batch_size: BatchSize = 16
     """Rows x_r."""
 
@@ -67,6 +67,8 @@ PRESETS: dict[str, TarConfig] = {
     "paper": TarConfig(
         attackers=tuple(Attacker(steps=64, lr=lr, batch_size=8) for lr in (2e-6, 2e-5, 4e-5)),
         every=4,
+        tamper_weight=4.0,
+        representation=1.0,
         tamper_batch_size=8,
         retain_batch_size=8,
     )

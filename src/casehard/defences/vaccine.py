@@ -35,9 +35,9 @@ from casehard.train.protocol import Setup, Step
 class VaccineConfig(Limited):
     """Settings of Vaccine."""
 
-    rho: Weight = 2.0
+    rho: Weight = 0.5
     """Length of the push over all layers and rows of a step, in the units of the embeddings; 0 is plain SFT bit for
-    bit. Source: Vaccine, from memory."""
+    bit. Source: tries on the organism; 2 in the paper, from memory."""
     where: Literal["layers", "embeddings"] = "layers"
     """Push what enters every decoder layer (the paper), or the token embeddings alone."""
 
