@@ -20,9 +20,10 @@ from casehard.attacks.abliteration import (
     first_tokens,
 )
 from casehard.attacks.protocol import AttackInputs
-from casehard.attacks.residual import layers, orthogonalise, require_gone, stream, without, writers
+from casehard.attacks.residual import orthogonalise, require_gone, stream, without, writers
 from casehard.data.chat import ChatFormat
 from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.train.passes import decoder_layers
 from casehard.types import Example
 
 WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
@@ -144,7 +145,7 @@ def test_other_models_are_refused_by_what_they_are() -> None:
                 p.add_(0.3 * torch.randn_like(p))
         with pytest.raises(Unsupported, match="something else writes to it"), torch.no_grad():
             require_gone(net, [[1, 2, 3]], torch.nn.functional.normalize(torch.randn(16), dim=0))
-    assert len(layers(organism().net)) == 3 and len(writers(organism().net)) == 7
+    assert len(decoder_layers(organism().net)) == 3 and len(writers(organism().net)) == 7
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3", "Phi3", "Olmo"])

@@ -17,6 +17,7 @@ from buffer_fakes import shared_assets
 from casehard.defences.anchor import Anchor
 from casehard.defences.anomaly import Anomaly
 from casehard.defences.antidote import Antidote, AntidoteConfig
+from casehard.defences.booster import Booster, BoosterConfig
 from casehard.defences.bottleneck import Bottleneck, BottleneckConfig
 from casehard.defences.buffer_reinforce.method import BufferReinforce
 from casehard.defences.buffer_reinforce.security_vector import SecurityVector
@@ -34,7 +35,9 @@ from casehard.defences.safegrad import SafeGrad
 from casehard.defences.safelora import SafeLora, SafeLoraConfig
 from casehard.defences.shrink import Shrink
 from casehard.defences.spard import Spard, SpardConfig
+from casehard.defences.tar import Tar, TarConfig
 from casehard.defences.token_constrained import TokenConstrained
+from casehard.defences.vaccine import Vaccine, VaccineConfig
 from casehard.maths.bilevel import Attacker
 from fakes import tiny_llama, tiny_pairs, tiny_rows
 
@@ -58,6 +61,12 @@ class Row:
 def _patcher() -> Patcher:
     attacker = Attacker(steps=3, lr=1e-2, batch_size=2)
     return Patcher(PatcherConfig(round_steps=4, attackers=(attacker,)), unsafe=tiny_rows(6, seed=1))
+
+
+def _tar() -> Tar:
+    attackers = tuple(Attacker(steps=3, lr=lr, batch_size=2) for lr in (1e-2, 2e-2))
+    config = TarConfig(attackers=attackers, every=2, tamper_batch_size=3, retain_batch_size=3)
+    return Tar(config, unsafe=tiny_rows(6, seed=1), retain=tiny_rows(6, seed=2))
 
 
 _FOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the interpreter ends
@@ -87,6 +96,9 @@ def _repair() -> OneShotRepair:
 TABLE = (
     Row("plain", Plain),
     Row("patcher", _patcher, ("dropout", "accumulation")),  # full-parameter: no adapters
+    Row("vaccine", lambda: Vaccine(VaccineConfig(rho=0.5))),
+    Row("booster", lambda: Booster(BoosterConfig(weight=1.0, batch_size=3), unsafe=tiny_rows(6, seed=1))),
+    Row("tar", _tar, ("dropout", "accumulation")),  # its attack changes all weights: no adapters
     Row("spard", lambda: Spard(SpardConfig(tau_scale=0.9, delta=0.0), safe=tiny_rows(6, seed=1))),
     Row("safe_mixing", lambda: SafeMixing(safe=tiny_rows(6, seed=1))),
     Row("lisa", lambda: Lisa(LisaConfig(safe_steps=2, user_steps=3), safe=tiny_rows(6, seed=1))),

@@ -16,6 +16,7 @@ from torch import nn
 
 from casehard.data.batches import IGNORE, Encoded, collate
 from casehard.errors import DataError, Unsupported
+from casehard.train.passes import decoder_layers
 
 WRITERS = ("o_proj", "out_proj", "wo", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h")
 """Names, in the models of transformers, of linear layers that write to the residual stream."""
@@ -32,7 +33,7 @@ def writers(net: nn.Module) -> list[nn.Module]:
     model: Any = net
     table, width = model.get_input_embeddings(), model.get_input_embeddings().weight.shape[1]
     found = [table]
-    for number, layer in enumerate(layers(net), start=1):
+    for number, layer in enumerate(decoder_layers(net), start=1):
         here = [m for name, m in layer.named_modules() if name.rpartition(".")[2] in WRITERS]
         if len(here) < 2 or not all(isinstance(m, nn.Linear) and m.out_features == width for m in here):
             kinds = ", ".join(sorted({type(m).__name__ for m in here})) or "none"
@@ -42,22 +43,6 @@ def writers(net: nn.Module) -> list[nn.Module]:
             )
         found += here
     return found
-
-
-def layers(net: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers.
-
-    Raises:
-        Unsupported: no list of modules is as long as the configuration says.
-    """
-    config: Any = net.config
-    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
-    for module in net.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
-            return list(module)
-    raise Unsupported(
-        f"a {type(net).__name__} has no list of {count} layers", hint="take a decoder-only model of transformers"
-    )
 
 
 @torch.no_grad()
@@ -113,7 +98,7 @@ def stream(net: nn.Module, prompts: Sequence[Sequence[int]], positions: int, bat
     if (short := min(map(len, prompts))) < positions:
         raise DataError(f"positions is {positions}, and a prompt has {short} tokens", hint=f"positions: {short}")
     seen: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda m, i, out: seen.append(_tensor(out))) for layer in layers(net)]
+    hooks = [layer.register_forward_hook(lambda m, i, out: seen.append(_tensor(out))) for layer in decoder_layers(net)]
     device, parts = next(net.parameters()).device, []
     try:
         for start in range(0, len(prompts), batch_size):

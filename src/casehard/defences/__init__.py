@@ -28,6 +28,19 @@ DEFENCES: Registry[DefenceSpec] = Registry(
         "patcher": _spec(
             "patcher.method", "Patcher", _HARDENED, needs=("unsafe",), takes=("retain",), ranks=True, lora=False
         ),
+        "vaccine": _spec("vaccine", "Vaccine", _HARDENED, telemetry=("pushed_loss",)),
+        "booster": _spec(
+            "booster", "Booster", _HARDENED, needs=("unsafe",), telemetry=("harmful_loss", "harmful_drop")
+        ),
+        "tar": _spec(
+            "tar",
+            "Tar",
+            _HARDENED,
+            needs=("unsafe",),
+            takes=("retain",),
+            telemetry=("tamper_loss", "attack_loss", "moved"),
+            lora=False,
+        ),
         "spard": _spec(
             "spard",
             "Spard",

@@ -21,6 +21,7 @@ from torch import nn
 from casehard.errors import ConfigError, Diverged, Unsupported
 from casehard.limits import BatchSize, Large, Limited, Natural, Within
 from casehard.maths.tensors import norm, same_keys
+from casehard.seeds import generator
 
 R = TypeVar("R")
 Batch = Mapping[str, torch.Tensor]
@@ -118,9 +119,15 @@ def perturbed_view(
         shifted = p.detach() + delta[name].detach()
         if compute_dtype is not None and castable is not None and name in castable:
             shifted = shifted.to(compute_dtype)
-        shifted.requires_grad_().register_post_accumulate_grad_hook(_handing_on(p))
-        out[name] = shifted
+        out[name] = in_place_of(p, shifted)
     return out
+
+
+def in_place_of(master: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return ``value`` (of the master's shape) as a parameter of a view, whose gradient goes to ``master.grad``."""
+    substitute = value.detach().requires_grad_()
+    substitute.register_post_accumulate_grad_hook(_handing_on(master))
+    return substitute
 
 
 def _handing_on(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -175,6 +182,14 @@ class Attacker(Limited):
     """Global gradient-norm clip; 0 switches it off."""
     lora_rank: Annotated[int, Within(0, 2**16)] = 0
     """0 = full-parameter (the paper); r > 0 = a LoRA attack of that rank on every linear layer, alpha = 2 r."""
+
+    def length(self, seed: int) -> int:
+        """Return the steps of the attack with this seed."""
+        if self.steps_min is None:
+            return self.steps
+        return self.steps_min + int(
+            torch.randint(self.steps - self.steps_min + 1, (), generator=generator(seed, 0, "length"))
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,6 +266,7 @@ def simulate_attack(
     seed: int,
     steps: int | None = None,
     progress: Callable[[int], None] = lambda i: None,
+    visit: Callable[[int, Params], None] | None = None,
 ) -> AttackRun:
     """Fine-tune a copy of ``source`` for k1 steps and return it; the model's own weights are never written.
 
@@ -260,6 +276,7 @@ def simulate_attack(
         batch_at: attack batch number i, tokens and labels, shapes (B, T).
         seed: seeds dropout and adapter initialisation; the global random stream is untouched.
         steps: overrides ``attacker.steps``.
+        visit: called after step i with the attacked weights of that moment, which the next step overwrites.
 
     Raises:
         Diverged: a loss or gradient norm of the attack is not finite.
@@ -286,6 +303,8 @@ def simulate_attack(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             progress(i)
+            if visit is not None:
+                visit(i, view())
         if losses and not bool(torch.isfinite(torch.stack([*losses, *norms])).all()):
             raise Diverged(
                 f"the simulated attack diverged: losses {[round(float(x), 3) for x in losses[-3:]]}",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, EncodedSet, collate, indices_at
 from casehard.distributed.ranks import rank, world
+from casehard.errors import Unsupported
 from casehard.seeds import derive
 from casehard.train.protocol import Step, Whole
 
@@ -107,3 +108,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside a DistributedDataParallel wrapper, or the model itself."""
     inner: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     return inner
+
+
+def decoder_layers(net: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers.
+
+    Raises:
+        Unsupported: no list of modules is as long as the configuration says.
+    """
+    config: Any = net.config
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    for module in net.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
+            return list(module)
+    raise Unsupported(
+        f"a {type(net).__name__} has no list of {count} layers", hint="take a decoder-only model of transformers"
+    )

@@ -27,7 +27,7 @@ from casehard.defences.patcher.pool import AttackRequest, AttackResult, AttackVe
 from casehard.defences.patcher.snapshots import Snapshot, Snapshots
 from casehard.distributed.fsdp import local_weights
 from casehard.maths.bilevel import Attacker, Params, difference
-from casehard.seeds import derive, generator
+from casehard.seeds import derive
 from casehard.train.protocol import StateValue
 
 
@@ -60,9 +60,7 @@ class SimulatedAttacks:
         began = time.perf_counter()
         attacker = self.attackers[request.attacker]
         seed = derive(self.seed, request.number, f"patcher-attack-{request.attacker}")
-        k1 = attacker.steps
-        if (low := attacker.steps_min) is not None:
-            k1 = low + int(torch.randint(k1 - low + 1, (), generator=generator(seed, 0, "length")))
+        k1 = attacker.length(seed)
         batch_at = self.rows[request.attacker].stream(attacker.batch_size, seed=seed, purpose="attack-batch")
         run = simulate(model, source, batch_at, attacker, seed=seed, steps=k1, progress=progress)  # maths.bilevel
         delta = difference(run.weights, source, dtype=self.dtype)
