@@ -116,7 +116,7 @@ class Booster:
         step.log(
             {
                 "tokens": 2 * int(rows["attention_mask"].sum()),
-                "harmful_loss": before.detach(),
-                "harmful_drop": before.detach() - after,
+                "harmful_loss": float(before.detach()),
+                "harmful_drop": float(before.detach() - after),
             }
         )

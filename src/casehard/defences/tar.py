@@ -130,7 +130,7 @@ class Tar:
                 rows = rows_of_rank(self.retain, size, seed=seed, step=step.index, purpose="tar-retain", device=device)
                 moved = representation_distance(inner, self._start, rows)
                 step.backward(moved * (config.retain_weight * config.representation))
-                step.log({"moved": moved.detach(), "tokens": int(rows["attention_mask"].sum())})
+                step.log({"moved": float(moved.detach()), "tokens": int(rows["attention_mask"].sum())})
         return loss.detach()
 
     def _resist(self, model: nn.Module, step: Step, device: torch.device) -> None:
@@ -164,7 +164,12 @@ class Tar:
         run = simulate_attack(model, theta, batch_at, attacker, seed=seed, steps=steps, visit=visit)
         tokens = run.tokens + len(at) * int(rows["attention_mask"].sum())
         step.log(
-            {"passes": steps, "tokens": tokens, "tamper_loss": torch.stack(gains).mean(), "attack_loss": run.losses[-1]}
+            {
+                "passes": steps,
+                "tokens": tokens,
+                "tamper_loss": float(torch.stack(gains).mean()),
+                "attack_loss": run.losses[-1],
+            }
         )
 
     def state(self) -> dict[str, StateValue]:

@@ -86,7 +86,7 @@ class Vaccine:
                 with pushed_by(self._pushed(model), [scale * g for g in several]):
                     worse = step.loss(model, rows)
                     step.backward(worse)
-                step.log({"pushed_loss": worse.detach() * step.micros})
+                step.log({"pushed_loss": float(worse.detach()) * step.micros})
             self._seen.clear()
         return loss.detach()
 
