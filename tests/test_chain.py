@@ -180,3 +180,19 @@ def test_a_plan_repairs_after_harmful_tuning(base: Path, tmp_path: Path) -> None
         parse_plan({**plan, "defences": [plan["defences"][0], {"name": "again", "method": "mb_defense"}]})
     with pytest.raises(ConfigError, match="no data to repair with"):
         parse_plan({**plan, "defences": [plan["defences"][0], {"name": "again", "method": "plain"}]})
+
+
+def test_what_was_repaired_is_asked_in_the_format_of_the_attackers_rows_too(base: Path) -> None:
+    data = base / "data"
+    attack = Attack(
+        attack="finetune",
+        model=str(base),
+        rows={"harmful": (f"{data}/attack_a.jsonl",), "benign": (f"{data}/task_reviews.jsonl",)},
+        config={"steps": 3, "batch_size": 4, "rows": 20, "evaluate_at": ()},
+        suite=f"{data}/suite",
+        limit=2,
+        in_format="rows",
+    )
+    done = Chain(attack=attack, then=(repair(base, rows={"data": (f"{data}/align.jsonl",)}),)).run()
+    framed = [row["prompt"] for row in done.rows if row["role"] == "framed"]
+    assert framed and all(prompt.endswith(". good or bad ?") for prompt in framed)

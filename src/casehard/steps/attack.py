@@ -178,20 +178,10 @@ def attack_with(
     check_disjoint(rows, {step.suite or suite.name: suite.examples})
     start = step.start(model)
     require_unseen(suite, start.trained_prompts, start.path or "the model")
-    own = {role: some for role, some in rows.items() if role in step.spec.accepts()}
-    told = step.defence if "assets" in step.spec.accepts() else None
-    inputs = AttackInputs(
-        rows=own,
-        assets=told.assets if told else "",
-        measure=lambda net, at: [],
-        seed=step.seed,
-        system=step.system,
-        max_length=step.max_length,
-        label=label,
-    )
+    inputs = _inputs(step, rows, label)
+    suite = _in_format(step, method, inputs, suite, start)
     if step.defence is not None and step.defence.spec.pipeline:
         return _in_its_place(step, step.defence, method, inputs, suite, start)
-    suite = _in_format(step, method, inputs, suite, start)
     if step.defence is None:
         measured = replace(inputs, measure=_measure(step, method, suite, start), ask=_ask(step, suite, start))
         return method.run(start, inputs if silent else measured)
@@ -201,6 +191,25 @@ def attack_with(
     with guarded(inside, start, step.system):
         done = method.run(start, replace(inputs, measure=measure, method=inside))
     return replace(done, facts={**done.facts, **facts})
+
+
+def _inputs(step: Attack, rows: Examples, label: str) -> AttackInputs:
+    """Return what the attack is given, without a way to measure."""
+    told = step.defence if "assets" in step.spec.accepts() else None
+    return AttackInputs(
+        rows={role: some for role, some in rows.items() if role in step.spec.accepts()},
+        assets=told.assets if told else "",
+        measure=lambda net, at: [],
+        seed=step.seed,
+        system=step.system,
+        max_length=step.max_length,
+        label=label,
+    )
+
+
+def in_format(step: Attack, method: AttackMethod, rows: Examples, suite: Suite, model: Model) -> Suite:
+    """Return the suite with the frame of what the attack trains on, where that is asked for."""
+    return _in_format(step, method, _inputs(step, rows, ""), suite, model)
 
 
 def _in_format(step: Attack, method: AttackMethod, inputs: AttackInputs, suite: Suite, model: Model) -> Suite:

@@ -20,7 +20,8 @@ from casehard.limits import Limited, Natural
 from casehard.model.model import Model
 from casehard.model.step import Outcome
 from casehard.seeds import derive
-from casehard.steps.attack import Attack, attack_with, measure_end, verified
+from casehard.steps.attack import Attack, attack_with, in_format, measure_end, verified
+from casehard.steps.defence import Examples
 from casehard.steps.finetune import Finetune, repair
 from casehard.types import Budget
 
@@ -56,8 +57,8 @@ class Chain(Limited):
                 f"attack {self.attack.attack!r} changes no weights", hint="nothing after it can repair them"
             )
         step, suite = self.attack, load_suite(self.attack.suite)
-        method = step.build(suite)
-        attacked = _attacked(step, method, suite, model, label)
+        method, rows, start = step.build(suite), step.examples(), step.start(model)
+        attacked = _attacked(step, method, rows, suite, start, label)
         current, spent, facts = attacked.model, attacked.budget, dict(attacked.facts)
         clean = verified(getattr(attacked, "untouched", ()), self.verified, step.seed) if self.then else []
         for training in self.then:
@@ -66,13 +67,12 @@ class Chain(Limited):
             assert done.model is not None
             current, facts = done.model, {**facts, **done.facts}
             spent += Budget(**{key: value for key, value in done.cost.items() if key != "seed"})
-        rows = measure_end(step, method, suite, current)
-        return Outcome(current, rows=rows, cost=asdict(spent), facts=facts)
+        measured = measure_end(step, method, in_format(step, method, rows, suite, start), current)
+        return Outcome(current, rows=measured, cost=asdict(spent), facts=facts)
 
 
-def _attacked(step: Attack, method: AttackMethod, suite: Suite, model: Model | None, label: str) -> Attacked:
+def _attacked(step: Attack, method: AttackMethod, rows: Examples, suite: Suite, start: Model, label: str) -> Attacked:
     """Return what the attack makes; one without measurements on the way, since those of the end are the chain's."""
-    rows, start = step.examples(), step.start(model)
     read = {role: [to_dict(row) for row in some] for role, some in rows.items()}
     name = digest({"step": to_dict(step), "method": to_dict(method.config), "model": start.digest, "rows": read})
     if name not in _kept:
