@@ -16,11 +16,12 @@ from casehard.attacks.protocol import AttackInputs
 from casehard.data.batches import collate
 from casehard.data.sources import save
 from casehard.defences.buffer_reinforce.assets import read_assets, tokenizer_digests
-from casehard.defences.buffer_reinforce.frozen_lora import fingerprints, live_pairs
+from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
 from casehard.defences.buffer_reinforce.method import BufferReinforce, BufferReinforceConfig
 from casehard.defences.buffer_reinforce.publish import write_assets
 from casehard.errors import ConfigError
 from casehard.maths.merge import LoraPair, MergeConfig
+from casehard.model.lora_files import live_pairs
 from casehard.steps import Attack
 from casehard.steps.defence import Defence
 from casehard.train.tune import chat_format

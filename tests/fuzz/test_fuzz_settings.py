@@ -341,6 +341,8 @@ def _more(name, unaligned):
     given = {
         "patcher": {"unsafe": tiny_rows(4, seed=1), "retain": tiny_rows(4, seed=2)},
         "antidote": {"unsafe": tiny_rows(4, seed=1)},
+        "booster": {"unsafe": tiny_rows(4, seed=1)},
+        "tar": {"unsafe": tiny_rows(4, seed=1), "retain": tiny_rows(4, seed=2)},
         "safelora": {"assets": unaligned},
         "security_vector": {"assets": shared_assets().path},
         "buffer_reinforce": {"assets": shared_assets()},
