@@ -18,7 +18,7 @@ from casehard.benchmark.contrasts import contrast
 from casehard.benchmark.entries import Attack
 from casehard.benchmark.execute import Outcome, Task
 from casehard.benchmark.graph import expand
-from casehard.benchmark.lookup import percent
+from casehard.benchmark.lookup import Table, percent
 from casehard.benchmark.records import first_over, median_step, pool, steps_text
 from casehard.benchmark.run import run_plan
 from casehard.benchmark.summary import not_tested
@@ -171,6 +171,16 @@ def test_three_prompts_support_no_claim(tmp_path: Path, monkeypatch: pytest.Monk
     found = verdict(tmp_path, Fake(leaks=leaks, utility=dict.fromkeys(leaks, 1.0)))
     assert found["status"] == "no_difference"
     assert "only 3 prompts changed, too few for any claim" in found["sentence"]
+
+
+@pytest.mark.parametrize(("rows", "loss", "counts"), [(1, True, False), (6, True, True), (1, False, True)])
+def test_an_accuracy_over_a_row_or_two_gives_way_to_the_loss_of_all(rows: int, loss: bool, counts: bool) -> None:
+    place = {"family": "f", "defence": "d", "attack": "none", "steps": 0}
+    pooled = [{**place, "metric": "utility", "n": rows, "rate": 0.0}]
+    pooled += [{**place, "metric": "nll", "n": 40, "rate": 1.3}] if loss else []
+    table = Table(pooled, "f")
+    assert (table.before("d", "utility") is not None) == counts
+    assert (table.before("d", "nll") is not None) == loss
 
 
 def simulated(rng: random.Random, prompts: list[float], effect: float) -> dict[tuple[str, str, int], float]:

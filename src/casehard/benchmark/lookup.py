@@ -21,7 +21,16 @@ class Table:
     ) -> None:
         self.at = at
         """Attack and step at which a model is judged useful or not: before any attack, or after a customer's job."""
-        self._found = {(p["defence"], p["attack"], p["steps"], p["metric"]): p for p in pooled if p["family"] == family}
+        own = [p for p in pooled if p["family"] == family]
+        # An accuracy over fewer rows than a comparison may rest on tells nothing where there is the loss of all.
+        losses = {(p["defence"], p["attack"], p["steps"]) for p in own if p["metric"] == "nll"}
+        self._found = {
+            (*place, p["metric"]): p
+            for p in own
+            if (place := (p["defence"], p["attack"], p["steps"])) not in losses
+            or p["metric"] != "utility"
+            or p["n"] >= LEAST
+        }
 
     def get(self, defence: str, attack: str, step: int, metric: str) -> Mapping[str, Any] | None:
         """Return the pooled entry, or None where nothing was measured."""
