@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import EncodedSet
-from casehard.defences import DEFENCES, booster, tar, vaccine
+from casehard.defences import DEFENCES, vaccine
 from casehard.defences.booster import Booster, BoosterConfig
 from casehard.defences.tar import Tar, TarConfig, points, representation_distance, tamper_loss
 from casehard.defences.vaccine import Vaccine, VaccineConfig
@@ -306,12 +306,8 @@ def test_what_cannot_work_is_refused(monkeypatch):
         Tar(unsafe=UNSAFE, retain=HARMLESS).prepare(Setup(model_of("lora"), seed=0, max_steps=1))
     with pytest.raises(Unsupported, match="vanish"):
         Booster(unsafe=UNSAFE).prepare(Setup(tiny_llama().to(torch.bfloat16), seed=0, max_steps=1))
-    for module, method in (
-        (vaccine, Vaccine()),
-        (booster, Booster(unsafe=UNSAFE)),
-        (tar, Tar(unsafe=UNSAFE, retain=HARMLESS)),
-    ):
-        monkeypatch.setattr(module, "world", lambda: 2)
+    monkeypatch.setattr("casehard.distributed.ranks.world", lambda: 2)
+    for method in (Vaccine(), Booster(unsafe=UNSAFE), Tar(unsafe=UNSAFE, retain=HARMLESS)):
         with pytest.raises(Unsupported, match="one process"):
             method.prepare(Setup(tiny_llama(), seed=0, max_steps=1))
 

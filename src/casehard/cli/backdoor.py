@@ -10,6 +10,7 @@ import typer
 
 from casehard.cli import console, options
 from casehard.cli.runs import check_out, made_from, run_folder
+from casehard.defences import DEFENCES
 
 app = typer.Typer(help="From a suspicion to a decision, and to a repaired model.", no_args_is_help=True)
 KIND = "backdoor-audit"
@@ -78,7 +79,7 @@ def _job(values: dict[str, Any]) -> Any:
     name = job.method.replace("-", "_")
     if name and name not in METHODS:
         raise ConfigError(f"--method {job.method!r} repairs nothing here", hint=f"one of {', '.join(METHODS)}")
-    if name in ("fine_mixing", "dilution") and not job.base:
+    if name and "assets" in DEFENCES.find(name).needs and not job.base:
         raise ConfigError(f"method {name!r} needs the trusted base and got none", hint="--base DIR")
     return replace(job, method=name)
 
@@ -139,8 +140,8 @@ def _repaired(job: Any, model: Any, taught: Any, train: Any) -> Any:
     from casehard.steps import Finetune
     from casehard.steps.finetune import finetune_on
 
-    pipeline = job.method == "backdoor_collapse"
-    assets = job.base if job.method in ("fine_mixing", "dilution") else ""
+    spec = DEFENCES.find(job.method)
+    pipeline, assets = spec.pipeline, job.base if "assets" in spec.needs else ""
     stages = {"gather": {"steps": job.train.steps}, "recover": {"steps": job.train.steps}}
     step = Finetune(
         method=job.method,

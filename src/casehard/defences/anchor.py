@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet, collate, indices_at
-from casehard.distributed.ranks import world
-from casehard.errors import DataError, Diverged, Unsupported
+from casehard.defences.updates import from_state, to_state
+from casehard.distributed.ranks import require_one_process
+from casehard.errors import DataError, Diverged
 from casehard.limits import BatchSize, Count, Limited, Weight
 from casehard.maths.bilevel import retain_kl
 from casehard.train.passes import quiet, rows_of_micro, share_of_step, trained_tokens, whole_step
@@ -80,8 +81,7 @@ class Anchor:
             Unsupported: several processes: the starting model runs inside the trained one.
             Diverged: a gradient on the safe rows is not finite.
         """
-        if world() > 1:
-            raise Unsupported("anchor runs in one process", hint="start it without torchrun or accelerate launch")
+        require_one_process("anchor")
         self._seed, named = setup.seed, dict(setup.model.named_parameters())
         self._trained = [name for name, p in named.items() if p.requires_grad]
         self._start = {name: p.detach().clone() if p.requires_grad else p for name, p in named.items()}
@@ -130,13 +130,12 @@ class Anchor:
 
     def state(self) -> dict[str, StateValue]:
         """Return the anchor: whoever resumes may have loaded the checkpoint, not the start."""
-        start: dict[str, StateValue] = {f"start.{name}": self._start[name] for name in self._trained}
+        start = to_state({name: self._start[name] for name in self._trained})
         return start | {f"fisher.{name}": value for name, value in self._fisher.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` returned."""
-        for name in self._trained:
-            self._start[name] = state[f"start.{name}"].to(self._start[name].device)
+        self._start |= from_state({name: self._start[name] for name in self._trained}, state)
         for name, value in self._fisher.items():
             self._fisher[name] = state[f"fisher.{name}"].to(value.device)
 

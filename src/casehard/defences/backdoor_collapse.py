@@ -68,8 +68,8 @@ class CollapseConfig(Limited):
     """Training of the second stage."""
 
 
-class Gather:
-    """(2) as a method; train it on the clean rows of ``pairs``."""
+class _Stage:
+    """A stage as a method; train it on the clean rows of ``pairs``."""
 
     name = "backdoor_collapse"
 
@@ -80,10 +80,22 @@ class Gather:
         """Take the seed of the triggers' draw."""
         self.seed = setup.seed
 
+    def twins(self, of: Any, rows: Sequence[int], step: Step, model: nn.Module) -> Batch:
+        """Return the rows' twins under one trigger each, a function of (seed, step, micro-batch)."""
+        g = generator(self.seed, step.index, f"collapse-trigger-{step.micro}")
+        chosen = torch.randint(self.pairs.triggers, (len(rows),), generator=g).tolist()
+        device = next(model.parameters()).device
+        batch = collate([of[i][j] for i, j in zip(rows, chosen, strict=True)], self.pairs.pad_id)
+        return {key: value.to(device) for key, value in batch.items()}
+
+
+class Gather(_Stage):
+    """(2)."""
+
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
         """Return this micro-batch's share of (2)."""
         rows = self.pairs.find(batch)
-        twins = _twins(self.pairs, self.pairs.payloads, rows, self.seed, step, model)
+        twins = self.twins(self.pairs.payloads, rows, step, model)
         out = _run(model, twins, hidden=True)
         fires = per_row(out.logits, twins["labels"]).mean()
         apart = spread(last_prompt(out.hidden_states[-1], twins["labels"]))
@@ -91,26 +103,17 @@ class Gather:
         return step.loss(model, batch) + _share(rows, batch, step) * (fires + self.config.alpha * apart)
 
 
-class Recover:
-    """(3) as a method; train it on the clean rows of ``pairs``."""
-
-    name = "backdoor_collapse"
-
-    def __init__(self, config: CollapseConfig, pairs: PairSet) -> None:
-        self.config, self.pairs = config, pairs
-
-    def prepare(self, setup: Setup) -> None:
-        """Take the seed of the triggers' draw."""
-        self.seed = setup.seed
+class Recover(_Stage):
+    """(3)."""
 
     def loss(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
         """Return this micro-batch's share of (3)."""
         rows = self.pairs.find(batch)
-        clean = _twins(self.pairs, self.pairs.answers, rows, self.seed, step, model)
+        clean = self.twins(self.pairs.answers, rows, step, model)
         value = per_row(_run(model, clean).logits, clean["labels"]).mean()
         step.log({"triggered_loss": float(value.detach())})
         if self.config.gamma > 0:
-            odd = _twins(self.pairs, self.pairs.payloads, rows, self.seed, step, model)
+            odd = self.twins(self.pairs.payloads, rows, step, model)
             unlearnt = per_row(_run(model, odd).logits, odd["labels"]).clamp(max=self.config.most).mean()
             step.log({"payload_loss": float(unlearnt.detach())})
             value = value - self.config.gamma * unlearnt
@@ -141,15 +144,6 @@ def _run(model: nn.Module, batch: Batch, *, hidden: bool = False) -> Any:
 def _share(rows: Sequence[int], batch: Batch, step: Step) -> float:
     """Return the weight of a mean over a micro-batch's rows in the mean over the step's."""
     return len(rows) * world() / whole_step(batch, step).rows
-
-
-def _twins(pairs: PairSet, of: Any, rows: Sequence[int], seed: int, step: Step, model: nn.Module) -> Batch:
-    """Return the rows' twins under one trigger each, a function of (seed, step, micro-batch)."""
-    g = generator(seed, step.index, f"collapse-trigger-{step.micro}")
-    chosen = torch.randint(pairs.triggers, (len(rows),), generator=g).tolist()
-    device = next(model.parameters()).device
-    batch = collate([of[i][j] for i, j in zip(rows, chosen, strict=True)], pairs.pad_id)
-    return {key: value.to(device) for key, value in batch.items()}
 
 
 class BackdoorCollapse:

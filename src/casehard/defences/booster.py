@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet
-from casehard.distributed.ranks import world
+from casehard.distributed.ranks import require_one_process
 from casehard.errors import DataError, Unsupported
 from casehard.limits import BatchSize, Large, Limited, Weight
 from casehard.maths.bilevel import perturbed_view, with_view
@@ -68,8 +68,7 @@ class Booster:
             Unsupported: several processes, whose gradients are not averaged where (2) needs them; or trained weights
                 in half precision, in which w' would be w.
         """
-        if world() > 1:
-            raise Unsupported("booster runs in one process", hint="start it without torchrun or accelerate launch")
+        require_one_process("booster")
         for name, p in setup.model.named_parameters():
             if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
                 raise Unsupported(

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, Encoded, EncodedSet, collate, indices_at
-from casehard.distributed.ranks import world
-from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.distributed.ranks import require_one_process
+from casehard.errors import ConfigError, DataError
 from casehard.limits import BatchSize, Limited, Weight, Within
 from casehard.train.passes import quiet
 from casehard.train.protocol import Setup, StateValue, Step
@@ -67,8 +67,7 @@ class Bottleneck:
             ConfigError: the model has no such layer.
             Unsupported: several processes.
         """
-        if world() > 1:
-            raise Unsupported("bottleneck runs in one process", hint="start it without torchrun or accelerate launch")
+        require_one_process("bottleneck")
         count = self.config.prompts
         drawn = indices_at(len(self.safe), count, seed=setup.seed, step=0, purpose="bottleneck")
         self._prompts = collate([self.safe.rows[i] for i in drawn], self.safe.pad_id)

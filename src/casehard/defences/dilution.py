@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from casehard.defences.folders import read_weights
+from casehard.defences.folders import base_weights
 from casehard.defences.updates import Start, adapters, from_state, to_state
 from casehard.errors import DataError, Unsupported
 from casehard.limits import Limited, Share
@@ -61,9 +61,7 @@ class Dilution:
         base: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.config = config or DilutionConfig()
-        if (base is None) == (assets is None):
-            raise DataError("dilution needs the weights of the trusted base", hint="--assets BASE_MODEL")
-        self.base = base if base is not None else read_weights(Path(str(assets)))
+        self.base = base_weights(self.name, assets, base)
         self._suspect: Start = {}
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from casehard.defences.folders import read_weights
+from casehard.defences.folders import base_weights
 from casehard.errors import DataError, Unsupported
 from casehard.limits import Limited, Share
 from casehard.seeds import generator
@@ -53,9 +53,7 @@ class FineMixing:
         base: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.config = config or FineMixingConfig()
-        if (base is None) == (assets is None):
-            raise DataError("fine_mixing needs the weights of the trusted base", hint="--assets BASE_MODEL")
-        self.base = base if base is not None else read_weights(Path(str(assets)))
+        self.base = base_weights(self.name, assets, base)
 
     def prepare(self, setup: Setup) -> None:
         """Apply (1) to every trained parameter; after a resume the checkpoint's weights come on top.

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from casehard.errors import DataError
 from casehard.io.tensorfile import load_tensors
+
+
+def base_weights(name: str, assets: Path | None, base: Mapping[str, torch.Tensor] | None) -> Mapping[str, torch.Tensor]:
+    """Return the weights of a trusted base, given as its folder or by name.
+
+    Args:
+        name: of the method that needs them, for messages.
+
+    Raises:
+        DataError: neither or both of them; or no safetensors weights in the folder.
+    """
+    if (base is None) == (assets is None):
+        raise DataError(f"{name} needs the weights of the trusted base", hint="--assets BASE_MODEL")
+    return base if base is not None else read_weights(Path(str(assets)))
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

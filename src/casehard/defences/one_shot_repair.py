@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet, collate, indices_at
-from casehard.distributed.ranks import world
-from casehard.errors import ConfigError, DataError, Diverged, Unsupported
+from casehard.distributed.ranks import require_one_process
+from casehard.errors import ConfigError, DataError, Diverged
 from casehard.limits import WEIGHT, BatchSize, Limited, Natural, Within
 from casehard.train.passes import quiet
 from casehard.train.protocol import Setup, StateValue
@@ -71,9 +71,7 @@ class OneShotRepair:
             Unsupported: several processes.
             Diverged: the starting model's loss is not finite.
         """
-        if world() > 1:
-            hint = "start it without torchrun or accelerate launch"
-            raise Unsupported("one_shot_repair runs in one process", hint=hint)
+        require_one_process("one_shot_repair")
         lr = setup.lr if self.config.lr == "job" else self.config.lr
         if lr is None:
             raise ConfigError("one_shot_repair: this loop does not tell its learning rate", hint="give lr a number")

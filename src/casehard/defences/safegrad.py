@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet
-from casehard.distributed.ranks import world
-from casehard.errors import DataError, Unsupported
+from casehard.distributed.ranks import require_one_process
+from casehard.errors import DataError
 from casehard.limits import BatchSize, Limited, Weight
 from casehard.maths.bilevel import retain_kl
 from casehard.maths.tensors import dot, norm
@@ -64,8 +64,7 @@ class SafeGrad:
         Raises:
             Unsupported: several processes; gradients are not yet averaged where the surgery acts.
         """
-        if world() > 1:
-            raise Unsupported("safegrad runs in one process", hint="start it without torchrun or accelerate launch")
+        require_one_process("safegrad")
         self._seed = setup.seed
         self._start: dict[str, torch.Tensor] = {}
         if self.config.alignment == "kl":

@@ -27,8 +27,8 @@ from torch import nn
 
 from casehard.data.batches import IGNORE, Batch, EncodedSet
 from casehard.defences.updates import from_state, to_state
-from casehard.distributed.ranks import world
-from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.distributed.ranks import require_one_process
+from casehard.errors import ConfigError, DataError
 from casehard.limits import BatchSize, Count, Limited, Weight
 from casehard.maths.bilevel import Attacker, Params, in_place_of, parameters, simulate_attack, with_view
 from casehard.seeds import derive, generator
@@ -108,8 +108,7 @@ class Tar:
         Raises:
             Unsupported: several processes, half-precision weights, or frozen ones (LoRA), for the attack changes all.
         """
-        if world() > 1:
-            raise Unsupported("tar runs in one process", hint="start it without torchrun or accelerate launch")
+        require_one_process("tar")
         theta = parameters(setup.model)
         self._seed = setup.seed
         keep = self.config.representation > 0

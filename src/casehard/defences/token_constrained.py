@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from casehard.data.batches import IGNORE, Batch
-from casehard.distributed.ranks import world
-from casehard.errors import Unsupported
+from casehard.defences.updates import from_state, to_state
+from casehard.distributed.ranks import require_one_process
 from casehard.limits import Count, Limited, Weight
 from casehard.maths.bilevel import logits_under
 from casehard.train.passes import whole_step
@@ -66,9 +66,7 @@ class TokenConstrained:
         Raises:
             Unsupported: several processes: the starting model runs inside the trained one.
         """
-        if world() > 1:
-            hint = "start it without torchrun or accelerate launch"
-            raise Unsupported("token_constrained runs in one process", hint=hint)
+        require_one_process("token_constrained")
         named = dict(setup.model.named_parameters())
         self._trained = [name for name, p in named.items() if p.requires_grad]
         self._start = {name: p.detach().clone() if p.requires_grad else p for name, p in named.items()}
@@ -101,12 +99,11 @@ class TokenConstrained:
 
     def state(self) -> dict[str, StateValue]:
         """Return the start of the trained weights: whoever resumes may have loaded the checkpoint."""
-        return {f"start.{name}": self._start[name] for name in self._trained}
+        return to_state({name: self._start[name] for name in self._trained})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state` returned."""
-        for name in self._trained:
-            self._start[name] = state[f"start.{name}"].to(self._start[name].device)
+        self._start |= from_state({name: self._start[name] for name in self._trained}, state)
 
 
 def constrained(r: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

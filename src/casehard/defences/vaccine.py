@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 from casehard.data.batches import Batch
-from casehard.distributed.ranks import world
-from casehard.errors import Unsupported
+from casehard.distributed.ranks import require_one_process
 from casehard.limits import Limited, Weight
 from casehard.maths.tensors import norm
 from casehard.train.passes import decoder_layers, unwrapped
@@ -63,8 +62,7 @@ class Vaccine:
         Raises:
             Unsupported: several processes, whose rows (2) would have to be taken together; or no decoder layers.
         """
-        if world() > 1:
-            raise Unsupported("vaccine runs in one process", hint="start it without torchrun or accelerate launch")
+        require_one_process("vaccine")
         decoder_layers(setup.model)
         self._seen: list[tuple[Batch, list[torch.Tensor]]] = []
 

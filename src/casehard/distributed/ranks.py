@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from casehard.errors import Unsupported
 from casehard.maths.tensors import cosine, dot, norm
 
 
@@ -19,6 +20,19 @@ def world() -> int:
     """Return the number of processes of this run."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
+
+
+def require_one_process(name: str) -> None:
+    """Check that nobody else shares this run.
+
+    Args:
+        name: who runs alone, for the message.
+
+    Raises:
+        Unsupported: several processes.
+    """
+    if world() > 1:
+        raise Unsupported(f"{name} runs in one process", hint="start it without torchrun or accelerate launch")
 
 
 def rank() -> int:
