@@ -396,7 +396,7 @@ def test_a_repair_is_done_once_when_a_run_continues_after_its_last_step(tmp_path
     assert largest_difference(first, again) == 0
 
 
-@pytest.mark.parametrize("name", ["token_constrained", "bottleneck", "one_shot_repair"])
+@pytest.mark.parametrize("name", ["safegrad", "token_constrained", "bottleneck", "one_shot_repair"])
 def test_what_starts_from_a_checkpoint_still_knows_the_start(name, tmp_path):
     kind = DEFENCES[name].load()[0]
     rows = {"safe": SAFE} if DEFENCES[name].needs else {}

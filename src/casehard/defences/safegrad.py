@@ -11,20 +11,22 @@ Differs: the surgery acts once an optimiser step, on the gradients summed over i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from casehard.data.batches import Batch, EncodedSet
+from casehard.defences.updates import from_state, to_state
 from casehard.distributed.ranks import require_one_process
 from casehard.errors import DataError
 from casehard.limits import BatchSize, Limited, Weight
 from casehard.maths.bilevel import retain_kl
 from casehard.maths.tensors import dot, norm
 from casehard.train.passes import quiet, rows_of_rank
-from casehard.train.protocol import Setup, Step
+from casehard.train.protocol import Setup, StateValue, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,11 @@ class SafeGrad:
         require_one_process("safegrad")
         self._seed = setup.seed
         self._start: dict[str, torch.Tensor] = {}
+        self._trained: list[str] = []
         if self.config.alignment == "kl":
-            for name, p in setup.model.named_parameters():
-                self._start[name] = p.detach().clone() if p.requires_grad else p
+            named = dict(setup.model.named_parameters())
+            self._trained = [name for name, p in named.items() if p.requires_grad]
+            self._start = {name: p.detach().clone() if p.requires_grad else p for name, p in named.items()}
 
     def backward(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
         """Accumulate the user's gradient; with the last micro-batch, replace it by (2)."""
@@ -78,6 +82,15 @@ class SafeGrad:
         if step.last:
             self._surgery(model, step)
         return loss.detach()
+
+    def state(self) -> dict[str, StateValue]:
+        """Return the start of the trained weights: whoever resumes may have loaded the checkpoint."""
+        return to_state({name: self._start[name] for name in self._trained})
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` returned; an older checkpoint holds none, and the start is that of ``prepare``."""
+        if state:
+            self._start |= from_state({name: self._start[name] for name in self._trained}, state)
 
     def _surgery(self, model: nn.Module, step: Step) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
