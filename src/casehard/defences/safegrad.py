@@ -88,7 +88,7 @@ class SafeGrad:
         return to_state({name: self._start[name] for name in self._trained})
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` returned; an older checkpoint holds none, and the start is that of ``prepare``."""
+        """Take back what :meth:`state` returned; an older checkpoint has none, and the start is prepare's."""
         if state:
             self._start |= from_state({name: self._start[name] for name in self._trained}, state)
 
