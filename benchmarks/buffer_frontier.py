@@ -55,12 +55,12 @@ HEAVIER = (20, 60)
 """Buffers that a heavy reinforcing adapter is trained beside, and that every merge is measured with."""
 SHARES = (0.1, 0.5)
 MERGES = {
-    "none": (Coefficients(1.0, 0.0, 0.0), MergeConfig()),
-    "paper": (Coefficients(0.5, 0.5, 0.1), MergeConfig()),
-    "sum 1/2": (Coefficients(1.0, 0.5, 0.0), MergeConfig()),
-    "sum 1": (Coefficients(1.0, 1.0, 0.0), MergeConfig()),
-    "project reinforce": (Coefficients(1.0, 1.0, 1.0), MergeConfig()),
-    "protect safety": (Coefficients(1.0, 0.5, 1.0), MergeConfig(protect_safety=True)),
+    "none": (Coefficients(1.0, 0.0, 0.0), MergeConfig(protect_safety=False)),
+    "paper": (Coefficients(0.5, 0.5, 0.1), MergeConfig(protect_safety=False)),
+    "sum 1/2": (Coefficients(1.0, 0.5, 0.0), MergeConfig(protect_safety=False)),
+    "sum 1": (Coefficients(1.0, 1.0, 0.0), MergeConfig(protect_safety=False)),
+    "project reinforce": (Coefficients(1.0, 1.0, 1.0), MergeConfig(protect_safety=False)),
+    "protect safety": (Coefficients(1.0, 0.5, 1.0), MergeConfig()),
 }
 METRICS = ("asr", "over_refusal", "twin_knowledge", "fine_tunability", "utility")
 FORETOLD = ("answers", "residual_left", "score_left")

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--form", default="concat", choices=["concat", "absorb"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = MergeConfig(form=args.form)
+    config = MergeConfig(form=args.form, c_user=0.5, alpha=0.1, protect_safety=False)
 
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(temporary)

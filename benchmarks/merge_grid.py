@@ -59,12 +59,12 @@ Key = tuple[str, float, float, float, str]
 def grid(case: str) -> list[tuple[Coefficients, MergeConfig]]:
     """Return the points of a case: the c x alpha grid (its edge for ``wide``), and at full projection every basis."""
     weights, alphas = ((1.0,), (0.0, 1.0)) if case == "wide" else ((0.5, 1.0), (0.0, 0.1, 1.0))
-    out = [(Coefficients(c, 0.0, 0.0), MergeConfig()) for c in weights]
+    out = [(Coefficients(c, 0.0, 0.0), MergeConfig(protect_safety=False)) for c in weights]
     for c_user in weights:
         for c_reinforce in (0.5, 1.0):
-            out += [(Coefficients(c_user, c_reinforce, alpha), MergeConfig()) for alpha in alphas]
-    out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig(basis="paper")))
-    out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig(protect_safety=True)))
+            out += [(Coefficients(c_user, c_reinforce, alpha), MergeConfig(protect_safety=False)) for alpha in alphas]
+    out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig(basis="paper", protect_safety=False)))
+    out.append((Coefficients(1.0, 0.5, 1.0), MergeConfig()))
     return out
 
 

@@ -10,7 +10,7 @@ import torch
 
 from casehard.defences.buffer_reinforce.frozen_lora import fingerprints
 from casehard.defences.buffer_reinforce.publish import write_assets
-from casehard.maths.merge import LoraPair
+from casehard.maths.merge import LoraPair, MergeConfig
 from fakes import tiny_llama
 
 LAYERS = tuple(
@@ -19,6 +19,11 @@ LAYERS = tuple(
     for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 )
 WIDTHS = {"q_proj": (32, 32), "v_proj": (32, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+
+
+def off_the_user(**settings) -> MergeConfig:
+    """Return the paper's direction and weights: the reinforcing update is projected off the user's."""
+    return MergeConfig(**({"c_user": 0.5, "c_reinforce": 0.5, "alpha": 0.1, "protect_safety": False} | settings))
 
 
 def random_pairs(rank=4, *, seed=0, size=0.3, layers=LAYERS):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from casehard.cli import main
+from casehard.defences.buffer_reinforce.method import BufferReinforceConfig
 from casehard.model.lora_files import read_marker, write_marker
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
@@ -50,11 +52,19 @@ def test_merge_in_both_forms(pair, tmp_path, capsys):
     assert "rank" in told and "share of energy projected" in told and "adapter: " in told
     record = json.loads((tmp_path / "one" / "merge.json").read_text())
     assert record["config"]["c_user"] == 0.9 and record["config"]["c_reinforce"] == 0.5 and record["rank"] == 5
-    extra = ("--form", "absorb", "--basis", "output", "--set", "tau=0.1")
+    assert record["config"] == asdict(replace(BufferReinforceConfig().merge, c_user=0.9, alpha=0.5)), (
+        "as `defend buffer-reinforce` merges"
+    )
+    extra = ("--form", "absorb", "--basis", "output", "--protect-task", "--set", "tau=0.1")
     assert run("reinforce", *both, "--out", tmp_path / "two", *extra) == 0
     assert "at weight 0.5" in capsys.readouterr().out
     record = json.loads((tmp_path / "two" / "merge.json").read_text())
-    assert record["config"]["tau"] == 0.1 and record["rank"] == 2 and record["reinforce_weight"] == 0.5
+    assert (
+        record["config"]["tau"] == 0.1
+        and not record["config"]["protect_safety"]
+        and record["rank"] == 2
+        and record["reinforce_weight"] == 0.5
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"user", "reinforce", "one", "two"}
     assert run("reinforce", *both, "--out", tmp_path / "one") == 2
     assert "already exists" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from buffer_fakes import off_the_user
 from casehard.errors import ConfigError, DataError, Unsupported
 from casehard.maths.lora import core_basis, inner, paper_basis
 from casehard.maths.merge import BASES, LoraPair, MergeConfig, compress, dense_parity, merge_pair, merge_states
@@ -85,12 +86,21 @@ def test_equals_the_dense_twin(seed, basis, form, protect):
 def test_fp32_factors_are_exact_to_fp32(basis, form):
     user = pair(96, 64, 8, 0)
     reinforce = pair(96, 64, 16, 1, overlap=user)
-    config = MergeConfig(alpha=0.7, c_user=0.9, basis=basis, form=form, tau=0.0)
+    config = off_the_user(alpha=0.7, c_user=0.9, basis=basis, form=form, tau=0.0)
     narrow = [LoraPair(p.a.float(), p.b.float(), p.scale) for p in (user, reinforce)]
     layer = merge_pair(*narrow, config)
     assert layer.pair.a.dtype == layer.pair.b.dtype == torch.float32
     wide = [LoraPair(p.a.double(), p.b.double(), p.scale) for p in narrow]
     assert relative(whole(layer, config, wide[1]), twin(*wide, config)) < 1e-6
+
+
+def test_by_default_the_user_writes_nothing_where_the_reinforcing_update_writes():
+    user = pair(40, 30, 4, 0)
+    reinforce = pair(40, 30, 6, 1, overlap=user)
+    delta = merge_pair(user, reinforce, MergeConfig()).pair.delta()
+    q = span(reinforce.delta())
+    assert torch.allclose(q.T @ delta, 0.5 * q.T @ reinforce.delta(), atol=1e-9)
+    assert torch.allclose(delta - q @ q.T @ delta, user.delta() - q @ q.T @ user.delta(), atol=1e-9)
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -99,7 +109,7 @@ def test_fp32_factors_are_exact_to_fp32(basis, form):
 def test_on_the_users_output_space_only_alpha_acts(basis, seed, alpha):
     user = pair(40, 30, 4, seed)
     reinforce = pair(40, 30, 6, seed + 1, overlap=user)
-    config = MergeConfig(c_user=0.7, c_reinforce=0.9, alpha=alpha, basis=basis, tau=0.0)
+    config = off_the_user(c_user=0.7, c_reinforce=0.9, alpha=alpha, basis=basis, tau=0.0)
     merged = merge_pair(user, reinforce, config)
     q, delta = span(user.delta()), merged.pair.delta()
     want = 0.7 * q.T @ user.delta() + 0.9 * (1 - alpha) * q.T @ reinforce.delta()
@@ -119,7 +129,7 @@ def test_energy_falls_as_the_formula_says_and_monotonically(seed):
     before = float(w.square().sum())
     seen = []
     for alpha in (0.0, 0.1, 0.5, 1.0):
-        merged = merge_pair(user, reinforce, MergeConfig(c_user=0.0, c_reinforce=1.0, alpha=alpha, tau=0.0))
+        merged = merge_pair(user, reinforce, off_the_user(c_user=0.0, c_reinforce=1.0, alpha=alpha, tau=0.0))
         seen.append(float(merged.pair.delta().square().sum()))
         removed = float((q.T @ w).square().sum())
         assert seen[-1] == pytest.approx(before - (2 * alpha - alpha**2) * removed, rel=1e-9)
@@ -166,7 +176,7 @@ def test_the_published_basis_depends_on_the_split_and_ours_does_not():
 def test_a_fresh_user_adapter_leaves_the_reinforcing_one_exactly(basis, form):
     reinforce = pair(24, 16, 4, 1)
     user = LoraPair(pair(24, 16, 6, 2).a, torch.zeros(24, 6, dtype=torch.float64), 2.0)
-    config = MergeConfig(c_reinforce=0.3, alpha=1.0, basis=basis, form=form)
+    config = off_the_user(c_reinforce=0.3, alpha=1.0, basis=basis, form=form)
     layer = merge_pair(user, reinforce, config)
     assert layer.report.kept == 0 and not layer.report.invented
     assert torch.equal(whole(layer, config, reinforce), 0.3 * 2.0 * reinforce.b @ reinforce.a) or relative(
@@ -180,14 +190,14 @@ def test_a_fresh_user_adapter_leaves_the_reinforcing_one_exactly(basis, form):
 def test_the_published_basis_removes_directions_that_a_deficient_update_does_not_have():
     user, reinforce = pair(64, 48, 8, 3, true_rank=1), pair(64, 48, 8, 4)
     for b in (user.b, user.b.float().double()):
-        layer = merge_pair(user._replace(b=b), reinforce, MergeConfig(basis="output", alpha=1.0))
+        layer = merge_pair(user._replace(b=b), reinforce, off_the_user(basis="output", alpha=1.0))
         assert layer.report.kept == 1 and layer.report.removed < 0.1 and not layer.report.invented
-    layer = merge_pair(user, reinforce, MergeConfig(basis="paper", alpha=1.0))
-    ours = merge_pair(user, reinforce, MergeConfig(basis="output", alpha=1.0)).report.removed
+    layer = merge_pair(user, reinforce, off_the_user(basis="paper", alpha=1.0))
+    ours = merge_pair(user, reinforce, off_the_user(basis="output", alpha=1.0)).report.removed
     assert layer.report.kept == 8 and layer.report.invented and layer.report.removed > 3 * ours
     with pytest.raises(Unsupported, match="deficient"):
-        merge_pair(user, reinforce, MergeConfig(basis="paper", form="absorb", alpha=1.0))
-    told = merge_states({"x": user}, {"x": reinforce}, MergeConfig(basis="paper")).notes
+        merge_pair(user, reinforce, off_the_user(basis="paper", form="absorb", alpha=1.0))
+    told = merge_states({"x": user}, {"x": reinforce}, off_the_user(basis="paper")).notes
     assert any("does not have" in note for note in told)
 
 
@@ -197,20 +207,20 @@ def test_nothing_to_reinforce_leaves_the_user_and_bits_only_at_weight_one(basis,
     g = torch.Generator().manual_seed(0)
     user = LoraPair(draw(g, 4, 16).float(), draw(g, 24, 4).float(), 1.0)
     reinforce = LoraPair(draw(g, 4, 16).float(), torch.zeros(24, 4), 2.0)
-    config = MergeConfig(c_user=1.0, alpha=1.0, basis=basis, form=form)
+    config = off_the_user(c_user=1.0, alpha=1.0, basis=basis, form=form)
     layer = merge_pair(user, reinforce, config)
     # With form absorb an exact zero is subtracted; A and B keep their bits.
     assert torch.equal(layer.pair.a[:4], user.a) and torch.equal(layer.pair.b[:, :4], user.b)
-    half = merge_pair(user, reinforce, MergeConfig(alpha=1.0, basis=basis, form=form))
+    half = merge_pair(user, reinforce, off_the_user(alpha=1.0, basis=basis, form=form))
     assert relative(half.pair.delta(), 0.5 * user.delta()) < 1e-6
     assert relative(half.pair.delta(), user.delta()) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_alpha_zero_is_the_weighted_sum_and_a_keeps_its_bytes():
     user, reinforce = pair(20, 12, 3, 0), pair(20, 12, 5, 1)
-    layer = merge_pair(user, reinforce, MergeConfig(c_user=0.25, c_reinforce=-1.5, alpha=0.0))
+    layer = merge_pair(user, reinforce, off_the_user(c_user=0.25, c_reinforce=-1.5, alpha=0.0))
     assert relative(layer.pair.delta(), 0.25 * user.delta() - 1.5 * reinforce.delta()) < 1e-14
-    layer = merge_pair(user, reinforce, MergeConfig(alpha=0.4))
+    layer = merge_pair(user, reinforce, off_the_user(alpha=0.4))
     assert torch.equal(layer.pair.a, torch.cat([user.a, reinforce.a]))
 
 
@@ -218,7 +228,7 @@ def test_alpha_zero_is_the_weighted_sum_and_a_keeps_its_bytes():
 @pytest.mark.parametrize("basis", BASES)
 def test_odd_shapes(d_out, d_in, r_u, r_r, basis):
     user, reinforce = pair(d_out, d_in, r_u, 1), pair(d_out, d_in, r_r, 2)
-    config = MergeConfig(alpha=0.6, basis=basis, tau=1e-9)
+    config = off_the_user(alpha=0.6, basis=basis, tau=1e-9)
     layer = merge_pair(user, reinforce, config)
     assert relative(layer.pair.delta(), twin(user, reinforce, config)) < 1e-9
 
@@ -229,12 +239,12 @@ def test_truncation_bounds_the_growth_of_an_absorbed_user():
     u, _, v = torch.linalg.svd(user.b, full_matrices=False)
     user = user._replace(b=u * torch.logspace(0, -6, 8, dtype=torch.float64) @ v)
     reinforce = LoraPair(draw(g, 8, 60), draw(g, 80, 8), 2.0)
-    config = MergeConfig(form="absorb", alpha=1.0, tau=1e-2)
+    config = off_the_user(form="absorb", alpha=1.0, tau=1e-2)
     cut = merge_pair(user, reinforce, config)
-    whole_basis = merge_pair(user, reinforce, MergeConfig(form="absorb", alpha=1.0, tau=0.0))
+    whole_basis = merge_pair(user, reinforce, off_the_user(form="absorb", alpha=1.0, tau=0.0))
     assert cut.report.growth < whole_basis.report.growth / 100
     assert relative(whole(cut, config, reinforce), twin(user, reinforce, config)) < 1e-9
-    told = merge_states({"x": user}, {"x": reinforce}, MergeConfig(form="absorb", alpha=1.0, tau=0.0)).notes
+    told = merge_states({"x": user}, {"x": reinforce}, off_the_user(form="absorb", alpha=1.0, tau=0.0)).notes
     assert any("grew" in note for note in told)
 
 
@@ -251,8 +261,8 @@ def test_compression_is_the_best_of_its_rank(seed, rank):
 
 def test_a_merge_cut_to_the_users_rank_reports_its_error():
     user, reinforce = pair(40, 30, 4, 0), pair(40, 30, 4, 1)
-    layer = merge_pair(user, reinforce, MergeConfig(rank=4))
-    exact = merge_pair(user, reinforce, MergeConfig())
+    layer = merge_pair(user, reinforce, off_the_user(rank=4))
+    exact = merge_pair(user, reinforce, off_the_user())
     assert layer.pair.rank == 4 and exact.pair.rank == 8 and exact.report.error == 0
     assert relative(layer.pair.delta(), exact.pair.delta()) == pytest.approx(layer.report.error, rel=1e-6)
     assert layer.report.error > 0.1
@@ -263,7 +273,7 @@ def test_the_published_way_agrees_in_fp32_and_loses_small_updates_in_half_precis
     g = torch.Generator().manual_seed(0)
     user, reinforce = pair(256, 200, 8, 0), pair(256, 200, 8, 1)
     small = [p._replace(b=p.b * 1.2e-5) for p in (user, reinforce)]
-    config = MergeConfig(basis="paper")
+    config = off_the_user(basis="paper")
     exact = merge_pair(*small, config).pair.delta()
     assert relative(dense_parity(*small, cast=torch.float32).double(), exact) < 1e-5
     base = (0.02 * torch.randn(256, 200, generator=g)).bfloat16().float()
@@ -278,21 +288,21 @@ def test_the_published_way_agrees_in_fp32_and_loses_small_updates_in_half_precis
 
 def test_the_union_of_layers_with_its_notes():
     both, mine, theirs = (pair(9, 7, 2, s) for s in range(3))
-    result = merge_states({"b": both, "u": mine}, {"b": theirs, "r": theirs}, MergeConfig(c_user=0.3))
+    result = merge_states({"b": both, "u": mine}, {"b": theirs, "r": theirs}, off_the_user(c_user=0.3))
     assert list(result.layers) == ["b", "r", "u"] and set(result.reports) == {"b"}
     assert (result.user_only, result.reinforce_only, result.reinforce_weight) == (("u",), ("r",), None)
     assert relative(result.layers["u"].delta(), 0.3 * mine.delta()) < 1e-15
     assert relative(result.layers["r"].delta(), 0.5 * theirs.delta()) < 1e-15
     assert len(result.notes) == 2
-    absorbed = merge_states({"b": both, "u": mine}, {"b": theirs, "r": theirs}, MergeConfig(form="absorb"))
+    absorbed = merge_states({"b": both, "u": mine}, {"b": theirs, "r": theirs}, off_the_user(form="absorb"))
     assert list(absorbed.layers) == ["b", "u"] and absorbed.reinforce_weight == 0.5
-    assert any("share no layer" in n for n in merge_states({"u": mine}, {"r": theirs}, MergeConfig()).notes)
+    assert any("share no layer" in n for n in merge_states({"u": mine}, {"r": theirs}, off_the_user()).notes)
 
 
 def test_equal_inputs_give_equal_bits_and_inner_is_the_dense_product():
     user, reinforce = pair(50, 40, 6, 0), pair(50, 40, 7, 1)
     for form in ("concat", "absorb"):
-        one, two = (merge_pair(user, reinforce, MergeConfig(form=form)).pair for _ in range(2))
+        one, two = (merge_pair(user, reinforce, off_the_user(form=form)).pair for _ in range(2))
         assert torch.equal(one.a, two.a) and torch.equal(one.b, two.b)
     assert inner(user, reinforce) == pytest.approx(float((user.delta() * reinforce.delta()).sum()), rel=1e-9)
 
@@ -304,26 +314,26 @@ def test_a_gpu_gives_the_same_update(form):
     pairs = [pair(256, 128, 16, s) for s in range(2)]
     there = [LoraPair(p.a.float().cuda(), p.b.float().cuda(), p.scale) for p in pairs]
     here = [LoraPair(p.a.float(), p.b.float(), p.scale) for p in pairs]
-    one, two = (merge_pair(*ps, MergeConfig(form=form)).pair for ps in (here, there))
+    one, two = (merge_pair(*ps, off_the_user(form=form)).pair for ps in (here, there))
     assert relative(two.delta().cpu(), one.delta()) < 1e-6
 
 
 def test_bad_input_is_named():
     user, reinforce = pair(9, 7, 2, 0), pair(8, 7, 2, 1)
     with pytest.raises(DataError, match=r"q_proj.*\(9, 7\).*\(8, 7\)"):
-        merge_pair(user, reinforce, MergeConfig(), name="q_proj")
+        merge_pair(user, reinforce, off_the_user(), name="q_proj")
     with pytest.raises(DataError, match="do not fit"):
-        merge_pair(LoraPair(user.a[:1], user.b), user, MergeConfig())
+        merge_pair(LoraPair(user.a[:1], user.b), user, off_the_user())
     with pytest.raises(DataError, match="scale"):
-        merge_pair(user._replace(scale=math.inf), user, MergeConfig())
+        merge_pair(user._replace(scale=math.inf), user, off_the_user())
     with pytest.raises(DataError, match="neither"):
-        merge_states({}, {}, MergeConfig())
+        merge_states({}, {}, off_the_user())
     for wrong in (
         {"basis": "left"}, {"form": "sum"}, {"alpha": 1.5}, {"tau": 1.0}, {"c_user": math.nan}, {"rank": 0},
         {"rank": 4, "form": "absorb"},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
-            MergeConfig(**wrong)
+            off_the_user(**wrong)
 
 
 def test_the_grid_and_the_front():

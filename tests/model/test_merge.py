@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from buffer_fakes import off_the_user
 from casehard.errors import Corrupt, DataError, Unsupported, UserError
 from casehard.io.manifest import verify
-from casehard.maths.merge import BASES, LoraPair, MergeConfig, merge_states
+from casehard.maths.merge import BASES, LoraPair, merge_states
 from casehard.model.lora_files import (
     AdapterReader,
     load_pairs,
@@ -98,7 +99,7 @@ def test_the_reader_computes_what_peft_computes(tmp_path):
 
 def test_alpha_zero_equals_pefts_own_cat(pair, tmp_path):
     user, reinforce = pair
-    merge_folders(user, reinforce, tmp_path / "out", MergeConfig(alpha=0.0, c_user=0.7, c_reinforce=1.3))
+    merge_folders(user, reinforce, tmp_path / "out", off_the_user(alpha=0.0, c_user=0.7, c_reinforce=1.3))
     oracle = loaded(user)
     oracle.load_adapter(reinforce, adapter_name="reinforce")
     oracle.add_weighted_adapter(["default", "reinforce"], [0.7, 1.3], "cat", combination_type="cat")
@@ -109,7 +110,7 @@ def test_alpha_zero_equals_pefts_own_cat(pair, tmp_path):
 @pytest.mark.parametrize("form", ["concat", "absorb"])
 def test_the_made_folder_gives_the_logits_of_the_dense_formula_in_plain_peft(pair, tmp_path, form):
     user, reinforce = pair
-    config = MergeConfig(alpha=0.6, c_user=0.8, form=form, tau=0.0)
+    config = off_the_user(alpha=0.6, c_user=0.8, form=form, tau=0.0)
     made = merge_folders(user, reinforce, out := tmp_path / "out", config)
     want = shifted(dense(user, reinforce, config))
     before = {p.name: p.read_bytes() for p in reinforce.iterdir() if p.is_file()}
@@ -137,7 +138,7 @@ def test_the_made_folder_gives_the_logits_of_the_dense_formula_in_plain_peft(pai
 def test_folders_and_states_agree_for_every_basis(pair, tmp_path):
     user, reinforce = pair
     for basis in BASES:
-        config = MergeConfig(alpha=1.0, basis=basis)
+        config = off_the_user(alpha=1.0, basis=basis)
         merge_folders(user, reinforce, tmp_path / basis, config)
         result = merge_states(load_pairs(user), load_pairs(reinforce), config)
         there = load_pairs(tmp_path / basis)
@@ -150,13 +151,13 @@ def test_folders_and_states_agree_for_every_basis(pair, tmp_path):
 def test_union_of_layers_of_different_ranks_and_targets(tmp_path):
     user = adapter(tmp_path / "u", seed=1, r=2, targets=["q_proj", "up_proj"])
     reinforce = adapter(tmp_path / "r", seed=2, r=4, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 6})
-    config = MergeConfig(alpha=1.0, tau=0.0)
+    config = off_the_user(alpha=1.0, tau=0.0)
     made = merge_folders(user, reinforce, tmp_path / "out", config)
     assert (made.rank, made.layers, len(made.reports), len(made.notes)) == (6, 6, 2, 2)
     assert torch.allclose(logits(loaded(tmp_path / "out")), shifted(dense(user, reinforce, config)), atol=1e-5)
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert all(n.endswith("up_proj") for n in record["user_only"]) and len(record["reinforce_only"]) == 2
-    made = merge_folders(user, reinforce, tmp_path / "absorbed", MergeConfig(form="absorb", alpha=1.0, tau=0.0))
+    made = merge_folders(user, reinforce, tmp_path / "absorbed", off_the_user(form="absorb", alpha=1.0, tau=0.0))
     assert (made.rank, made.layers) == (2, 4)
     model = attach_absorbed(fakes.tiny_llama(), tmp_path / "absorbed", reinforce)
     assert torch.allclose(logits(model), shifted(dense(user, reinforce, config)), atol=1e-5)
@@ -165,26 +166,26 @@ def test_union_of_layers_of_different_ranks_and_targets(tmp_path):
 def test_layers_chosen_by_number_are_named_in_full(tmp_path):
     user = adapter(tmp_path / "u", seed=1, layers_to_transform=[1])
     reinforce = adapter(tmp_path / "r", seed=2, layers_to_transform=[1])
-    merge_folders(user, reinforce, tmp_path / "out", MergeConfig())
+    merge_folders(user, reinforce, tmp_path / "out", off_the_user())
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"model.layers.1.self_attn.{t}" for t in ATTENTION]
-    assert torch.allclose(logits(loaded(tmp_path / "out")), shifted(dense(user, reinforce, MergeConfig())), atol=1e-5)
+    assert torch.allclose(logits(loaded(tmp_path / "out")), shifted(dense(user, reinforce, off_the_user())), atol=1e-5)
 
 
 def test_equal_inputs_give_equal_bytes_wherever_they_lie(pair, tmp_path):
     import shutil
 
     user, reinforce = pair
-    merge_folders(user, reinforce, tmp_path / "one", MergeConfig())
+    merge_folders(user, reinforce, tmp_path / "one", off_the_user())
     for name, folder in (("u2", user), ("r2", reinforce)):
         shutil.copytree(folder, tmp_path / "elsewhere" / name)
-    merge_folders(tmp_path / "elsewhere" / "u2", tmp_path / "elsewhere" / "r2", tmp_path / "two", MergeConfig())
+    merge_folders(tmp_path / "elsewhere" / "u2", tmp_path / "elsewhere" / "r2", tmp_path / "two", off_the_user())
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two
 
 
 def test_a_cut_rank_is_written_and_its_error_told(pair, tmp_path):
-    made = merge_folders(*pair, tmp_path / "out", MergeConfig(rank=3))
+    made = merge_folders(*pair, tmp_path / "out", off_the_user(rank=3))
     assert made.rank == 3 and all(0 < r.error < 1 for r in made.reports.values())
     assert loaded(tmp_path / "out").peft_config["default"].r == 3
 
@@ -200,12 +201,12 @@ def test_buffers_are_refused_by_marker_name_and_content(pair, tmp_path):
     buffer = mark(adapter(tmp_path / "b", seed=3), "buffer")
     for args in ((buffer, reinforce), (user, buffer)):
         with pytest.raises(UserError, match="marked as a buffer"):
-            merge_folders(*args, tmp_path / "out", MergeConfig())
+            merge_folders(*args, tmp_path / "out", off_the_user())
     known = set(read_marker(buffer)["tensors_sha256"].values())
     (buffer / "casehard_adapter.json").unlink()
     refuse_buffer(buffer)
     with pytest.raises(UserError, match="one of the buffer's"):
-        merge_folders(buffer, reinforce, tmp_path / "out", MergeConfig(), buffer_digests=known)
+        merge_folders(buffer, reinforce, tmp_path / "out", off_the_user(), buffer_digests=known)
     refuse_buffer(user, known=known)
 
     tensors = load_file(user / "adapter_model.safetensors")
@@ -226,21 +227,21 @@ def test_what_is_bound_to_another_base_or_swapped_or_merged_is_refused(pair, tmp
     mark(reinforce, "reinforce", base_digest="a" * 64, template_digest="t" * 64)
     mark(user, "user", base_digest="b" * 64)
     with pytest.raises(UserError, match=r"another base model.*bbb.*aaa"):
-        merge_folders(user, reinforce, tmp_path / "out", MergeConfig())
+        merge_folders(user, reinforce, tmp_path / "out", off_the_user())
     mark(user, "user", base_digest="a" * 64, template_digest="s" * 64)
     with pytest.raises(UserError, match="another chat template"):
-        merge_folders(user, reinforce, tmp_path / "out", MergeConfig())
+        merge_folders(user, reinforce, tmp_path / "out", off_the_user())
     mark(user, "user", base_digest="a" * 64, tokenizer_digest="k" * 64)
     with pytest.raises(UserError, match="swapped"):
-        merge_folders(reinforce, user, tmp_path / "out", MergeConfig())
+        merge_folders(reinforce, user, tmp_path / "out", off_the_user())
     with pytest.raises(UserError, match="the same folder"):
-        merge_folders(user, user, tmp_path / "out", MergeConfig())
+        merge_folders(user, user, tmp_path / "out", off_the_user())
     assert not (tmp_path / "out").exists()
-    merge_folders(user, reinforce, tmp_path / "out", MergeConfig())
+    merge_folders(user, reinforce, tmp_path / "out", off_the_user())
     marker = read_marker(tmp_path / "out")
     assert [marker[k][0] for k in ("base_digest", "tokenizer_digest", "template_digest")] == ["a", "k", "t"]
     with pytest.raises(UserError, match="merged already"):
-        merge_folders(tmp_path / "out", reinforce, tmp_path / "again", MergeConfig())
+        merge_folders(tmp_path / "out", reinforce, tmp_path / "again", off_the_user())
 
 
 def edit(folder, **changes):
@@ -260,7 +261,7 @@ def test_what_is_not_plain_lora_is_refused_by_name(pair, tmp_path):
     ]
     for folder, text in cases:
         with pytest.raises(Unsupported, match=text):
-            merge_folders(folder, reinforce, out, MergeConfig())
+            merge_folders(folder, reinforce, out, off_the_user())
     for changes, text in (
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
         ({"peft_type": "IA3"}, "IA3"),
@@ -269,16 +270,16 @@ def test_what_is_not_plain_lora_is_refused_by_name(pair, tmp_path):
         folder = adapter(tmp_path / text.replace(" ", "_"))
         edit(folder, **changes)
         with pytest.raises(Unsupported, match=text):
-            merge_folders(folder, reinforce, out, MergeConfig())
+            merge_folders(folder, reinforce, out, off_the_user())
     # A DoRA magnitude without its flag in the configuration is found in the file.
     edit(cases[0][0], use_dora=False)
     with pytest.raises(Unsupported, match="magnitude"):
-        merge_folders(cases[0][0], reinforce, out, MergeConfig())
+        merge_folders(cases[0][0], reinforce, out, off_the_user())
     with pytest.raises(UserError, match="no adapter_config"):
-        merge_folders(tmp_path, reinforce, out, MergeConfig())
+        merge_folders(tmp_path, reinforce, out, off_the_user())
     (user / "adapter_model.safetensors").rename(user / "adapter_model.bin")
     with pytest.raises(Unsupported, match="pickle"):
-        merge_folders(user, reinforce, out, MergeConfig())
+        merge_folders(user, reinforce, out, off_the_user())
     assert not out.exists()
 
 
@@ -292,7 +293,7 @@ def test_damaged_adapters_are_found_and_leave_nothing(pair, tmp_path):
     def attempt(error, text, changed):
         save_file(changed, weights)
         with pytest.raises(error, match=text):
-            merge_folders(user, reinforce, out, MergeConfig())
+            merge_folders(user, reinforce, out, off_the_user())
         assert {p.name for p in tmp_path.iterdir()} == {"user", "reinforce"}
 
     attempt(Corrupt, "differs from casehard_adapter.json", tensors | {name: tensors[name] + 1e-3})
@@ -303,11 +304,11 @@ def test_damaged_adapters_are_found_and_leave_nothing(pair, tmp_path):
     attempt(DataError, r"32 x 30.*32 x 32", tensors | {name: torch.zeros(3, 30)})
     weights.write_bytes(weights.read_bytes()[:300])
     with pytest.raises(Corrupt, match="cannot be read"):
-        merge_folders(user, reinforce, out, MergeConfig())
+        merge_folders(user, reinforce, out, off_the_user())
     edit(user, r=99)
     save_file(tensors, weights)
     with pytest.raises(Corrupt, match="rank 99"):
-        merge_folders(user, reinforce, out, MergeConfig())
+        merge_folders(user, reinforce, out, off_the_user())
     (user / "casehard_adapter.json").write_text('{"role": "king"}')
     with pytest.raises(Corrupt, match="no role"):
         read_marker(user)
@@ -315,11 +316,11 @@ def test_damaged_adapters_are_found_and_leave_nothing(pair, tmp_path):
 
 def test_a_folder_absorbed_for_another_adapter_is_refused(pair, tmp_path):
     user, reinforce = pair
-    merge_folders(user, reinforce, tmp_path / "out", MergeConfig(form="absorb"))
+    merge_folders(user, reinforce, tmp_path / "out", off_the_user(form="absorb"))
     other = adapter(tmp_path / "other", seed=9, r=5, alpha=5)
     with pytest.raises(UserError, match="was made for the reinforcing adapter"):
         attach_absorbed(fakes.tiny_llama(), tmp_path / "out", other)
-    merge_folders(user, reinforce, tmp_path / "whole", MergeConfig())
+    merge_folders(user, reinforce, tmp_path / "whole", off_the_user())
     with pytest.raises(UserError, match="not made with form absorb"):
         attach_absorbed(fakes.tiny_llama(), tmp_path / "whole", reinforce)
 
@@ -327,7 +328,7 @@ def test_a_folder_absorbed_for_another_adapter_is_refused(pair, tmp_path):
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "merge.json"])
 def test_a_changed_absorbed_folder_is_refused(pair, tmp_path, file):
     user, reinforce = pair
-    merge_folders(user, reinforce, tmp_path / "out", MergeConfig(form="absorb"))
+    merge_folders(user, reinforce, tmp_path / "out", off_the_user(form="absorb"))
     target = tmp_path / "out" / file
     if file == "merge.json":
         target.write_text(json.dumps(json.loads(target.read_text()) | {"reinforce_weight": -3.0}))
@@ -343,7 +344,7 @@ def test_half_precision_adapters_are_merged_in_full_precision(pair, tmp_path):
     user, reinforce = pair
     weights = user / "adapter_model.safetensors"
     save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
-    config = MergeConfig(alpha=1.0, tau=0.0)
+    config = off_the_user(alpha=1.0, tau=0.0)
     merge_folders(user, reinforce, tmp_path / "out", config)
     with AdapterReader(tmp_path / "out") as reader:
         name, first = next(iter((n, reader.pair(n)) for n in reader.shapes))

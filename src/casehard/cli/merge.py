@@ -32,7 +32,11 @@ BasisOption = Annotated[
 ]
 Tau = Annotated[float | None, typer.Option(help="Relative cut of small directions [default: 0.01].")]
 Protect = Annotated[
-    bool | None, typer.Option("--protect-safety", help="Project the user off the reinforcing update instead.")
+    bool | None,
+    typer.Option(
+        "--protect-safety/--protect-task",
+        help="Project the user off the reinforcing update, or that off the user as the paper does [default: safety].",
+    ),
 ]
 
 
@@ -46,9 +50,9 @@ def reinforce(
     user: User,
     reinforce: Reinforce,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Adapter folder to make.")],
-    c_user: Annotated[float | None, typer.Option(help="Weight of the user's update [default: 0.5].")] = None,
+    c_user: Annotated[float | None, typer.Option(help="Weight of the user's update [default: 1].")] = None,
     c_reinforce: Annotated[float | None, typer.Option(help="Weight of the reinforcing one [default: 0.5].")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Share of the overlap taken off, 0..1 [default: 0.1].")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Share of the overlap taken off, 0..1 [default: 1].")] = None,
     basis: BasisOption = None,
     form: Annotated[
         str | None,
@@ -72,7 +76,7 @@ def reinforce(
         "form": form,
         "tau": tau,
         "rank": rank,
-        "protect_safety": protect_safety or None,
+        "protect_safety": protect_safety,
     }
     settings = _settings(config, sets, flags)
     adapter, provider = _adapters(user, reinforce)
@@ -180,7 +184,7 @@ def search(
     """
     from casehard.maths.pareto import coefficient_grid
 
-    settings = _settings(config, sets, {"basis": basis, "tau": tau, "protect_safety": protect_safety or None})
+    settings = _settings(config, sets, {"basis": basis, "tau": tau, "protect_safety": protect_safety})
     for value, flag in ((model, "--model"), (suite, "--suite")):
         if not value:
             raise ConfigError(f"{flag} is missing", hint=f"give {flag}")

@@ -44,13 +44,14 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(Limited):
-    """How two adapters are merged."""
+    """How two adapters are merged. The defaults are ours, from docs/evidence/buffer_frontier.md: the whole of the
+    user's update, projected off the reinforcing one, and half of that."""
 
-    c_user: Coefficient = 0.5
+    c_user: Coefficient = 1.0
     """c_U of (5). Paper: 1/2."""
     c_reinforce: Coefficient = 0.5
     """c_R of (5). Paper: 1/2."""
-    alpha: Share = 0.1
+    alpha: Share = 1.0
     """Share of the overlap that is removed, 0..1. Paper: 0.1."""
     basis: BasisName = "output"
     """What is projected off. Paper: ``paper``, which invents directions when B_U has deficient rank."""
@@ -58,8 +59,8 @@ class MergeConfig(Limited):
     """``concat``: one portable adapter. ``absorb``: the user's rank, served beside the reinforcing adapter."""
     tau: Fraction = 1e-2
     """Relative cut: on eigenvalues of A A' for ``paper`` (published code), on singular values of B A otherwise."""
-    protect_safety: bool = False
-    """Project the user off the reinforcing update instead."""
+    protect_safety: bool = True
+    """Project the user off the reinforcing update. Paper: False, the reinforcing update is projected off the user."""
     rank: Rank | None = None
     """Cut the merged update to this rank, with the error reported; None: exact. ``concat`` only."""
 

@@ -40,10 +40,6 @@ USER = "default"
 """Name of the adapter that trains."""
 
 
-RECOMMENDED = MergeConfig(c_user=1.0, c_reinforce=0.5, alpha=1.0, protect_safety=True)
-"""The whole of the user's update, projected off the reinforcing one, and half of that."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class BufferReinforceConfig(Limited):
     """Settings of the customer's run. The ablations of the paper's Table 6 are combinations of the first three."""
@@ -52,7 +48,7 @@ class BufferReinforceConfig(Limited):
     """Attach the buffer while the user's adapter trains (B)."""
     reinforce: bool = True
     """Merge the reinforce adapter at the end (R); off leaves the user's adapter as trained."""
-    merge: MergeConfig = field(default_factory=lambda: RECOMMENDED)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     """Coefficients and basis of (2), taken as a whole; alpha = 0 is the merge without projection (no Q). The default is
     ours, from docs/evidence/buffer_frontier.md; preset ``paper`` has the paper's."""
     orthogonal_start: bool = False
@@ -72,7 +68,7 @@ class BufferReinforceConfig(Limited):
 PRESETS: dict[str, BufferReinforceConfig] = {
     "default": BufferReinforceConfig(),
     "paper": BufferReinforceConfig(
-        merge=MergeConfig(c_user=0.5, c_reinforce=0.5, alpha=0.1, basis="paper"),
+        merge=MergeConfig(c_user=0.5, c_reinforce=0.5, alpha=0.1, basis="paper", protect_safety=False),
     ),
     "buffer_only": BufferReinforceConfig(reinforce=False),
 }
