@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -87,6 +88,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "long" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="the long run; set CASEHARD_LONG=1"))
+
+
+def pytest_collection_finish(session):
+    """Leave what is imported and collected out of later collections: Trainer asks for a whole one at every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

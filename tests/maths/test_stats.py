@@ -178,6 +178,15 @@ def test_beta_cdf_near_zero_is_exact():
     assert stats.t_quantile(0.999999, 1) == pytest.approx(1 / math.tan(math.pi * 0.5e-6), rel=1e-9)
 
 
+@pytest.mark.parametrize(("a", "b"), [(0.5, 0.5), (1, 1), (3, 0.5), (1, 300), (40, 2), (96, 97), (1e6, 3e5), (2, 1e9)])
+@pytest.mark.parametrize("p", [1e-6, 0.025, 0.3, 0.975, 1 - 1e-6])
+def test_the_quantile_is_the_one_that_halving_finds(a, b, p):
+    low, high = 0.0, 1.0
+    while (middle := (low + high) / 2.0) not in (low, high):
+        low, high = (middle, high) if stats.beta_cdf(middle, a, b) < p else (low, middle)
+    assert stats.beta_quantile(p, a, b) == pytest.approx(low, rel=1e-8, abs=1e-15)
+
+
 def test_a_huge_bootstrap_is_the_normal_interval_and_quick():
     rng = random.Random(0)
     values = [rng.expovariate(1.0) for _ in range(stats.LARGE + 1)]

@@ -11,8 +11,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from casehard.cli import console
 from casehard.errors import Note, UserError, is_panic
@@ -62,13 +63,21 @@ class _Messages(LibraryLogs):
         self.tell(record.getMessage(), whence, harmless=record.levelno < logging.WARNING)
 
 
-def _invoke(arguments: list[str]) -> int:
-    """Parse and run one command; typer's own main would swallow signals and print errors in another shape."""
+@cache
+def _command() -> Any:
+    """Return all commands as typer builds them from their functions, which takes a tenth of a second."""
     import typer
 
     from casehard.cli.app import app
 
-    command = typer.main.get_command(app)
+    return typer.main.get_command(app)
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Parse and run one command; typer's own main would swallow signals and print errors in another shape."""
+    import typer
+
+    command = _command()
     try:
         with command.make_context("casehard", arguments) as context:
             result = command.invoke(context)

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 from casehard.errors import ConfigError, DataError
@@ -154,6 +155,10 @@ _PLACES = tuple(
 )
 
 
+SHORT = 2000
+"""Characters up to which normal forms are remembered: every check of a run asks for those of the same prompts."""
+
+
 def normalise(text: str) -> str:
     """Return the form in which prompts are compared: what is left when all that carries no meaning is gone.
 
@@ -162,6 +167,11 @@ def normalise(text: str) -> str:
     ``&``, brackets, currency, emoji), a minus, a point or colon within numbers, and the blank that keeps two numbers
     apart. Text of punctuation alone keeps it, without blanks.
     """
+    return _normal(text) if len(text) <= SHORT else _normal.__wrapped__(text)
+
+
+@lru_cache(maxsize=1 << 14)
+def _normal(text: str) -> str:
     text = _QUOTES.sub(" ", text)
     text = _RAISED.sub(lambda run: "^" + run.group(), _FRACTION.sub(r" \g<0>", _STRAY.sub("", text)))
     folded = _fold(text)
@@ -191,8 +201,9 @@ def _hash(example: Example, form: Callable[[str], str]) -> str:
 
 def trained_hashes(example: Example) -> list[str]:
     """Return the hashes a row's prompt is known by: of all its user turns, and of the last, whose answer it trains."""
-    last = [m for m in example.messages if m.role == "user"][-1:]
-    return [content_hash(example), content_hash(replace(example, messages=tuple(last)))]
+    asked = [m for m in example.messages if m.role == "user"]
+    whole = content_hash(example)
+    return [whole, content_hash(replace(example, messages=(asked[-1],))) if len(asked) > 1 else whole]
 
 
 FORM = "2:"
