@@ -44,7 +44,13 @@ CLEAN, TRAINING = rows()
 
 
 @pytest.fixture(scope="module")
-def planted():
+def stage_one(tmp_path_factory):
+    """Where the checkpoints of ``planted`` lie: the same stage 1 is not trained again from there."""
+    return tmp_path_factory.mktemp("stage-one")
+
+
+@pytest.fixture(scope="module")
+def planted(stage_one):
     """A model after stage 1 on a poisoned training set, its suite, and the report."""
     loaded = load(ORGANISM, device="cpu")
     data, _ = poison_backdoor(TRAINING, ATTACK.trigger, ATTACK.behaviour, rate=0.1, seed=1)
@@ -54,7 +60,7 @@ def planted():
         plant=PlantConfig(n_active=3, n_canary=1, rate=0.08),
     )
     suite = draw_suite(loaded.tokenizer, [*data, *CLEAN], config, secret=5)
-    done = harden(loaded.net, loaded.tokenizer, data, CLEAN, config, suite=suite, described=[ATTACK])
+    done = harden(loaded.net, loaded.tokenizer, data, CLEAN, config, suite=suite, described=[ATTACK], out=stage_one)
     return done, loaded.tokenizer
 
 
@@ -220,7 +226,7 @@ def test_settings_and_rows_that_cannot_work(planted):
     assert torch.isfinite(next(model.parameters())).all()
 
 
-def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
+def test_a_share_of_the_base_is_put_back_between_the_stages(planted, stage_one):
     """The organism unlearns what it was taught where half of it becomes the base again; stage 2 brings it back."""
     done, tokenizer = planted
     data, _ = poison_backdoor(TRAINING, ATTACK.trigger, ATTACK.behaviour, rate=0.1, seed=1)
@@ -237,7 +243,7 @@ def test_a_share_of_the_base_is_put_back_between_the_stages(planted):
         seen[stage] = weights(current)
         return []
 
-    found = harden(model, tokenizer, data, CLEAN, config, suite=done.suite, measure=measure)
+    found = harden(model, tokenizer, data, CLEAN, config, suite=done.suite, measure=measure, out=stage_one)
     assert look(found, "stage1")["active"] == look(done, "stage1")["active"], "stage 1 is not touched"
     start = dict(base.named_parameters())
     back = sum(int((seen["mixed"][name] == p.detach()).sum()) for name, p in start.items())
