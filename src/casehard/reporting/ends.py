@@ -72,7 +72,6 @@ def ends_part(view: View) -> dict[str, Any] | None:
         "heads": [view.titles[m] for m in means],
         "table": table,
         "against": next((d["title"] for d in view.defences if d["name"] == view.headline.get("against")), ""),
-        "plane": _plane(view, found),
         "over": OVER[view.occasion],
         "title": TITLES[view.occasion],
         "after": AFTER[view.occasion],
@@ -109,8 +108,13 @@ def _difference(entry: Mapping[str, Any] | None) -> str:
     return text + lost + ("; made no difference" if low <= 0 <= high else "")
 
 
-def _plane(view: View, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, str] | None:
-    """Return mean ASR against what the customer's task reached."""
+def ends_plane(view: View) -> dict[str, str] | None:
+    """Return mean ASR against what the customer's task reached, drawn.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    found = {(r["defence"], r["metric"]): r for r in view.summary.get("ends", []) if r["family"] == view.family}
     marks = []
     for d in view.defences:
         x, y = found.get((d["name"], "cacc" if view.plants else "fine_tunability")), found.get((d["name"], "asr"))

@@ -21,7 +21,7 @@ from casehard.io.files import write_text_atomic
 from casehard.io.stored import read
 from casehard.reporting import attack_search
 from casehard.reporting.card import write_cards
-from casehard.reporting.ends import canary_part, ends_part, telemetry_part
+from casehard.reporting.ends import canary_part, ends_part, ends_plane, telemetry_part
 from casehard.reporting.from_run_folders import summary_of_runs
 from casehard.reporting.legend import legend
 from casehard.reporting.markdown import bench_command, markdown
@@ -86,7 +86,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": verdict,
         "status": STATUS[verdict["status"]],
         "tiles": view.tiles(),
-        "ends": ends_part(view),
+        "ends": None if (ends := ends_part(view)) is None else {**ends, "plane": ends_plane(view)},
         "canaries": canary_part(view),
         "telemetry": telemetry_part(view),
         "attacks": [] if view.ends else view.attack_figures(),
