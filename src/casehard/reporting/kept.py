@@ -14,8 +14,8 @@ from casehard.errors import DataError
 from casehard.reporting.markdown import at_headline, by_base
 from casehard.reporting.page_data import View
 
-ABSOLUTE = re.compile(r"(?<![\w./])/[\w.~-]+/|(?<![A-Za-z])[A-Za-z]:\\")
-"""The beginning of a path from the root of a machine; not of a web address."""
+ABSOLUTE = re.compile(r"(?<![\w./~])/[\w.~-]|(?<![A-Za-z])[A-Za-z]:\\")
+"""The beginning of a path from the root of a machine; not ``and/or``, ``25 / 25`` or a web address."""
 ATTACK = ("attack", "mode", "share", "steps", "lr", "settings")
 COST = ("passes_ratio", "tokens_ratio", "ratio_to_sft", "workers")
 RATE = ("metric", "k", "n", "rate", "low", "high", "rates", "shared", "unreliable")
@@ -47,9 +47,7 @@ def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
         },
         **_only(summary, ("occasion", "verdicts", "ends", "canaries", "canary_agreement", "not_tested")),
         "breaks": _each(summary["breaks"], ("family", "defence", "attack", "metric", "runs", "median", "text")),
-        "costs": _each(
-            summary["costs"], ("family", "defence", "passes_ratio", "tokens_ratio", "ratio_to_sft", "workers")
-        ),
+        "costs": _each(summary["costs"], ("family", "defence", *COST)),
         "differences": [d for d in summary["differences"] if at_headline(plan.get("headline") or {}, d)],
         "failed": _each(summary["failed"], ("label", "message")),
         "provenance": {
