@@ -18,6 +18,8 @@ from casehard.benchmark.verdict import judged_at
 from casehard.config import to_dict
 from casehard.errors import ConfigError, UserError
 from casehard.reporting.ends import _difference
+from casehard.reporting.kept import kept
+from casehard.reporting.markdown import markdown
 from casehard.reporting.page import render
 
 DATA = "{base}/data/"
@@ -250,4 +252,5 @@ def test_the_page_shows_all_jobs_in_one_table(tmp_path: Path) -> None:
     assert "After the customers" in page
     assert "ASR, one by one" in page
     assert "Steps to break" not in page
+    assert markdown(kept(summary)) == markdown(summary)
     assert to_dict(made())["chain"] == ["aligned", "attack with defence"]

@@ -21,6 +21,8 @@ from casehard.errors import ConfigError
 from casehard.evaluation.metrics import TRIGGER_METRICS, find, scores
 from casehard.io.files import staged
 from casehard.maths.stats import clopper_pearson, t_quantile
+from casehard.reporting.kept import kept
+from casehard.reporting.markdown import markdown
 from casehard.reporting.page import render, write_report
 from casehard.steps import Attack, Chain
 
@@ -253,6 +255,7 @@ def test_a_defence_that_removes_deep_backdoors_meets_the_goals_and_the_merging_i
     assert {c["defence"]: c["tokens_ratio"] for c in summary["costs"]}["clean-sft"] == pytest.approx(1.0)
     mean = next(e for e in summary["ends"] if (e["defence"], e["metric"]) == ("mb", "asr"))
     assert mean["attacks"] == {"token": 0.0, "sentence": 0.0} and mean["difference"] < -0.5
+    assert markdown(kept(summary)) == markdown(summary)
 
 
 @pytest.mark.parametrize(

@@ -54,25 +54,34 @@ def ends_part(view: View) -> dict[str, Any] | None:
     found = {(r["defence"], r["metric"]): r for r in rows}
     one_by_one, others = PLANTED_METRICS if view.plants else METRICS
     heats = [h for metric in one_by_one if (h := _heat(view, found, metric)) is not None]
-    means = [m for m in others if any((d["name"], m) in found for d in view.defences)]
+    # Without what nobody measured, and what the tables of rates leave out: an accuracy over too few rows.
+    means = [
+        m for m in (*one_by_one, *others) if _told(view, m) and any((d["name"], m) in found for d in view.defences)
+    ]
     table = [
         {
             "title": d["title"],
-            "cells": [_mean(found.get((d["name"], m)), view.plants) for m in (*one_by_one, *means)],
+            "cells": [_mean(found.get((d["name"], m)), view.plants) for m in means],
             "difference": _difference(found.get((d["name"], "asr"))),
         }
         for d in view.defences
     ]
     return {
         "heats": heats,
-        "heads": [view.titles[m] for m in (*one_by_one, *means)],
+        "metrics": means,
+        "heads": [view.titles[m] for m in means],
         "table": table,
         "against": next((d["title"] for d in view.defences if d["name"] == view.headline.get("against")), ""),
-        "plane": _plane(view, found),
         "over": OVER[view.occasion],
         "title": TITLES[view.occasion],
         "after": AFTER[view.occasion],
     }
+
+
+def _told(view: View, metric: str) -> bool:
+    return any(
+        view.table.get(d["name"], a["name"], a.get("steps", 0), metric) for d in view.defences for a in view.attacks
+    )
 
 
 def _heat(view: View, found: Mapping[tuple[str, str], Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
@@ -99,8 +108,13 @@ def _difference(entry: Mapping[str, Any] | None) -> str:
     return text + lost + ("; made no difference" if low <= 0 <= high else "")
 
 
-def _plane(view: View, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, str] | None:
-    """Return mean ASR against what the customer's task reached."""
+def ends_plane(view: View) -> dict[str, str] | None:
+    """Return mean ASR against what the customer's task reached, drawn.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    found = {(r["defence"], r["metric"]): r for r in view.summary.get("ends", []) if r["family"] == view.family}
     marks = []
     for d in view.defences:
         x, y = found.get((d["name"], "cacc" if view.plants else "fine_tunability")), found.get((d["name"], "asr"))

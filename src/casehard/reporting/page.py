@@ -21,10 +21,10 @@ from casehard.io.files import write_text_atomic
 from casehard.io.stored import read
 from casehard.reporting import attack_search
 from casehard.reporting.card import write_cards
-from casehard.reporting.ends import canary_part, ends_part, telemetry_part
+from casehard.reporting.ends import canary_part, ends_part, ends_plane, telemetry_part
 from casehard.reporting.from_run_folders import summary_of_runs
 from casehard.reporting.legend import legend
-from casehard.reporting.markdown import markdown
+from casehard.reporting.markdown import bench_command, markdown
 from casehard.reporting.page_data import View, transcripts
 
 REPORT = "report.html"
@@ -86,7 +86,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": verdict,
         "status": STATUS[verdict["status"]],
         "tiles": view.tiles(),
-        "ends": ends_part(view),
+        "ends": None if (ends := ends_part(view)) is None else {**ends, "plane": ends_plane(view)},
         "canaries": canary_part(view),
         "telemetry": telemetry_part(view),
         "attacks": [] if view.ends else view.attack_figures(),
@@ -251,8 +251,7 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
         return target
     summary = bench_summary(places[0]) if kinds == ["bench"] else summary_of_runs(places)
     if target.suffix == ".md":
-        command = f"casehard bench plans/{summary['plan']['name'].replace('-', '_')}.yaml" if kinds == ["bench"] else ""
-        text = markdown(summary, command)
+        text = markdown(summary, bench_command(summary["plan"]) if kinds == ["bench"] else "")
     elif kinds == ["bench"]:
         text = render(summary, _rows(places[0], summary))
         write_cards(places[0], summary)

@@ -173,11 +173,11 @@ class View:
                 unit = f"{what}, relative to {title}"
                 svg = figures.bars(f"{self.family}-{key}", rows, unit=unit, described=f"{what}: {said}.")
                 took = key == "ratio_to_sft"
-                note = self._lanes() if took else ""
+                note = self.lanes() if took else ""
                 out.append({"title": what.capitalize(), "svg": svg, "note": note, "took": took})
         return out
 
-    def _lanes(self) -> str:
+    def lanes(self) -> str:
         """Say when models were trained beside each other, which wall times then show."""
         most = max((c.get("workers") or 1 for c in self._mine("costs")), default=1)
         if most < 2:
@@ -219,7 +219,9 @@ class View:
                 if found:
                     bound = percent(self.gates[f"{metric}_break"])
                     cells = [found.get(d["name"], "-") for d in self.defences]
-                    out.append({"attack": attack["title"], "what": f"{self.titles[metric]} > {bound}", "cells": cells})
+                    of = (attack["name"], metric)
+                    what = f"{self.titles[metric]} > {bound}"
+                    out.append({"of": of, "attack": attack["title"], "what": what, "cells": cells})
         return out
 
     def tables(self) -> list[dict[str, Any]]:
@@ -241,8 +243,8 @@ class View:
                     metric == "unscored" and not any(c and c["k"] for c in cells)
                 ):
                     label = f"{self.titles[metric]}, step {step}" if by_step else self.titles[metric]
-                    rows.append({"label": label, "cells": [cell(c) for c in cells]})
-        return {"title": title, "rows": rows}
+                    rows.append({"label": label, "metric": metric, "step": step, "cells": [cell(c) for c in cells]})
+        return {"title": title, "attack": attack, "rows": rows}
 
     def differences(self) -> list[dict[str, Any]]:
         """Return the paired differences of every claimed defence, one table per control, the headline's first."""
@@ -323,7 +325,7 @@ class View:
         ratios = [c["ratio_to_sft"] for c in self._mine("costs") if c["defence"] == ours and c.get("ratio_to_sft")]
         if ratios:
             reference = names.get(self.plan.get("reference", ""), "plain SFT")
-            other = f"of {reference}" + (", several runs at a time" if self._lanes() else "")
+            other = f"of {reference}" + (", several runs at a time" if self.lanes() else "")
             out.append({"title": "training time", "value": f"{median(ratios):.1f} x", "other": other, "took": True})
         return out
 
@@ -347,7 +349,7 @@ def facts(attack: Mapping[str, Any]) -> str:
 def cell(entry: Mapping[str, Any] | None) -> dict[str, str]:
     """Return a table cell: the rate, its interval, k/n and the range over runs."""
     if entry is None:
-        return {"rate": "-", "span": "", "count": "", "seeds": ""}
+        return {"rate": "-", "span": "", "count": "", "n": "", "seeds": ""}
     rates = entry["rates"]
     if entry["k"] is None:
         out = {"rate": f"{entry['rate']:.3f}", "span": f"{entry['low']:.3f} to {entry['high']:.3f}"}
@@ -355,6 +357,7 @@ def cell(entry: Mapping[str, Any] | None) -> dict[str, str]:
     else:
         out = {"rate": percent(entry["rate"]), "span": percents(entry["low"], entry["high"])}
         out["count"], over = f"{entry['k']}/{entry['n']}", f"runs {percents(min(rates), max(rates))}"
+    out["n"] = str(entry["n"])
     alone = "one model for all seeds" if entry["shared"] else "single seed"
     out["seeds"] = over if len(rates) > 1 else alone
     if entry.get("unreliable"):
