@@ -91,9 +91,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Leave what is imported and collected out of later collections: Trainer asks for a whole one at every run."""
+    """Leave what is imported and collected out of later collections: Trainer asks for a whole one at every run. Small
+    ones come rarely: Hypothesis has each of them call back."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

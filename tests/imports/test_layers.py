@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -159,7 +160,8 @@ def _is_typing(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def imports(path: Path, *, top_only: bool = False) -> set[str]:
+@functools.cache
+def imports(path: Path, *, top_only: bool = False) -> frozenset[str]:
     """Return the modules a file imports; ``top_only`` leaves out those inside functions or TYPE_CHECKING."""
     found: set[str] = set()
 
@@ -175,7 +177,7 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
             visit(child, inside)
 
     visit(ast.parse(path.read_text(encoding="utf-8")), False)
-    return found
+    return frozenset(found)
 
 
 def ours(path: Path) -> set[str]:
