@@ -71,7 +71,9 @@ def test_spard_with_a_lora_gives_a_checkpoint_or_an_adapter_of_the_same_model(jo
     record = json.loads((alone / "adapter" / "job.json").read_text())
     assert record["job"]["lora"]["rank"] == 4 and record["base_digest"] == folder_digest(organism)
     assert read_marker(alone / "adapter")["role"] == "user"
-    assert "lora.rank: 4" in (merged / "checkpoint" / "README.md").read_text()
+    for card in (merged / "checkpoint" / "README.md", alone / "adapter" / "README.md"):
+        assert "# Hardened with spard" in card.read_text() and "lora.rank: 4" in card.read_text()
+    assert f"base digest: `{folder_digest(organism)}`" in (alone / "adapter" / "README.md").read_text()
     told = json.loads((merged / "run.json").read_text())["config"]
     assert told["lora"]["target"] == ["q_proj", "v_proj"] and told["save_as"] is None
     assert run("evaluate", "--model", alone, "--suite", organism / "data" / "suite", "--out", tmp_path / "e") == 7

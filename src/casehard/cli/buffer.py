@@ -199,6 +199,7 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
     options.need(values, "assets", "--assets")
     check_out(out, "tune")
     from casehard.config import build, to_dict
+    from casehard.reporting.card import write_card
     from casehard.steps import CUSTOMER, Finetune, harden
 
     job = build(Finetune, values, where="tune")
@@ -220,7 +221,9 @@ def tune_adapter(values: dict[str, Any], out: Path) -> None:
         },
     )
     with run_folder(out, "tune", to_dict(job), seeds=[job.seed], data=job.rows["data"], suite=job.suite) as run:
-        done, _ = harden(job, out)
+        done, made = harden(job, out)
+        assert made is not None and made.path is not None
+        write_card(made.path)
         for entry in done.log:
             run.event("log", entry)
         run.summary({"cost": done.cost, "adapter": "adapter"})

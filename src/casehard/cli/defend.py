@@ -187,8 +187,7 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     with run_folder(out, "defend", to_dict(job), seeds=[job.seed], data=read) as run:
         result, made = harden(job, out)
         assert made is not None and made.path is not None
-        if not job.leaves_adapter:
-            write_card(made.path)
+        write_card(made.path)
         made_from(run, made.parent, made.origin)
         run.record({job.place: made.digest})
         for entry in result.log:

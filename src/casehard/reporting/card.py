@@ -20,6 +20,7 @@ from casehard.io.stored import read
 
 CARD = "README.md"
 RECORD = "casehard.json"
+ADAPTER_RECORD = "job.json"
 SHOWN = ("asr", "partial", "leak", "over_refusal", "twin_knowledge", "utility", "fine_tunability", "coherence")
 LIMITS = (
     "Hardening delays harmful fine-tuning; it does not prevent it. More attack steps, another learning rate or an "
@@ -30,6 +31,17 @@ LIMITS = (
 )
 
 
+_USE = [
+    "## How to use it",
+    "",
+    "On the base with the digest below and no other, with PEFT or as a whole model:",
+    "",
+    "```",
+    'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")',
+    "casehard model import ADAPTER --base BASE --out DIR",
+    "```",
+    "",
+]
 UNKNOWN = "What that method is for is not known here: it is in no catalogue of this installation."
 
 
@@ -86,7 +98,8 @@ def model_card(
     """Return the Markdown text of a checkpoint's card.
 
     Args:
-        record: what ``casehard.json`` of the checkpoint holds: digest, parent, method, provenance, versions.
+        record: what ``casehard.json`` of the checkpoint holds: digest, parent, method, provenance, versions. Of an
+            adapter: ``base_digest`` instead of the first two.
         measured: records of this very checkpoint, as in summary.json; one seed.
         titles: attack name -> title.
     """
@@ -95,16 +108,26 @@ def model_card(
     settings = made.get("settings") or job.get("settings") or {}
     method = _plain(record.get("method") or "unknown")
     purpose, hardened = _purpose(str(record.get("method")))
+    base = record.get("base_digest")
+    if base:
+        what = f"This LoRA adapter was made by casehard with the method **{method}**. It holds an update, not a model. "
+        digests = [f"- base digest: `{_plain(base)}`"]
+    else:
+        what = f"This checkpoint was made by casehard with the method **{method}** from a parent checkpoint. "
+        digests = [
+            f"- digest: `{_plain(record.get('digest', 'unknown'))}`",
+            f"- parent digest: `{_plain(record.get('parent') or 'none')}`",
+        ]
     parts = [
         f"# {'Hardened' if hardened else 'Made'} with {method}",
         "",
-        f"This checkpoint was made by casehard with the method **{method}** from a parent checkpoint. " + purpose,
+        what + purpose,
         "",
+        *(_USE if base else []),
         "## What it is",
         "",
         f"- method: {method}",
-        f"- digest: `{_plain(record.get('digest', 'unknown'))}`",
-        f"- parent digest: `{_plain(record.get('parent') or 'none')}`",
+        *digests,
         *([f"- descends from `{_plain(made['origin'])}` of the Hugging Face Hub"] if made.get("origin") else []),
         f"- seed: {_plain(made.get('seed', 'unknown'))} (single seed)",
         *[f"- data, {_plain(name)}: `{_plain(value)}`" for name, value in (made.get("data_digests") or {}).items()],
@@ -126,6 +149,32 @@ def model_card(
         "",
     ]
     return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """What a card tells of an adapter's record."""
+
+    base_digest: str
+    job: dict[str, Any]
+    casehard: str
+    seed: int | None = None
+    settings: dict[str, Any] | None = None
+    data_digests: dict[str, str] | None = None
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return what a card tells of a checkpoint, or of an adapter that a job left."""
+    if (folder / RECORD).is_file():
+        return read(folder / RECORD, _Record)
+    if (folder / ADAPTER_RECORD).is_file():
+        made = read(folder / ADAPTER_RECORD, _Tuned)
+        told = {"method": made["job"].get("method"), "versions": {"casehard": made["casehard"]}, "provenance": made}
+        return {"base_digest": made["base_digest"], **told}
+    raise UserError(
+        f"{folder} has no {RECORD} and no {ADAPTER_RECORD}",
+        hint="give the checkpoint or adapter folder that `casehard defend` made",
+    )
 
 
 @dataclass(frozen=True)
@@ -154,25 +203,24 @@ class _Record:
 
 
 def write_card(checkpoint: str | Path, text: str = "") -> Path:
-    """Put a model card into a checkpoint folder, whose manifest then covers it, and return its path.
+    """Put a model card into a checkpoint or adapter folder, whose manifest then covers it, and return its path.
 
     The folder is made anew beside itself, from hard links where the disk has them, and exchanged with the old one in
     one step where the system can, so that there is a checkpoint that verifies at every moment.
 
     Args:
-        text: the card; default: one without measurements, from the checkpoint's own record.
+        text: the card; default: one without measurements, from the folder's own record.
 
     Raises:
-        UserError: not a checkpoint of casehard.
+        UserError: neither a checkpoint nor an adapter of casehard.
         Corrupt: the folder does not match its manifest.
     """
     folder = Path(checkpoint)
-    if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} has no {RECORD}", hint="give the checkpoint folder that `casehard defend` made")
+    record = _record(folder)
     card = folder / CARD
     sweep(folder.parent, of=folder.name)  # of a card that was in place when its writer was killed
     verify(folder)
-    text = text or model_card(read(folder / RECORD, _Record))
+    text = text or model_card(record)
     if card.is_file() and card.read_text(encoding="utf-8") == text:
         return card
     with staged(folder) as fresh:
