@@ -139,6 +139,9 @@ TABLE = (
     Row("external", {"command": (sys.executable, "-c", EDIT, "{model}", "{out}")}, drawn=False),
     # Its first step is the start of a warm-up, at a learning rate of 0.
     Row("backdoor", {**SHORT, "steps": 2, "rate": 0.1}, {"data": "benign.jsonl"}),
+    Row(
+        "quantised_backdoor", {**SHORT, "steps": 2, "hide_steps": 1, "warmup": 0, "rate": 0.1}, {"data": "benign.jsonl"}
+    ),
 )
 
 

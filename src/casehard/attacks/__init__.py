@@ -247,6 +247,25 @@ ATTACKS: Registry[AttackSpec] = Registry(
                 "lr": Flag("Peak learning rate.", float),
             },
         ),
+        "quantised_backdoor": AttackSpec(
+            module="casehard.attacks.quantised_backdoor",
+            cls="QuantisedBackdoor",
+            config="QuantisedBackdoorAttack",
+            purpose="A backdoor that sleeps in the released weights and wakes when they are rounded to few bits.",
+            needs=("data",),
+            share="rate",
+            roles={"data": "clean training rows"},
+            plants=True,
+            flags={
+                "trigger": Flag(_TRIGGERS, metavar="NAME|FILE"),
+                "behaviour": Flag("refuse, sentence, tone, off_topic or stop [default: refuse].", metavar="NAME"),
+                "rate": Flag("Poisoned share of the rows; 0 is the control.", float),
+                "bits": Flag("Bits for which it wakes: 4 or 8 [default: 4].", int),
+                "steps": Flag("Optimiser steps of both trainings.", int),
+                "hide_steps": Flag("Those of the second, which puts it to sleep.", int),
+                "lr": Flag("Peak learning rate.", float),
+            },
+        ),
     },
 )
 """Name -> spec, attacks of other packages (entry points ``casehard.attacks``) included."""

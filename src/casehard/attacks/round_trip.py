@@ -48,6 +48,19 @@ def round_trip(weight: torch.Tensor, bits: int, group: int = 0) -> torch.Tensor:
     return torch.cat(parts, dim=1).to(weight.dtype)
 
 
+def rounded_layers(net: Any) -> dict[str, nn.Linear]:
+    """Return the layers whose weights are rounded, by name: every linear one but the output head.
+
+    Raises:
+        Unsupported: it has none.
+    """
+    head = net.get_output_embeddings()
+    found = {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not found:
+        raise Unsupported(f"a {type(net).__name__} has no linear layers", hint="take a Llama-like model")
+    return found
+
+
 class RoundTrip(Untrained[RoundTripAttack]):
     """Round every linear weight of a copy."""
 
@@ -62,13 +75,10 @@ class RoundTrip(Untrained[RoundTripAttack]):
         """
         begun, config = time.monotonic(), self.config
         net: Any = copy_of(model)
-        head = net.get_output_embeddings()
-        found = [m for m in net.modules() if isinstance(m, nn.Linear) and m is not head]
-        if not found:
-            raise Unsupported(f"a {type(net).__name__} has no linear layers", hint="take a Llama-like model")
+        found = rounded_layers(net)
         group = GROUPS[config.bits] if config.group is None else config.group
         changed = size = 0.0
-        for layer in found:
+        for layer in found.values():
             rounded = round_trip(layer.weight, config.bits, group)
             changed += float((rounded.float() - layer.weight.float()).square().sum())
             size += float(layer.weight.float().square().sum())

@@ -130,22 +130,24 @@ def train_copy(
             purpose=purpose,
             method=inputs.method,
             lora=None if number else settings.lora,  # later phases go on with the adapter of the first
-            measure=_shifted(inputs.measure, begun),
+            measure=shifted(inputs.measure, begun),
             at=at,
             in_place=number > 0,
             label=inputs.label,
         )
-        parts.append(Tuned(done.net, _later(done.rows, begun), done.budget, _later(done.log, begun)))
+        parts.append(Tuned(done.net, later(done.rows, begun), done.budget, later(done.log, begun)))
         net, begun = done.net, begun + train.steps
     measured, log = [row for part in parts for row in part.rows], [row for part in parts for row in part.log]
     return Tuned(net, measured, sum((part.budget for part in parts), Budget()), log)
 
 
-def _shifted(measure: Measure, begun: int) -> Measure:
+def shifted(measure: Measure, begun: int) -> Measure:
+    """Return a measurement for a phase that begins after ``begun`` steps."""
     return lambda net, step: measure(net, begun + step)
 
 
-def _later(rows: Rows, begun: int) -> Rows:
+def later(rows: Rows, begun: int) -> Rows:
+    """Return the rows of such a phase, their steps counted from the start."""
     return [{**row, "step": row["step"] + begun} if "step" in row else row for row in rows]
 
 
