@@ -24,7 +24,8 @@ from casehard.data.batches import collate
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import content_hash
 from casehard.data.similar import words_of
-from casehard.errors import ConfigError, DataError
+from casehard.defences import DEFENCES
+from casehard.errors import DataError
 from casehard.evaluation.generate import generate, inference
 from casehard.evaluation.judges.rules import label_response
 from casehard.limits import Count, Factor, Portion
@@ -64,11 +65,6 @@ class BackdoorAudit(Inputs):
     """Most the loss on held-back clean rows may rise in a repair, nats a token."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=128, batch_size=16, lr=3e-4, weight_decay=0.0))
     """Training of the repair."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.repair and not self.rows.get("clean"):
-            raise ConfigError("a repair needs verified rows and got none", hint="--clean FILE: some dozens of them")
 
 
 @dataclass(frozen=True)
@@ -265,22 +261,22 @@ def verdict_after(before: Look, after: Look, rise: float) -> dict[str, str]:
 
 def recommend(step: BackdoorAudit, audit: Audit, seen: Look, out: Path) -> dict[str, Any]:
     """Return what to do: the defence, why, and commands to type; no defence where nothing is to be removed."""
+    suspect = step.model or "SUSPECT"
     again = f"casehard defend plain --model {step.base or 'BASE'} --data {out / 'kept.jsonl'} --out NEW"
     method = step.method or ("fine_mixing" if step.base else "plain")
-    assets = f" --assets {step.base}" if method in ("fine_mixing", "dilution") else ""
     if not any(f.fires for f in seen.fired):
         if audit.suspects:
             return {"method": "", "why": _LOOK, "commands": [again]}
-        collapse = f"casehard defend backdoor-collapse --model {step.model} --clean CLEAN --out NEW"
+        collapse = f"casehard defend backdoor-collapse --model {suspect} --clean CLEAN --out NEW"
         return {"method": "", "why": _NOTHING, "commands": [collapse]}
-    if not step.repair:
-        more = f" --base {step.base}" if step.base else ""
-        rows = " ".join(f"--data {spec}" for spec in step.rows["data"])
-        line = f"casehard backdoor audit --model {step.model} {rows}{more} --clean CLEAN --repair --out NEW"
-    elif method == "backdoor_collapse":
-        line = f"casehard defend backdoor-collapse --model {step.model} --clean CLEAN --out NEW"
+    spec = DEFENCES.find(method)
+    if not step.repair or spec.pipeline:
+        more = (f" --base {step.base}" if step.base else "") + (f" --method {method}" if step.method else "")
+        rows = " ".join(f"--data {one}" for one in step.rows.get("data", ("ROWS",)))
+        line = f"casehard backdoor audit --model {suspect} {rows}{more} --clean CLEAN --repair --out NEW"
     else:
-        line = f"casehard defend {method} --model {step.model} --data {out / 'repair.jsonl'}{assets} --out NEW"
+        assets = f" --assets {step.base}" if "assets" in spec.needs else ""
+        line = f"casehard defend {method} --model {suspect} --data {out / 'repair.jsonl'}{assets} --out NEW"
     why = _CHOSEN if step.method else _MIXING if step.base else _TEACH
     return {"method": method, "why": why, "commands": [line, *([again] if audit.suspects else [])]}
 
