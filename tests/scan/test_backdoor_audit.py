@@ -82,13 +82,16 @@ def test_the_recommendation_names_a_defence_only_where_something_fires():
     planted, plain, out = audit_data(rows(10)), audit_data(rows(0)), Path("run")
     step = BackdoorAudit(model="M", rows={"data": ("r.jsonl",)})
     told = recommend(step, planted, looked(True), out)
-    assert told["method"] == "plain" and "--repair" in told["commands"][0] and "kept.jsonl" in told["commands"][1]
+    lines = [command["line"] for command in told["commands"]]
+    assert told["method"] == "plain" and "--repair" in lines[0] and "kept.jsonl" in lines[1]
+    chosen = recommend(dataclasses.replace(step, method="crow"), planted, looked(True), out)
+    assert "--method crow" in chosen["commands"][0]["line"] and "BASE" in chosen["commands"][1]["line"]
     based = BackdoorAudit(model="M", base="B", rows={"data": ("r.jsonl",), "clean": ("c.jsonl",)}, repair=True)
     told = recommend(based, planted, looked(True), out)
-    assert told["method"] == "fine_mixing" and "--assets B" in told["commands"][0]
+    assert told["method"] == "fine_mixing" and "--assets B" in told["commands"][0]["line"]
     assert recommend(step, planted, looked(False), out)["method"] == ""
     told = recommend(step, plain, looked(), out)
-    assert told["method"] == "" and "backdoor-collapse" in told["commands"][0]
+    assert told["method"] == "" and "backdoor-collapse" in told["commands"][0]["line"]
 
 
 def test_what_is_taught_has_each_clean_row_and_a_triggered_copy_with_its_own_answer():

@@ -106,8 +106,8 @@ def _tell(found: dict[str, Any], out: Path) -> None:
         if lines:
             console.table(f"{name}: triggers tried", ["trigger", "from", "with it", "without", "fires"], lines)
     console.say(found["advice"]["why"])
-    for line in found["advice"]["commands"]:
-        console.say(f"  {line}")
+    for command in found["advice"]["commands"]:
+        console.say(f"{command['does']}\n  {command['line']}")
     if (out / "checkpoint").exists():
         console.made("repaired model", out / "checkpoint")
     console.made("page", out / "report.html")
