@@ -14,6 +14,7 @@ from casehard.cli import main
 from casehard.data import sources
 from casehard.defences import DEFENCES
 from casehard.errors import ConfigError, DataError
+from casehard.scan import audit_run
 from casehard.scan.audit import audit_data
 from casehard.scan.audit_run import check, repairing
 from casehard.scan.backdoor_audit import (
@@ -22,6 +23,7 @@ from casehard.scan.backdoor_audit import (
     Look,
     Suspect,
     divided,
+    look,
     recommend,
     repair_rows,
     suspects_of,
@@ -176,3 +178,16 @@ def test_rows_and_models_may_be_in_memory_and_what_was_attacked_stays_there(susp
     assert ch.audit(suspect, data=rows(0), settings=QUICK, out=tmp_path / "two").model is None
     with pytest.raises(ConfigError, match="already holds a finished"):
         ch.audit(suspect, data=rows(0), settings=QUICK, out=out)
+
+
+def test_a_model_in_which_a_trigger_still_fires_is_not_written(suspect, tmp_path, monkeypatch):
+    def always(*given):
+        seen = look(*given)
+        return dataclasses.replace(seen, fired=tuple(dataclasses.replace(f, fires=True) for f in seen.fired))
+
+    monkeypatch.setattr(audit_run, "look", always)
+    given = {"data": rows(10), "clean": WORLD / "data" / "benign.jsonl", "settings": QUICK, "train": STEPS}
+    found = ch.audit(suspect, repair=True, out=tmp_path / "out", **given)
+    assert (found.verdict, found.repaired) == ("BACKDOOR FOUND", "REMAINS") and not found.model.may_leave
+    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert "left a trigger alive" in (tmp_path / "out" / "report.html").read_text()

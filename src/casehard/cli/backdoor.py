@@ -107,7 +107,8 @@ def _tell(found: dict[str, Any], out: Path) -> None:
             console.table(f"{name}: triggers tried", ["trigger", "from", "with it", "without", "fires"], lines)
     console.say(found["advice"]["why"])
     for command in found["advice"]["commands"]:
-        console.say(f"{command['does']}\n  {command['line']}")
+        console.say(command["does"])
+        console.say(f"  {command['line']}")
     if (out / "checkpoint").exists():
         console.made("repaired model", out / "checkpoint")
     console.made("page", out / "report.html")

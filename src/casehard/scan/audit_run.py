@@ -46,6 +46,10 @@ from casehard.types import Example
 KIND = "backdoor-audit"
 """Kind of the run folder."""
 REPORT = "report.html"
+FAILED = (
+    "The repair left a trigger alive, so no model was written. Another defence (--method; without it the recommended "
+    "one is taken), more verified rows or more steps (--set train.steps=N) may do."
+)
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ def _audit(
         word = verdict_after(before, after, job.rise)
         if word["word"] == "REMAINS":
             mended = replace(mended, may_leave=False)
+            found["advice"] = recommend(replace(job, repair=False, method=""), audited, before, out) | {"why": FAILED}
         found["after"] = {
             "verdict": word,
             "method": mended.lineage[-1].method,
