@@ -14,7 +14,7 @@ from casehard.benchmark.graph import Matrix
 from casehard.benchmark.lookup import Table
 from casehard.benchmark.plan import Plan
 from casehard.benchmark.planted import canaries, canary_agreement, planted_verdict
-from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool
+from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool, public_scores
 from casehard.benchmark.store import read_rows
 from casehard.benchmark.verdict import harm_not_counted, make_controls, make_verdict, without_harm
 from casehard.config import to_dict
@@ -279,6 +279,7 @@ def summarise(
         "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
         "rows_seen_in_training": known,
         "spent": attackers_spent(matrix, done),
+        "public": public_scores(matrix, done),
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in left_out for line in some if line)],
         "nodes": _nodes(matrix, done),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from casehard.reporting.ends import canary_part, ends_part
+from casehard.reporting.ends import canary_part, ends_part, public_part
 from casehard.reporting.page_data import View
 
 Rows = Iterable[Sequence[Any]]
@@ -83,6 +83,9 @@ def _steps(view: View) -> list[str]:
         out += [f"**{_plain(table['title'])}**", ""]
         rows = [[r["label"], *(_rate(c) for c in r["cells"])] for r in table["rows"]]
         out += table_lines(["", *titles], rows)
+    if public := public_part(view):
+        rows = [[r["title"], *(_spanned(c) for c in r["cells"])] for r in public["rows"]]
+        out += ["**Public benchmarks, before any attack**", "", *table_lines(["", *public["heads"]], rows)]
     return out
 
 
