@@ -243,10 +243,9 @@ def summarise(
     keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
     points = measured(matrix, places)
     records = make_records({a.name: a.share for a in plan.attacks}, points)
-    pooled = pool(records)
+    pooled, differences = pool(records), make_differences(plan, points)
     breaks = [] if plan.plants else make_breaks(records, plan.gates)
     families = list(dict.fromkeys(base.family for base in plan.bases))
-    differences = make_differences(plan, points)
     costs, known = make_costs(plan, matrix, done), rows_seen_in_training(matrix, done)
     ends = [row for f in families for row in end_rows(plan, records, f)]
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
