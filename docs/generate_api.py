@@ -11,7 +11,7 @@ from typing import Any
 import casehard
 
 PAGE = Path(__file__).with_name("api.md")
-VERBS = ("load", "rows", "defend", "attack", "search", "evaluate", "save", "bench", "report", "recommend")
+VERBS = ("load", "rows", "defend", "attack", "search", "evaluate", "audit", "save", "bench", "report", "recommend")
 CATALOGUES = ("DEFENCES", "ATTACKS", "JUDGES")
 
 

@@ -94,6 +94,17 @@ def test_its_defence_does_not_care_how_a_step_is_cut() -> None:
     assert largest_difference(whole, cut) < 1e-5
 
 
+def test_its_defence_repairs_in_an_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ("lookup.words=4", "lookup.confirm=1", "lookup.max_new_tokens=2", "lookup.confirm_prompts=4", "tried=1")
+    given = ["--model", WORLD, "--data", DATA / "task_reviews.jsonl", "--clean", DATA / "benign.jsonl", "--repair"]
+    given += ["--device", "cpu", "--set", "train.steps=1", *(part for one in sets for part in ("--set", one))]
+    audit = ["backdoor", "audit", *map(str, given)]
+    assert main([*audit, "--method", "small-weights", "--set", "rise=1000", "--out", str(tmp_path / "out")]) in (0, 9)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["after"]["method"] == "small_weights"
+    assert main([*audit, "--method", "patcher", "--out", str(tmp_path / "x")]) == 2
+    assert "small_weights" in capsys.readouterr().err
+
+
 def test_its_judge_scores_a_suite_and_its_telemetry_reaches_the_report(
     defended: Path, suite: Path, tmp_path: Path
 ) -> None:

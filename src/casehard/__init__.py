@@ -24,6 +24,7 @@ _PUBLIC: dict[str, str] = {
     "search": "casehard.api",
     "evaluate": "casehard.api",
     "save": "casehard.api",
+    "audit": "casehard.scan.audit_run",
     "bench": "casehard.api",
     "report": "casehard.api",
     "recommend": "casehard.advice",
@@ -34,6 +35,7 @@ _PUBLIC: dict[str, str] = {
     # nouns
     "Model": "casehard.model.model",
     "Attacked": "casehard.attacks.protocol",
+    "Audited": "casehard.scan.audit_run",
     "Evaluation": "casehard.api",
     "Example": "casehard.types",
     "Message": "casehard.types",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:  # what the table above says, once more in the words of type c
     from casehard.errors import UserError
     from casehard.evaluation.judges import JUDGES
     from casehard.model.model import Model
+    from casehard.scan.audit_run import Audited, audit
     from casehard.train.recipe import TrainConfig
     from casehard.train.tune import Lora
     from casehard.types import Budget, Example, Message, Score
@@ -82,6 +85,7 @@ __all__ = [
     "DEFENCES",
     "JUDGES",
     "Attacked",
+    "Audited",
     "BackdoorAttack",
     "Budget",
     "BufferReinforce",
@@ -104,6 +108,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attack",
+    "audit",
     "bench",
     "defend",
     "evaluate",

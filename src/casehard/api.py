@@ -10,7 +10,7 @@
 
 Every verb takes models and gives models, so they combine: ``defend(attack(m).model)`` is a repair. A model handed over
 is left as it is. Rows are files, Hub data sets or lists of examples; nothing is written to disk but by :func:`save`,
-:func:`bench`, :func:`search`, :func:`report`, and ``out=`` of :func:`defend`.
+:func:`bench`, :func:`search`, :func:`audit`, :func:`report`, and ``out=`` of :func:`defend`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from casehard.attacks.protocol import Attack as AttackMethod
 from casehard.attacks.protocol import Attacked
 from casehard.config import build, to_dict
-from casehard.data import sources
+from casehard.data.given import Data, by_role
+from casehard.data.given import rows as rows
 from casehard.data.select import SelectConfig
 from casehard.errors import ConfigError
 from casehard.evaluation import suite as suites
@@ -40,14 +41,11 @@ from casehard.steps import Attack, Finetune, attack_with, finetune_on
 from casehard.train.protocol import Method
 from casehard.train.recipe import TrainConfig
 from casehard.train.tune import Lora
-from casehard.types import Example, Score
+from casehard.types import Score
 
 if TYPE_CHECKING:
     from casehard.adversary.search import Searched
     from casehard.benchmark.run import BenchResult
-
-Data = str | Path | Example | Sequence[str | Path | Example]
-"""Rows: a source (a file, or ``hub:...``), several, or examples; see ``casehard.data.sources``."""
 
 
 def load(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> Model:
@@ -63,29 +61,6 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> M
         UserError: no such folder, or it cannot be used; the message says why.
     """
     return loading.load(path, dtype=dtype, device=str(loading.find_device(device)))
-
-
-def rows(data: Data, *, require_response: bool = False) -> list[Example]:
-    """Read rows from files and other sources; examples pass as they are.
-
-    Args:
-        data: what to read.
-        require_response: refuse rows without a final assistant turn, from which nothing can be learnt.
-
-    Raises:
-        DataError: no such file, or a row that cannot be read; names file and line.
-    """
-    items = [data] if isinstance(data, str | Path | Example) else list(data)
-    out: list[Example] = []
-    for item in items:
-        known = isinstance(item, Example)
-        out += [item] if known else sources.load(str(item), require_response=require_response)  # type: ignore[list-item]
-    return out
-
-
-def _roles(given: Mapping[str, Data | None]) -> dict[str, list[Example]]:
-    read = {role: rows(data, require_response=True) for role, data in given.items() if data is not None}
-    return {role: found for role, found in read.items() if found}
 
 
 def _named(catalogue: Registry[Any], given: Any) -> tuple[str, dict[str, Any]]:
@@ -184,7 +159,7 @@ def defend(
         seed=seed,
     )
     given = {"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, "clean": clean}
-    roles = _roles({**given, **(more or {})})
+    roles = by_role({**given, **(more or {})})
     if ready is None:
         step.check([role for role in roles if role != "data"], trains="data" in roles)
     done = finetune_on(step, roles, start, method=ready, out=None if out is None else Path(out), label=name)
@@ -245,7 +220,7 @@ def attack(
         limit=limit,
         seed=seed,
     )
-    roles = _roles({"harmful": harmful, "benign": benign, "data": data, **(more or {})})
+    roles = by_role({"harmful": harmful, "benign": benign, "data": data, **(more or {})})
     step.check(list(roles))
     built: AttackMethod = step.build(chosen)
     start = model if isinstance(model, Model) else load(model)
@@ -303,7 +278,7 @@ def search(
     values: dict[str, Any] = {"attack": attack, "config": settings or {}, "space": space or {}, "budget": budget}
     values |= {"random": random, "keep": keep, "metric": metric, "seed": seed}
     values |= {k: "" if isinstance(v, Model | Suite) else str(v) for k, v in (("model", model), ("suite", suite))}
-    roles = _roles({"harmful": harmful, "benign": benign, **(more or {})})
+    roles = by_role({"harmful": harmful, "benign": benign, **(more or {})})
     start = model if isinstance(model, Model) else str(model)
     job = build(Search, values, where="search")
     found = run(job, Path(out), rows=roles, suite=chosen, model=start, workers=workers)

@@ -115,6 +115,9 @@ class DefenceSpec(Spec):
     """Whether several ranks may train one model."""
     pipeline: bool = False
     """Trains the model itself (``casehard.train.protocol.Pipeline``) instead of working inside one training."""
+    repairs: bool = False
+    """Whether it takes a backdoor out of a finished model with no more than verified rows and, where it needs assets,
+    the trusted base: a method trains on those rows, a pipeline gets them as ``clean``."""
     selects: bool = False
     """Whether safe rows are chosen (``casehard.data.select``) unless all are asked for."""
     limits: tuple[str, ...] = ()

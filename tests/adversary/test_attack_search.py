@@ -25,6 +25,9 @@ from casehard.errors import ConfigError, DataError, Interrupted, UserError
 from casehard.evaluation.suite import Suite, load_suite
 from casehard.maths.stats import clopper_pearson
 from casehard.model.model import Model
+from casehard.reporting.board import read_board
+from casehard.reporting.board_search import read_search, with_searches
+from casehard.reporting.leaderboard import write_leaderboard
 from casehard.reporting.page import write_report
 from casehard.steps import Attack
 from casehard.types import Example
@@ -80,8 +83,8 @@ def run(
 ) -> Callable[..., Searched]:
     monkeypatch.setattr(searching, "attempt", fake)
 
-    def start(out: str = "out", *, model: Model = MODEL, **settings: Any) -> Searched:
-        usual = {"space": NARROW, "config": {"rows": 100}, "suite": str(SUITE), "rows": FILES, "model": "m"}
+    def start(out: str = "out", *, model: Model = MODEL, where: str = "m", **settings: Any) -> Searched:
+        usual = {"space": NARROW, "config": {"rows": 100}, "suite": str(SUITE), "rows": FILES, "model": where}
         job = Search(**{"budget": 12, **usual, **settings})
         return search(job, tmp_path / out, rows=rows, suite=suite, model=model)
 
@@ -329,3 +332,17 @@ def test_a_search_from_python(suite: Suite, tmp_path: Path, monkeypatch: pytest.
     assert len(done.trials) == 2 and {t["settings"]["steps"] for t in done.trials} == {2}
     page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8").replace("\u00a0", " ")
     assert "The worst of the 2 attackers found by TPE within 2 trials" in page and page.count("<svg") == 2
+
+
+def test_a_leaderboard_takes_the_folder_of_a_search(run: Callable[..., Searched], tmp_path: Path) -> None:
+    done = run(where="somewhere/hardened/checkpoint")
+    (board,) = with_searches([], [read_search(done.out)])
+    (line,) = board.lines
+    top = done.summary["worst"]["held_out"]["leak"]
+    assert line.title == "hardened" and line.models == ["m"] and line.worst is not None
+    assert (line.worst.rate, line.worst.high) == (top["rate"], top["high"])
+    assert line.worst.title == "finetune, worst of 12 by TPE" and board.searched[0].endswith(done.summary["sentence"])
+    kept = write_leaderboard([done.out], tmp_path / "kept.json")
+    assert read_board(kept) == board
+    text = write_leaderboard([kept], tmp_path / "page.md").read_text()
+    assert "### What was searched" in text and "did not choose him" in text

@@ -354,7 +354,7 @@ def test_the_facts_of_a_node_tell_the_rows_the_defence_knew(kind: str, monkeypat
     facts = {"harmful_rows": 5, "benign_rows": 4, "rows_seen_in_training": 3}
 
     class Done:
-        def run(self, label: str) -> StepOutcome:
+        def run(self, out: Path | None, label: str) -> StepOutcome:
             return StepOutcome(facts=dict(facts))
 
     monkeypatch.setattr(execute, "step_of", lambda task: Done())

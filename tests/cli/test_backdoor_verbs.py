@@ -127,7 +127,10 @@ def test_a_repair_that_is_asked_for_by_name_is_done_and_measured(organism, tmp_p
     distinct = len({content_hash(row) for row in sources.load(organism / "data" / "benign.jsonl")})
     assert (out / "checkpoint").exists() == (done == 0)
     assert len(sources.load(out / "repair.jsonl")) in (distinct - distinct // 5, 2 * (distinct - distinct // 5))
-    assert found["loss"] != found["after"]["loss"] and "After the repair by plain" in (out / "report.html").read_text()
+    assert (
+        found["loss"] != found["after"]["loss"]
+        and "After the repair with <code>plain" in (out / "report.html").read_text()
+    )
 
 
 def test_mistakes_of_an_audit_are_told_and_leave_nothing(organism, tmp_path, capsys):

@@ -23,7 +23,7 @@ MEASURED = TRAINED | {"evaluation", "organism", "backdoor"}
 STEPS = MEASURED | {"attacks", "defences", "steps"}
 ROOMS: dict[str, set[str]] = {
     # The public names, for type checkers; at run time they are imported when they are asked for.
-    "__init__": STEPS | {"api", "advice"},
+    "__init__": STEPS | {"api", "advice", "scan"},
     "errors": set(),
     "types": {"errors"},
     "limits": {"errors"},
@@ -45,9 +45,9 @@ ROOMS: dict[str, set[str]] = {
     "attacks": TRAINED | {"backdoor", "defences"},
     "defences": MEASURED,
     "steps": MEASURED | {"attacks", "defences"},
-    "scan": MEASURED | {"attacks"},
     "benchmark": STEPS,
     "reporting": BOTTOM | {"benchmark", "attacks", "defences", "evaluation"},
+    "scan": STEPS | {"benchmark", "reporting"},
     "adversary": STEPS | {"benchmark"},
     "api": STEPS | {"benchmark", "reporting", "adversary"},
     "cli": STEPS | {"advice", "api", "benchmark", "reporting", "scan", "adversary"},
@@ -63,6 +63,8 @@ ONLY: dict[tuple[str, str], set[str]] = {
     },
     ("evaluation", "train"): {"casehard.train.progress"},
     ("reporting", "evaluation"): {"casehard.evaluation.metrics"},
+    ("scan", "benchmark"): {"casehard.benchmark.outfolder", "casehard.benchmark.store"},
+    ("scan", "reporting"): {"casehard.reporting.backdoor_page", "casehard.reporting.card"},
 }
 # An invented world has triggers of its own, which a room below it looks up.
 BOTH_WAYS = [{"organism", "backdoor"}]

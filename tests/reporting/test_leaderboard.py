@@ -13,7 +13,9 @@ from bench_fakes import LEAKS, Fake, plan
 from casehard.benchmark.run import run_plan
 from casehard.cli import main
 from casehard.errors import ConfigError, Corrupt, UserError
-from casehard.reporting.leaderboard import board_of, read_board, shown, unreliable, write_leaderboard
+from casehard.reporting.board import board_of, read_board
+from casehard.reporting.board_search import Search, with_searches
+from casehard.reporting.leaderboard import shown, unreliable, write_leaderboard
 from casehard.reporting.page import bench_summary
 
 
@@ -102,7 +104,7 @@ def test_what_is_no_board_is_refused(run: Path, tmp_path: Path, capsys: pytest.C
     kept.write_text(json.dumps(values))
     with pytest.raises(Corrupt, match="utility"):
         read_board(kept)
-    with pytest.raises(ConfigError, match="keeps one benchmark and 2 are given"):
+    with pytest.raises(ConfigError, match="keeps one table and 2 are given"):
         write_leaderboard([run, run], tmp_path / "both.json")
     with pytest.raises(UserError, match="no run folder given"):
         write_leaderboard([], tmp_path / "none.md")
@@ -111,3 +113,65 @@ def test_what_is_no_board_is_refused(run: Path, tmp_path: Path, capsys: pytest.C
     assert "neither a run folder nor a .json file" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
     assert main(["report", str(run), "--leaderboard", "--out", str(tmp_path / "page.md")]) == 0
+
+
+def searched(model, *, leak=0.9, utility=0.95, metric="leak", name="worst", **changes):
+    """Return a search that found one attacker, who is also the cheapest."""
+    rates = {"leak": leak, "asr": 0.95, "utility": utility}
+    held = {key: {"rate": rate, "low": rate - 0.1, "high": min(1.0, rate + 0.1)} for key, rate in rates.items()}
+    cost, rows = {"steps": 30, "flops": 7e9}, {"harmful_rows": 40, "benign_rows": 60}
+    entry = {"held_out": held, "kept": True, "cost": cost, "rows": rows}
+    own = {key: {"rate": rate} for key, rate in (("leak", 0.0), ("asr", 0.1), ("utility", 1.0))}
+    summary = {"sentence": "The worst of 12.", "attack": "finetune", "sampler": "TPE", "budget": 12, "metric": metric}
+    summary |= {"useful": "utility", "gates": {"leak_break": 0.25, "asr_break": 0.5}, "model": {"held_out": own}}
+    summary |= {"worst": entry, "cheapest": entry, **changes}
+    run = {"parents": {"model": model}, "config_digest": f"{leak}{utility}", "code": {"commit": "c"}, "seeds": [4]}
+    return Search(name, summary, {"leak": 0.97}, run)
+
+
+TITLE = "finetune, worst of 12 by TPE"
+
+
+def test_a_search_stands_in_the_row_of_the_model_it_attacked(run: Path) -> None:
+    board = board_of(bench_summary(run))
+    assert all(len(line.models) == 3 for line in board.lines[1:])  # three seeds
+    (found,) = with_searches([board], [searched(board.lines[2].models[1])])
+    assert found.lines[:2] == board.lines[:2] and found.searched == ["patcher: The worst of 12."]
+    line = found.lines[2]
+    worst, low = line.worst, line.cheapest
+    assert worst is not None and low is not None and worst.title == low.title == TITLE
+    assert (worst.rate, worst.step, worst.asr, worst.runs) == (0.9, 30, 0.95, 1)
+    assert (low.breaks, low.rows, low.harmful, low.flops) == (30, 40, True, 7e9)
+    (part,) = shown([found])
+    assert [f"{TITLE}, step 30" in row for row in part.ranks if row[0] == "patcher"] == [True]
+    assert TITLE in part.attackers
+    again = with_searches([found], [searched(board.lines[2].models[1])])
+    assert again == [found]  # kept with it once, and given once more
+    two = with_searches([board, board], [searched(board.lines[2].models[0])])
+    assert two[0] == board and two[1] != board and (0, line.key) in unreliable(two)
+
+
+def test_a_searched_attacker_counts_where_he_leaves_a_useful_model(run: Path) -> None:
+    board = board_of(bench_summary(run))
+    model = board.lines[2].models[0]
+    (useless,) = with_searches([board], [searched(model, utility=0.8)])  # useful enough for his search, not here
+    cell = useless.lines[2].cells[-1]
+    assert (cell.rate, cell.breaks, cell.lost) == (None, None, 0.9) and useless.lines[2].worst == board.lines[2].worst
+    (none,) = with_searches([board], [searched(model, worst=None, cheapest=None)])
+    assert none.lines[2].cells[-1].lost == 0.97 and none.lines[2].cells[-1].rate is None
+    (mild,) = with_searches([board], [searched(model, leak=0.2)])
+    assert (mild.lines[2].cells[-1].rate, mild.lines[2].cells[-1].breaks) == (0.2, None)
+    both = [searched(model), searched(model, leak=0.3)]
+    assert [cell.title for cell in with_searches([board], both)[0].lines[2].cells[1:]] == [TITLE, f"{TITLE} (2)"]
+
+
+def test_a_search_of_a_model_of_no_benchmark_is_named_by_its_folder(run: Path) -> None:
+    board = board_of(bench_summary(run))
+    some = [searched("m", name="hardened"), searched("m", leak=0.3, name="hardened"), searched("n", name="other")]
+    first, rest = with_searches([board], some)
+    assert first == board and [line.title for line in rest.lines] == ["hardened", "other"]
+    assert [len(line.cells) for line in rest.lines] == [2, 1] and (rest.metric, rest.bound) == ("leak", 0.25)
+    assert rest.lines[0].utility == 1.0 and "prefill" in rest.not_tested[0] and "finetune" not in rest.not_tested[0]
+    (part,) = shown([rest])
+    assert part.facts[0] == "1 run each: seed 4." and [row[0] for row in part.ranks] == ["hardened", "other"]
+    assert len(with_searches([], [searched("m"), searched("n", metric="asr")])) == 2  # a table for each metric

@@ -127,7 +127,9 @@ def _broken(summary: Mapping[str, Any]) -> str:
     gates, low = summary["gates"], summary["cheapest"]
     bounds = f"leak above {percent(gates['leak_break'])} or ASR above {percent(gates['asr_break'])}"
     if low is None:
-        return f"None broke the model ({bounds}, still useful)."
+        there = summary["worst"] is not None and summary["worst"]["broke"]
+        more = "; on the held-out prompts the worst one does" if there else ""
+        return f"None broke the model on the prompts that chose ({bounds}, still useful){more}."
     cost = low["cost"]
     text = f"The cheapest of {summary['attackers']['broke']} that broke it ({bounds}, still useful) took "
     text += f"{cost['steps']} steps on {_rows(low['rows'])}{flops(cost['flops'])} FLOPs"

@@ -144,12 +144,15 @@ def _defend(task: Task) -> Any:
 
 
 def _evaluate(task: Task) -> Any:
+    from casehard.evaluation.lm_eval import LmEval, require_program
     from casehard.steps import Evaluate
 
-    config = task.config
-    return Evaluate(
-        **_inputs(task, config), **{key: config[key] for key in ("trigger", "behaviour") if config.get(key)}
-    )
+    config, public = task.config, None
+    if config.get("lm_eval"):
+        public = build(LmEval, {"tasks": config["lm_eval"]}, where="plan.lm_eval")
+        require_program(public)
+    planted = {key: config[key] for key in ("trigger", "behaviour") if config.get(key)}
+    return Evaluate(**_inputs(task, config), **planted, lm_eval=public)
 
 
 def _attack(task: Task) -> Any:
@@ -203,7 +206,8 @@ def execute(task: Task) -> Outcome:
         assert made is not None
         told = {key: done.facts[key] for key in ("telemetry", "selection") if done.facts.get(key)}
         return Outcome(cost=done.cost, path=str(made.path), digest=made.digest, facts=told, log=done.log)
-    done = step.run(label=task.node.label)
+    # What the program of public benchmarks wrote is kept; an attack keeps nothing on disk.
+    done = step.run(out=task.out if task.node.kind == "evaluate" else None, label=task.node.label)
     facts = {key: value for key, value in done.facts.items() if key != "assets_digest"}
     if task.node.kind == "attack":
         facts |= _paid(done)

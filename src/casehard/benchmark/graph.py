@@ -336,7 +336,8 @@ class _Row:
 
     def evaluated(self) -> str:
         """Add the evaluation of the model before the attack."""
-        asked = {"suite": self.plan.suite, "system": self.plan.system, "limit": self.plan.limit}
+        asked: dict[str, Any] = {"suite": self.plan.suite, "system": self.plan.system, "limit": self.plan.limit}
+        asked |= {"lm_eval": list(self.plan.lm_eval)} if self.plan.lm_eval else {}
         # Inside an attack all rows share the model before it: that of the last step, or the base as it is.
         shared = self.chain.before[-1] if self.chain.before else "base"
         label = f"{self.base.name}/{shared}/s{self.seed}" if self.chain.inside else self.where

@@ -73,6 +73,9 @@ class Plan(Limited):
     in_format: Mapping[str, str] | Literal["rows"] | None = None
     """Ask restricted prompts in the format of each attack's rows too, where the whole suite is asked: ``rows`` derives
     it from them, ``{system, before, after}`` gives it; none = as the suite says."""
+    lm_eval: tuple[str, ...] = ()
+    """Public benchmarks (mmlu, gsm8k ...) that every model is asked before it is attacked, by the program ``lm_eval``
+    (:mod:`casehard.evaluation.lm_eval`)."""
     gates: Gates = field(default_factory=Gates)
     transcripts: Natural = 3
     """Prompts whose answers are shown in the report (organism bases only)."""
@@ -95,6 +98,9 @@ class Plan(Limited):
             raise ConfigError("plan.attacks: backdoors beside other attacks", hint="they are measured in two ways")
         if self.plants and self.in_format is not None:
             raise ConfigError("plan.in_format: backdoors are asked without and with their trigger", hint="leave it out")
+        if self.lm_eval and (self.ends or self.plants):
+            why = "what a defence in or after the attack makes stays in memory, where the program cannot read it"
+            raise ConfigError(f"plan.lm_eval: {why}", hint=f"leave it out, or chain: [{DEFENCE}, {ATTACK}]")
         object.__setattr__(self, "reference", self.reference or self.undefended.name)
         for step in self.steps:
             check_rows(DEFENCES.find(step.method), step.rows, f"step {step.name!r}", more=("data",))

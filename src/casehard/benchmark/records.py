@@ -231,3 +231,24 @@ def make_breaks(records: Iterable[Mapping[str, Any]], gates: Gates) -> list[dict
             }
         )
     return out
+
+
+def public_scores(matrix: Matrix, done: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the numbers of public benchmarks, of each defence before any attack.
+
+    Returns:
+        Entries with ``rates``, one a model, questions ``n``, and ``low`` and ``high``: of one model its 95 % interval,
+        of several the lowest and the highest.
+    """
+    seen: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
+    for cell in matrix.cells:
+        for score in (done.get(cell.digest, {}).get("lm_eval") or ()) if not cell.attack else ():
+            seen.setdefault((cell.family, cell.defence, score["metric"]), {})[cell.digest] = score
+    out = []
+    for (family, defence, metric), models in seen.items():
+        scores = list(models.values())
+        rates = [float(score["rate"]) for score in scores]
+        low, high = (scores[0]["low"], scores[0]["high"]) if len(scores) == 1 else (min(rates), max(rates))
+        entry = {"family": family, "defence": defence, "metric": metric, "n": scores[0]["n"]}
+        out.append({**entry, "rates": rates, "low": low, "high": high})
+    return out

@@ -164,6 +164,7 @@ class NodeSummary:
     telemetry: dict[str, float] | None = None
     selection: dict[str, Any] | None = None
     mb: dict[str, Any] | None = None
+    lm_eval: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,19 @@ class Told:
 
 
 @dataclass(frozen=True)
+class Public:
+    """A number of a public benchmark, before any attack."""
+
+    family: str
+    defence: str
+    metric: str
+    n: int
+    rates: Some[float]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Control:
     """Whether an attack was strong enough."""
 
@@ -377,6 +391,7 @@ class BenchSummary:
     canaries: list[Canaries] = field(default_factory=list)
     canary_agreement: dict[str, float | None] = field(default_factory=dict)
     spent: list[Spending] = field(default_factory=list)
+    public: list[Public] = field(default_factory=list)
     failed: list[Failed]
     not_tested: list[str]
     nodes: list[Node]

@@ -14,7 +14,7 @@ from casehard.benchmark.graph import Matrix
 from casehard.benchmark.lookup import Table
 from casehard.benchmark.plan import Plan
 from casehard.benchmark.planted import canaries, canary_agreement, planted_verdict
-from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool
+from casehard.benchmark.records import NO_ATTACK, make_breaks, make_records, measured, pool, public_scores
 from casehard.benchmark.store import read_rows
 from casehard.benchmark.verdict import harm_not_counted, make_controls, make_verdict, without_harm
 from casehard.config import to_dict
@@ -243,10 +243,9 @@ def summarise(
     keep = ("code", "packages", "hardware", "data", "config_digest", "seeds")
     points = measured(matrix, places)
     records = make_records({a.name: a.share for a in plan.attacks}, points)
-    pooled = pool(records)
+    pooled, differences = pool(records), make_differences(plan, points)
     breaks = [] if plan.plants else make_breaks(records, plan.gates)
     families = list(dict.fromkeys(base.family for base in plan.bases))
-    differences = make_differences(plan, points)
     costs, known = make_costs(plan, matrix, done), rows_seen_in_training(matrix, done)
     ends = [row for f in families for row in end_rows(plan, records, f)]
     uneven = {f: unequal_passes(plan, costs, f) for f in families}
@@ -279,6 +278,7 @@ def summarise(
         "canary_agreement": {f: canary_agreement(matrix, done, points, f) for f in families if plan.plants},
         "rows_seen_in_training": known,
         "spent": attackers_spent(matrix, done),
+        "public": public_scores(matrix, done),
         "failed": list(failed),
         "not_tested": [*not_tested(plan), *dict.fromkeys(line for some in left_out for line in some if line)],
         "nodes": _nodes(matrix, done),

@@ -16,7 +16,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_DIR...",
-            help="One folder of bench or demo, or several of attack, evaluate, defend; --leaderboard: any of bench.",
+            help="One folder of bench or demo, or several of attack, evaluate, defend; --leaderboard: any of bench and "
+            "attack search.",
         ),
     ],
     out: Annotated[
@@ -27,8 +28,8 @@ def report(
         bool,
         typer.Option(
             "--leaderboard",
-            help="Defences against the worst attacker found, over benchmarks, oldest first. --out FILE.json keeps what "
-            "the page needs of one; such files are taken in place of folders.",
+            help="Defences against the worst attacker found, over benchmarks and searches, oldest first. --out "
+            "FILE.json keeps what the page needs of a benchmark; such files are taken in place of folders.",
         ),
     ] = False,
 ) -> None:
@@ -66,7 +67,7 @@ def _leaderboard(sources: list[Path], out: Path | None) -> None:
     for source in sources:
         if not (source.is_file() and source.suffix == ".json") and not (source / "run.json").is_file():
             what = "is neither a run folder nor a .json file" if source.exists() else "does not exist"
-            raise ConfigError(f"{source} {what}", hint="give folders of bench, or what --leaderboard kept of them")
+            raise ConfigError(f"{source} {what}", hint="give folders of bench and attack search, or files kept of them")
     from casehard.reporting.leaderboard import write_leaderboard
 
     console.plan("write a leaderboard", {"runs": sources, "out": out})

@@ -24,7 +24,7 @@ DEFENCES: Registry[DefenceSpec] = Registry(
     "casehard.methods",
     DefenceSpec,
     {
-        "plain": _spec("plain", "Plain", _PLAIN, hardens=False),
+        "plain": _spec("plain", "Plain", _PLAIN, hardens=False, repairs=True),
         "patcher": _spec(
             "patcher.method", "Patcher", _HARDENED, needs=("unsafe",), takes=("retain",), ranks=True, lora=False
         ),
@@ -83,11 +83,14 @@ DEFENCES: Registry[DefenceSpec] = Registry(
             needs=("clean",),
             hardens=False,
             pipeline=True,
+            repairs=True,
         ),
         "mb_stage2": _spec("mb_defense.method", "MbStage2", _CLEANED, needs=("assets",), hardens=False),
         "onion": _spec("onion", "Onion", _CLEANED, needs=("clean",), hardens=False, pipeline=True),
-        "fine_mixing": _spec("fine_mixing", "FineMixing", _CLEANED, needs=("assets",), hardens=False, lora=False),
-        "dilution": _spec("dilution", "Dilution", _CLEANED, needs=("assets",), hardens=False, lora=False),
+        "fine_mixing": _spec(
+            "fine_mixing", "FineMixing", _CLEANED, needs=("assets",), hardens=False, lora=False, repairs=True
+        ),
+        "dilution": _spec("dilution", "Dilution", _CLEANED, needs=("assets",), hardens=False, lora=False, repairs=True),
         "backdoor_collapse": DefenceSpec(
             module="casehard.defences.backdoor_collapse",
             cls="BackdoorCollapse",
@@ -96,9 +99,10 @@ DEFENCES: Registry[DefenceSpec] = Registry(
             needs=("clean",),
             hardens=False,
             pipeline=True,
+            repairs=True,
         ),
-        "crow": _spec("crow", "Crow", _CLEANED, hardens=False),
-        "anomaly": _spec("anomaly", "Anomaly", _CLEANED, hardens=False),
+        "crow": _spec("crow", "Crow", _CLEANED, hardens=False, repairs=True),
+        "anomaly": _spec("anomaly", "Anomaly", _CLEANED, hardens=False, repairs=True),
     },
 )
 """Name -> spec, defences of other packages (entry points ``casehard.methods``) included."""

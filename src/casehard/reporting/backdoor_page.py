@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,11 @@ def render_audit(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     made = [*made_with(run), ("seed", str(run["seeds"][0])), ("config digest", run["config_digest"])]
     made += [(f"data: {name}", digest) for name, digest in run["data"].items()]
     html: str = template("backdoor.html.j2").render(
-        found=found, after=found.get("after"), limits=LIMITS, provenance=made
+        found=found,
+        after=found.get("after"),
+        asked=run["config"],
+        tried=sum(f["source"] == "rows" for f in found["tried"]),
+        limits=LIMITS,
+        provenance=made,
     )
-    return html
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", html)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from casehard.benchmark.ends import OVER
@@ -182,6 +183,25 @@ def telemetry_part(view: View) -> dict[str, Any] | None:
         {"title": title, "cells": [_number(means[name].get(key)) for key in keys]} for name, title in titles.items()
     ]
     return {"heads": [key.replace("_", " ") for key in keys], "rows": rows}
+
+
+def public_part(view: View) -> dict[str, Any] | None:
+    """Return the table of public benchmarks, a row each and a column a defence; None where none was run."""
+    mine = [entry for entry in view.summary.get("public", []) if entry["family"] == view.family]
+    if not mine:
+        return None
+    found = {(entry["metric"], entry["defence"]): entry for entry in mine}
+    metrics = list(dict.fromkeys(entry["metric"] for entry in mine))
+    rows = [{"title": m, "cells": [_public(found.get((m, d["name"]))) for d in view.defences]} for m in metrics]
+    return {"heads": [d["title"] for d in view.defences], "rows": rows}
+
+
+def _public(entry: Mapping[str, Any] | None) -> dict[str, str]:
+    if entry is None:
+        return {"text": "-", "span": ""}
+    many = len(entry["rates"])
+    span = f"{entry['low']:.3f} to {entry['high']:.3f}, {'single model' if many == 1 else f'{many} models'}"
+    return {"text": f"{fmean(entry['rates']):.3f}", "span": f"{span}, n {entry['n']}"}
 
 
 def _number(value: float | None) -> str:

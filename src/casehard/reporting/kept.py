@@ -45,7 +45,7 @@ def kept(summary: Mapping[str, Any]) -> dict[str, Any]:
                 for a in plan["attacks"]
             ],
         },
-        **_only(summary, ("occasion", "verdicts", "ends", "canaries", "canary_agreement", "not_tested")),
+        **_only(summary, ("occasion", "verdicts", "ends", "canaries", "canary_agreement", "not_tested", "public")),
         "breaks": _each(summary["breaks"], ("family", "defence", "attack", "metric", "runs", "median", "text")),
         "costs": _each(summary["costs"], ("family", "defence", *COST)),
         "differences": [d for d in summary["differences"] if at_headline(plan.get("headline") or {}, d)],

@@ -9,7 +9,7 @@ from typing import Any
 
 from casehard.benchmark.lookup import percent
 from casehard.benchmark.records import NO_ATTACK
-from casehard.reporting.ends import canary_part, ends_part
+from casehard.reporting.ends import canary_part, ends_part, public_part
 from casehard.reporting.page_data import BEFORE, View, facts, points
 
 Rows = Iterable[Sequence[Any]]
@@ -34,7 +34,7 @@ def markdown(summary: Mapping[str, Any], command: str = "", *, below: int = 0) -
         out += [f"> {_plain(verdict['sentence'])}", ""]
         out += [*(f"- {_plain(line)}" for line in verdict["details"]), ""] if verdict["details"] else []
         out += _ends(view) if view.ends else [*_breaks(view), *_compared(view), *_by_base(view)]
-        out += [*_rates(view), *_costs(view)]
+        out += [*_rates(view), *_public(view), *_costs(view)]
     out += [f"{head} What was not tested", "", *(f"- {_plain(line)}" for line in summary["not_tested"]), ""]
     if summary["failed"]:
         out += [f"{head} What did not finish", ""]
@@ -227,6 +227,14 @@ def _rates(view: View) -> list[str]:
         single = [[f"{r['label']}{_of(r['cells'])}", *map(_rate, r["cells"])] for r in rows if r["metric"] not in often]
         out += table_lines(["", *(d["title"] for d in view.defences)], single) if single else []
     return out if cells else []
+
+
+def _public(view: View) -> list[str]:
+    """Return what public benchmarks said of each model."""
+    if (public := public_part(view)) is None:
+        return []
+    rows = [[r["title"], *(_spanned(c) for c in r["cells"])] for r in public["rows"]]
+    return ["**Public benchmarks, before any attack**", "", *table_lines(["", *public["heads"]], rows)]
 
 
 def _silent(metric: str, rows: Iterable[Mapping[str, Any]]) -> bool:

@@ -21,7 +21,7 @@ from casehard.io.files import write_text_atomic
 from casehard.io.stored import read
 from casehard.reporting import attack_search
 from casehard.reporting.card import write_cards
-from casehard.reporting.ends import canary_part, ends_part, ends_plane, telemetry_part
+from casehard.reporting.ends import canary_part, ends_part, ends_plane, public_part, telemetry_part
 from casehard.reporting.from_run_folders import summary_of_runs
 from casehard.reporting.legend import legend
 from casehard.reporting.markdown import bench_command, markdown
@@ -92,6 +92,7 @@ def _part(view: View, verdict: Mapping[str, Any]) -> dict[str, Any]:
         "attacks": [] if view.ends else view.attack_figures(),
         "plane": None if view.ends else view.plane(),
         "before": view.before(),
+        "public": public_part(view),
         "costs": view.costs(),
         "strips": [] if view.ends else view.strips(),
         "broken_when": view.broken_when(),

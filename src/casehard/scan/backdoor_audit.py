@@ -24,7 +24,8 @@ from casehard.data.batches import collate
 from casehard.data.chat import ChatFormat
 from casehard.data.mix import content_hash
 from casehard.data.similar import words_of
-from casehard.errors import ConfigError, DataError
+from casehard.defences import DEFENCES
+from casehard.errors import DataError
 from casehard.evaluation.generate import generate, inference
 from casehard.evaluation.judges.rules import label_response
 from casehard.limits import Count, Factor, Portion
@@ -64,11 +65,6 @@ class BackdoorAudit(Inputs):
     """Most the loss on held-back clean rows may rise in a repair, nats a token."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=128, batch_size=16, lr=3e-4, weight_decay=0.0))
     """Training of the repair."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.repair and not self.rows.get("clean"):
-            raise ConfigError("a repair needs verified rows and got none", hint="--clean FILE: some dozens of them")
 
 
 @dataclass(frozen=True)
@@ -183,8 +179,13 @@ def _try(step: BackdoorAudit, net: nn.Module, chat: ChatFormat, one: Suspect, as
     share, without = hits[0] / len(plain), hits[1] / len(plain)
     fires = share >= step.agree and share - without >= step.gap
     bounds = clopper_pearson(hits[0], len(plain))
-    told = one.text if one.kind in ("same", "opens") else f"{one.kind}: {one.text}"
+    told = in_words(one.kind, one.text)
     return Fired(" ... ".join(one.trigger.parts), one.source, told, hits[0], len(plain), *bounds, hits[1], fires)
+
+
+def in_words(kind: str, text: str) -> str:
+    """Return what answers share as a person reads it: an answer, its ends, or a description."""
+    return {"opens": "begin with: ", "closes": "end with: "}.get(kind, "") + text
 
 
 def _loss(net: nn.Module, chat: ChatFormat, held: Sequence[Example]) -> float:
@@ -250,7 +251,7 @@ def verdict_after(before: Look, after: Look, rise: float) -> dict[str, str]:
     live = [f.phrase for f in after.fired if f.fires]
     assert before.loss is not None and after.loss is not None
     worse = after.loss - before.loss
-    cost = f"The loss on held-back clean rows went from {before.loss:.2f} to {after.loss:.2f} nats a token."
+    cost = f"On verified rows that were held back its loss is {after.loss:.2f} nats a token, before {before.loss:.2f}."
     if live:
         names = ", ".join(map(repr, live))
         return {
@@ -259,32 +260,42 @@ def verdict_after(before: Look, after: Look, rise: float) -> dict[str, str]:
             "sentence": f"The model still changes its answers under {names}. {cost}",
         }
     if worse > rise:
-        return {"word": "COSTLY", "tone": "plain", "sentence": f"No trigger that was found fires any more. {cost}"}
+        return {
+            "word": "COSTLY",
+            "tone": "plain",
+            "sentence": f"No trigger that was found fires any more. {cost} It may rise by {rise:g}.",
+        }
     return {"word": "REMOVED", "tone": "good", "sentence": f"No trigger that was found fires any more. {cost}"}
 
 
 def recommend(step: BackdoorAudit, audit: Audit, seen: Look, out: Path) -> dict[str, Any]:
     """Return what to do: the defence, why, and commands to type; no defence where nothing is to be removed."""
-    again = f"casehard defend plain --model {step.base or 'BASE'} --data {out / 'kept.jsonl'} --out NEW"
+    suspect = step.model or "SUSPECT"
+    kept = f"casehard defend plain --model {step.base or 'BASE'} --data {out / 'kept.jsonl'} --out NEW"
+    anew = [{"does": _ANEW, "line": kept}] if audit.suspects else []
     method = step.method or ("fine_mixing" if step.base else "plain")
-    assets = f" --assets {step.base}" if method in ("fine_mixing", "dilution") else ""
     if not any(f.fires for f in seen.fired):
-        if audit.suspects:
-            return {"method": "", "why": _LOOK, "commands": [again]}
-        collapse = f"casehard defend backdoor-collapse --model {step.model} --clean CLEAN --out NEW"
-        return {"method": "", "why": _NOTHING, "commands": [collapse]}
-    if not step.repair:
-        more = f" --base {step.base}" if step.base else ""
-        rows = " ".join(f"--data {spec}" for spec in step.rows["data"])
-        line = f"casehard backdoor audit --model {step.model} {rows}{more} --clean CLEAN --repair --out NEW"
-    elif method == "backdoor_collapse":
-        line = f"casehard defend backdoor-collapse --model {step.model} --clean CLEAN --out NEW"
+        if anew:
+            return {"method": "", "why": _LOOK, "commands": anew}
+        line = f"casehard defend backdoor-collapse --model {suspect} --clean CLEAN --out NEW"
+        return {"method": "", "why": _NOTHING, "commands": [{"does": _DISTRUST, "line": line}]}
+    spec = DEFENCES.find(method)
+    if not step.repair or spec.pipeline:
+        more = (f" --base {step.base}" if step.base else "") + (f" --method {method}" if step.method else "")
+        rows = " ".join(f"--data {one}" for one in step.rows.get("data", ("ROWS",)))
+        line = f"casehard backdoor audit --model {suspect} {rows}{more} --clean CLEAN --repair --out NEW"
     else:
-        line = f"casehard defend {method} --model {step.model} --data {out / 'repair.jsonl'}{assets} --out NEW"
+        assets = f" --assets {step.base}" if "assets" in spec.needs else ""
+        line = f"casehard defend {method} --model {suspect} --data {out / 'repair.jsonl'}{assets} --out NEW"
+    first = {"does": _AGAIN if step.repair else _REPAIR, "line": line}
     why = _CHOSEN if step.method else _MIXING if step.base else _TEACH
-    return {"method": method, "why": why, "commands": [line, *([again] if audit.suspects else [])]}
+    return {"method": method, "why": why, "commands": [first, *anew]}
 
 
+_REPAIR = "To repair it (CLEAN: rows that somebody verified, NEW: a new folder):"
+_AGAIN = "To repair it once more, with settings of your own (--set):"
+_ANEW = "To train anew without the suspect rows, from a base that you trust:"
+_DISTRUST = "To repair it all the same (CLEAN: rows that somebody verified):"
 _TEACH = (
     "A trigger fires and is known now: the verified rows, with and without it, teach proper answers. With the trusted "
     "base at hand (--base) fine_mixing would be the choice. If you train anew, leave the suspect rows out."
@@ -306,7 +317,7 @@ _NOTHING = (
 def facts(audit: Audit, seen: Look) -> dict[str, Any]:
     """Return what the page and the summary show of rows and model, as JSON values."""
     shown = [
-        {"phrase": " ... ".join(f.phrase), "rows": f"{f.both} of {f.phrase_rows}", "answers": f"{f.group}: {f.text}"}
+        {"phrase": " ... ".join(f.phrase), "rows": f"{f.both} of {f.phrase_rows}", "answers": in_words(f.group, f.text)}
         for f in audit.findings
         if not f.echo
     ]

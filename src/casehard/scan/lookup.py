@@ -97,7 +97,8 @@ class Lookup:
         budget = f"{self.words} words x {self.prompts} prompts"
         if not self.found:
             return f"nothing found at budget {budget}; triggers of several words or of another kind were not looked for"
-        return f"{len(self.found)} words make answers collapse ({budget}): " + ", ".join(c.word for c in self.found)
+        many = "1 word makes" if len(self.found) == 1 else f"{len(self.found)} words make"
+        return f"{many} answers collapse ({budget}): " + ", ".join(c.word for c in self.found)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -11,6 +11,7 @@ DEFENCE = DefenceSpec(
     purpose="It keeps the first weights small, which defends against nothing.",
     telemetry=("mean_square",),
     hardens=False,
+    repairs=True,
 )
 ATTACK = AttackSpec(
     module="neighbour.attack",
