@@ -39,6 +39,7 @@ class Entry:
     plan: str
     worlds: str
     runs: int
+    seeds: str = "0"
     says: tuple[str, ...] = ()
     """Text of the page that the numbers above are taken from."""
 

@@ -29,8 +29,10 @@ def test_every_number_stands_on_the_page_of_evidence(entry):
     for text in entry.says:
         assert text in page, f"{entry.page} does not say: {text}"
     assert (ROOT / entry.plan).is_file()
-    worlds = re.findall(r"world_seed: (\d+)", (ROOT / entry.plan).read_text(encoding="utf-8"))
-    assert entry.worlds == ", ".join(worlds) and entry.runs == len(worlds)
+    plan = (ROOT / entry.plan).read_text(encoding="utf-8")
+    worlds, seeds = re.findall(r"world_seed: (\d+)", plan), re.findall(r"^seeds: \[(.*)\]", plan, re.MULTILINE)
+    assert entry.worlds == ", ".join(worlds) and [entry.seeds] == seeds
+    assert entry.runs == len(worlds) * len(entry.seeds.split(","))
     # Rates of the reason are among the words quoted from the page.
     rates = numbers(" ".join(re.findall(r"[\d.]+ ?(?:%|\([^)]*\))", entry.why)))
     assert rates <= numbers(" ".join(entry.says)), rates - numbers(" ".join(entry.says))

@@ -54,7 +54,8 @@ def _told(entry: Entry, found: Advice) -> None:
     _line("doubt", entry.doubt)
     runs = "one run" if entry.runs == 1 else f"{entry.runs} runs"
     where = "worlds" if "," in entry.worlds else "world"
-    _line("evidence", f"{entry.page} ({entry.plan}): organism, {where} {entry.worlds}, {runs}, seed 0; no real model")
+    seeds = f"seed{'s' if ',' in entry.seeds else ''} {entry.seeds}"
+    _line("evidence", f"{entry.page} ({entry.plan}): organism, {where} {entry.worlds}, {runs}, {seeds}; no real model")
     console.say(f"  {'measure':<9} {found.stage.check}")
 
 
