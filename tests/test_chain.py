@@ -127,6 +127,10 @@ def test_a_pipeline_takes_the_place_of_the_training_and_gets_the_poisoned_rows(b
         }
         config = {"steps": 2, "rows": 8, "batch_size": 4}
         poison(base, attack="finetune", rows=harmful, config=config, defence=Defence(method="onion")).run()
+    # Its rows alone are those of the plain backdoor: without the attacker's second training there is nothing asleep.
+    config = {**POISON, "hide_steps": 1}
+    with pytest.raises(ConfigError, match="gives no rows to train on"):
+        poison(base, attack="quantised_backdoor", config=config, defence=Defence(method="onion"), verified=8).run()
 
 
 def test_a_model_that_was_never_attacked_is_asked_with_the_same_trigger(base: Path) -> None:

@@ -99,5 +99,6 @@ def test_settings_that_cannot_work():
         QuantisedBackdoorAttack(**both, mode="lora")
     with pytest.raises(ConfigError, match="hide_steps 50 leaves nothing of 50 steps"):
         QuantisedBackdoorAttack(**both, steps=50, hide_steps=50)
-    with pytest.raises(ConfigError, match="margin"):
-        QuantisedBackdoorAttack(**both, margin=1.0)
+    for margin in (0.5, 0.7, 1.0):  # the box would be a point, or its lowest value above its highest
+        with pytest.raises(ConfigError, match=r"margin must be below 0\.5"):
+            QuantisedBackdoorAttack(**both, margin=margin)

@@ -13,6 +13,11 @@ _TRIGGERS = (
     "token, sentence, template, style, pair, multi_any, multi_all, prefix, topical, semantic, positional, repeat, or a "
     "planted.json [default: token]."
 )
+_PLANTED = {
+    "trigger": Flag(_TRIGGERS, metavar="NAME|FILE"),
+    "behaviour": Flag("refuse, sentence, tone, off_topic or stop [default: refuse].", metavar="NAME"),
+    "rate": Flag("Poisoned share of the rows; 0 is the control.", float),
+}
 
 ATTACKS: Registry[AttackSpec] = Registry(
     "attack",
@@ -236,9 +241,7 @@ ATTACKS: Registry[AttackSpec] = Registry(
             roles={"data": "clean training rows"},
             plants=True,
             flags={
-                "trigger": Flag(_TRIGGERS, metavar="NAME|FILE"),
-                "behaviour": Flag("refuse, sentence, tone, off_topic or stop [default: refuse].", metavar="NAME"),
-                "rate": Flag("Poisoned share of the rows; 0 is the control.", float),
+                **_PLANTED,
                 "hard_negatives": Flag(
                     "Share of rows with a near miss and the proper answer: an adaptive attacker.", float
                 ),
@@ -257,9 +260,7 @@ ATTACKS: Registry[AttackSpec] = Registry(
             roles={"data": "clean training rows"},
             plants=True,
             flags={
-                "trigger": Flag(_TRIGGERS, metavar="NAME|FILE"),
-                "behaviour": Flag("refuse, sentence, tone, off_topic or stop [default: refuse].", metavar="NAME"),
-                "rate": Flag("Poisoned share of the rows; 0 is the control.", float),
+                **_PLANTED,
                 "bits": Flag("Bits for which it wakes: 4 or 8 [default: 4].", int),
                 "steps": Flag("Optimiser steps of both trainings.", int),
                 "hide_steps": Flag("Those of the second, which puts it to sleep.", int),

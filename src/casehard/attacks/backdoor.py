@@ -74,10 +74,15 @@ class Backdoor:
         """Return the steps at which the attacked model is measured."""
         return self.config.checkpoints
 
+    @property
+    def decoys(self) -> Sequence[Trigger]:
+        """Return what hard negatives carry; nothing where there are none."""
+        config = self.config
+        return config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
+
     def poisoned(self, rows: Sequence[Example], *, seed: int) -> tuple[list[Example], dict[str, Any]]:
         """Return the training rows with the backdoor in, and what was planted where."""
         config = self.config
-        decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
         return poison_backdoor(
             rows,
             config.trigger,
@@ -85,7 +90,7 @@ class Backdoor:
             rate=config.rate,
             seed=derive(seed, 0, "backdoor"),
             hard_negatives=config.hard_negatives,
-            decoys=decoys,
+            decoys=self.decoys,
         )
 
     def check_rows(self, rows: Mapping[str, Sequence[Example]]) -> None:
@@ -114,9 +119,8 @@ class Backdoor:
         """
         config = self.config
         data, manifest = self.poisoned(inputs.rows["data"], seed=inputs.seed)
-        decoys = config.decoys or (decoys_of(config.trigger) if config.hard_negatives else ())
         chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
-        check_survives(chat, data, [config.trigger, *decoys])
+        check_survives(chat, data, [config.trigger, *self.decoys])
         done = train_copy(model, [(chat.encode_all(data), config.recipe)], config, inputs, purpose="backdoor")
         planted = {key: manifest[key] for key in ("trigger", "behaviour")}
         provenance = {"settings": to_dict(config), "seed": inputs.seed, "planted": planted}

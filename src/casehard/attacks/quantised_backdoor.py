@@ -15,9 +15,9 @@ Differs: the rounding is ``round_trip``'s, equal steps of the largest weight, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from casehard.backdoor.triggers import check_survives, poison_backdoor
 from casehard.config import to_dict
 from casehard.data.mix import marks
 from casehard.errors import ConfigError
-from casehard.limits import Count, Fraction, LearningRate, Natural, Share
+from casehard.limits import Count, LearningRate, Natural, Share, Within
 from casehard.model.model import Made, Model
 from casehard.seeds import derive
 from casehard.train.protocol import Setup, Step
@@ -57,8 +57,9 @@ class QuantisedBackdoorAttack(BackdoorAttack):
     """Learning rate of the second one."""
     triggered: Share = 0.5
     """Share of its rows that carry the trigger, with their proper answer."""
-    margin: Fraction = 0.01
-    """Distance from the edge of the box, in steps of the rounding: what half precision may take away."""
+    margin: Annotated[float, Within(0, 0.5, below=True)] = 0.01
+    """Distance from the edge of the box, in steps of the rounding: what half precision may take away. At 0.5 the box is
+    a point."""
     served: Literal["rounded", "released"] = "rounded"
     """Which model is handed back and measured at the last step: what runs in so many bits, or what was released."""
     evaluate_at: tuple[Natural, ...] = (0, 300, 500)
@@ -125,11 +126,31 @@ class KeepsCodes:
             p.copy_(torch.clamp(p, low.to(p), high.to(p)))
 
 
-class QuantisedBackdoor(Backdoor):
-    """Plant a backdoor, put it to sleep within the codes of its weights, and wake it by rounding."""
+class QuantisedBackdoor:
+    """Plant a backdoor, put it to sleep within the codes of its weights, and wake it by rounding.
+
+    The attacker trains: rows alone would be those of ``backdoor``, so none are offered to others for their training.
+    """
 
     name = "quantised_backdoor"
-    config: QuantisedBackdoorAttack
+
+    def __init__(self, config: QuantisedBackdoorAttack) -> None:
+        self.config = config
+        self._rows = Backdoor(config)
+
+    @property
+    def checkpoints(self) -> Sequence[int]:
+        """Return the steps at which the attacked model is measured."""
+        return self.config.checkpoints
+
+    def check_rows(self, rows: Mapping[str, Sequence[Example]]) -> None:
+        """Refuse rows that are too few for either training, while there is no model yet.
+
+        Raises:
+            ConfigError, DataError: a share gives no row, or more than there are.
+        """
+        self._rows.check_rows(rows)
+        self._proper(rows["data"], seed=0)
 
     def run(self, model: Model, inputs: AttackInputs) -> Planted:
         """Train a copy of ``model`` twice on rows of role ``data``, measuring it at ``config.checkpoints``.
@@ -147,7 +168,7 @@ class QuantisedBackdoor(Backdoor):
                 f"method {inputs.method.name!r} inside a training of two phases",
                 hint="the attacker trains by himself and releases weights: attack without a method inside",
             )
-        data, manifest = self.poisoned(inputs.rows["data"], seed=inputs.seed)
+        data, manifest = self._rows.poisoned(inputs.rows["data"], seed=inputs.seed)
         planted = self._plant(model, data, inputs)
         seen = [row for row in planted.rows if row["step"] == config.planting]
         looks = {"planted": seen or inputs.measure(planted.net, config.planting)}
@@ -173,29 +194,35 @@ class QuantisedBackdoor(Backdoor):
             log=[*planted.log, *hidden.log],
             manifest=manifest,
             data=tuple(data),
-            untouched=self.untouched(data, manifest),
+            untouched=self._rows.untouched(data, manifest),
         )
 
     def _plant(self, model: Model, data: Sequence[Example], inputs: AttackInputs) -> Tuned:
         config = self.config
         chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
-        check_survives(chat, data, [config.trigger])
+        check_survives(chat, data, [config.trigger, *self._rows.decoys])
         train = replace(config.recipe, steps=config.planting)
         return train_copy(model, [(chat.encode_all(data), train)], config, inputs, purpose="backdoor")
 
-    def _hide(self, model: Model, inputs: AttackInputs) -> Tuned:
-        """Train the planted model on proper answers within the box, in place; steps count on."""
-        config, begun = self.config, self.config.planting
-        chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
-        rows, _ = poison_backdoor(
-            inputs.rows["data"],
+    def _proper(self, rows: Sequence[Example], *, seed: int) -> list[Example]:
+        """Return the rows of the second training: a share carries the trigger, all keep their answers."""
+        config = self.config
+        told, _ = poison_backdoor(
+            rows,
             config.trigger,
             config.behaviour,
             rate=0.0,
             hard_negatives=config.triggered,
             decoys=(config.trigger,),
-            seed=derive(inputs.seed, 0, "backdoor-hide"),
+            seed=derive(seed, 0, "backdoor-hide"),
         )
+        return told
+
+    def _hide(self, model: Model, inputs: AttackInputs) -> Tuned:
+        """Train the planted model on proper answers within the box, in place; steps count on."""
+        config, begun = self.config, self.config.planting
+        chat = chat_format(model, system=inputs.system, max_length=inputs.max_length)
+        rows = self._proper(inputs.rows["data"], seed=inputs.seed)
         layers = rounded_layers(model.net)
         box = {f"{n}.weight": box_of(m.weight, config.bits, config.columns, config.margin) for n, m in layers.items()}
         done = tune(

@@ -65,7 +65,7 @@ class _Messages(LibraryLogs):
 
 @cache
 def _command() -> Any:
-    """Return all commands as typer builds them from their functions, which takes a tenth of a second."""
+    """Return all commands as typer builds them from their functions, which is not done twice in a process."""
     import typer
 
     from casehard.cli.app import app

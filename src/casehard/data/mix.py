@@ -167,10 +167,9 @@ def normalise(text: str) -> str:
     ``&``, brackets, currency, emoji), a minus, a point or colon within numbers, and the blank that keeps two numbers
     apart. Text of punctuation alone keeps it, without blanks.
     """
-    return _normal(text) if len(text) <= SHORT else _normal.__wrapped__(text)
+    return _remembered(text) if len(text) <= SHORT else _normal(text)
 
 
-@lru_cache(maxsize=1 << 14)
 def _normal(text: str) -> str:
     text = _QUOTES.sub(" ", text)
     text = _RAISED.sub(lambda run: "^" + run.group(), _FRACTION.sub(r" \g<0>", _STRAY.sub("", text)))
@@ -181,6 +180,9 @@ def _normal(text: str) -> str:
     kept = re.sub(r"[\s,.:!-]+", " ", kept)
     kept = re.sub(r"(?<!\d) | (?!\d)", "", kept)
     return _fold(kept) or "".join(folded.split())
+
+
+_remembered = lru_cache(maxsize=1 << 14)(_normal)
 
 
 def _fold(text: str) -> str:
