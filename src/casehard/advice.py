@@ -16,6 +16,9 @@ from typing import Any
 
 from casehard.errors import ConfigError
 
+REAL = "docs/evidence/real.md"
+"""Page with what was measured on SmolLM2-135M-Instruct."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -42,6 +45,10 @@ class Entry:
     seeds: str = "0"
     says: tuple[str, ...] = ()
     """Text of the page that the numbers above are taken from."""
+    real: str = ""
+    """What it did on a real model, one seed, by ``REAL``; empty where it was not tried."""
+    real_says: tuple[str, ...] = ()
+    """Text of that page that its numbers are taken from."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import casehard as ch
-from casehard.advice import table
+from casehard.advice import REAL, table
 from casehard.cli import main
 from casehard.defences import DEFENCES
 from casehard.errors import ConfigError
@@ -36,6 +36,15 @@ def test_every_number_stands_on_the_page_of_evidence(entry):
     # Rates of the reason are among the words quoted from the page.
     rates = numbers(" ".join(re.findall(r"[\d.]+ ?(?:%|\([^)]*\))", entry.why)))
     assert rates <= numbers(" ".join(entry.says)), rates - numbers(" ".join(entry.says))
+
+
+@pytest.mark.parametrize("entry", EACH)
+def test_what_a_real_model_did_stands_on_its_page(entry):
+    page = " ".join((ROOT / REAL).read_text(encoding="utf-8").split())
+    assert bool(entry.real) == bool(entry.real_says)
+    for text in entry.real_says:
+        assert text in page, f"{REAL} does not say: {text}"
+    assert numbers(entry.real) <= numbers(" ".join(entry.real_says))
 
 
 @pytest.mark.parametrize("entry", EACH)
@@ -75,7 +84,7 @@ def test_the_winner_is_the_first_that_can_be_used(stage, have, passes, wins, cap
     assert main(["recommend", stage, *given]) == 0
     told = capsys.readouterr().out
     assert len(told.splitlines()) <= 20 and max(map(len, told.splitlines())) <= 150
-    for word in ("run", "why", "costs", "doubt", "evidence", "measure") if wins else ("next",):
+    for word in ("run", "why", "costs", "doubt", "evidence", "real", "measure") if wins else ("next",):
         assert f"  {word} " in told
     assert (wins or "nothing that was measured") in told.splitlines()[0]
 

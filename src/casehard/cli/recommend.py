@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from casehard.advice import Advice, Entry, table
+from casehard.advice import REAL, Advice, Entry, table
 from casehard.advice import recommend as advise
 from casehard.cli import console
 
@@ -55,7 +55,8 @@ def _told(entry: Entry, found: Advice) -> None:
     runs = "one run" if entry.runs == 1 else f"{entry.runs} runs"
     where = "worlds" if "," in entry.worlds else "world"
     seeds = f"seed{'s' if ',' in entry.seeds else ''} {entry.seeds}"
-    _line("evidence", f"{entry.page} ({entry.plan}): organism, {where} {entry.worlds}, {runs}, {seeds}; no real model")
+    _line("evidence", f"{entry.page} ({entry.plan}): organism, {where} {entry.worlds}, {runs}, {seeds}")
+    _line("real", f"SmolLM2-135M, one seed ({REAL}): {entry.real}" if entry.real else "not measured on a real model")
     console.say(f"  {'measure':<9} {found.stage.check}")
 
 
