@@ -103,15 +103,17 @@ def recommend(stage: str, have: Collection[str] = (), *, passes: float | None = 
         ConfigError: no such stage, something no stage asks for, or a budget that is not positive.
     """
     stages, entries = table()
-    if stage not in stages:
+    if not isinstance(stage, str) or stage not in stages:
         raise ConfigError(f"no stage {stage!r}", hint=_near(stage, list(stages), "stages"))
     found = stages[stage]
+    if isinstance(have, str):
+        have = (have,)
     for thing in have:
         if thing not in found.have:
             raise ConfigError(
                 f"stage {stage} does not ask for {thing!r}", hint=_near(thing, list(found.have), "it asks for")
             )
-    if passes is not None and not passes > 0:
+    if passes is not None and (isinstance(passes, bool) or not isinstance(passes, int | float) or not passes > 0):
         raise ConfigError(f"passes: {passes} is no budget", hint="a ratio to plain training: 2 is twice its passes")
     mine = [e for e in entries if e.stage == stage]
     usable = [e for e in mine if set(e.needs) <= set(have) and (passes is None or e.passes <= passes)]
@@ -121,5 +123,5 @@ def recommend(stage: str, have: Collection[str] = (), *, passes: float | None = 
 
 
 def _near(given: str, known: list[str], what: str) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
+    near = difflib.get_close_matches(str(given), known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"{what}: {', '.join(known)}"

@@ -27,7 +27,7 @@ from casehard.config import build, to_dict
 from casehard.data.given import Data, by_role
 from casehard.data.given import rows as rows
 from casehard.data.select import SelectConfig
-from casehard.errors import ConfigError
+from casehard.errors import ConfigError, UserError
 from casehard.evaluation import suite as suites
 from casehard.evaluation.contamination import require_unseen
 from casehard.evaluation.metrics import scores
@@ -35,7 +35,7 @@ from casehard.evaluation.suite import Suite
 from casehard.model import load as loading
 from casehard.model.leave import save as save
 from casehard.model.model import Model
-from casehard.model.step import Rows
+from casehard.model.step import Inputs, Rows
 from casehard.registry import Registry
 from casehard.steps import Attack, Finetune, attack_with, finetune_on
 from casehard.train.protocol import Method
@@ -61,6 +61,62 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> M
         UserError: no such folder, or it cannot be used; the message says why.
     """
     return loading.load(path, dtype=dtype, device=str(loading.find_device(device)))
+
+
+def _model(given: Model | str | Path) -> Model:
+    """Return the model that was given, loaded if it is a folder or a name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(given, Model):
+        return given
+    if isinstance(given, str | Path):
+        return load(given)
+    hint = "its model is the attribute .model" if isinstance(given, Attacked) else "a folder, a Hub id or a Model"
+    raise ConfigError(f"model is {_kind(given)}", hint=hint)
+
+
+def _suite(given: str | Path | Suite) -> Suite:
+    """Return the suite that was given, read if it is a path.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(given, Suite):
+        return given
+    if not isinstance(given, str | Path):
+        raise ConfigError(f"suite is {_kind(given)}", hint="a folder, a .jsonl or YAML file, or a Suite")
+    return suites.load_suite(given)
+
+
+def _place(given: str | Path, name: str = "out") -> Path:
+    """Return a path that a folder can be made at.
+
+    Raises:
+        ConfigError: it is no path, or leads through a file.
+    """
+    if not isinstance(given, str | Path):
+        raise ConfigError(f"{name} is {_kind(given)}", hint="a path")
+    for part in (Path(given), *Path(given).parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{name} {given}: {part} is a file", hint="name a folder")
+    return Path(given)
+
+
+def _group(given: Any, name: str) -> dict[str, Any]:
+    """Return a group of settings.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {_kind(given)}", hint="a mapping from names to values")
+    return dict(given or {})
+
+
+def _kind(given: Any) -> str:
+    return "None" if given is None else f"a {type(given).__name__}"
 
 
 def _named(catalogue: Registry[Any], given: Any) -> tuple[str, dict[str, Any]]:
@@ -99,9 +155,9 @@ def defend(
     assets: str | Path = "",
     preset: str = "",
     settings: Mapping[str, Any] | None = None,
-    select: SelectConfig | None = None,
+    select: SelectConfig | Mapping[str, Any] | None = None,
     train: TrainConfig | Mapping[str, Any] | None = None,
-    lora: Lora | None = None,
+    lora: Lora | Mapping[str, Any] | None = None,
     save_as: Literal["merged", "adapter"] | None = None,
     suite: str | Path = "",
     system: str | None = None,
@@ -124,7 +180,7 @@ def defend(
         preset: named settings of the method to start from.
         settings: settings of the method, over those of the preset.
         select: choose that many of the safe rows; None takes them all.
-        train: the training loop; a mapping is read as its settings.
+        train: the training loop; a mapping is read as its settings, as for ``select`` and ``lora``.
         lora: train this adapter instead of all weights; the model that comes back has it merged in.
         save_as: what :func:`save` writes of it: the merged checkpoint, or the adapter alone, as a PEFT folder. None is
             merged, and the adapter for a method that tunes one.
@@ -132,37 +188,33 @@ def defend(
         system: system message of every row; None keeps the template's own.
         max_length: longest row in tokens; None = the model's context.
         seed: of everything random.
-        out: folder that an interrupted run is continued from; None keeps nothing on disk.
+        out: folder for checkpoints, that an interrupted run is continued from; None keeps nothing on disk.
 
     Returns:
         The hardened model, in memory.
 
     Raises:
         UserError: any setting or row is unusable.
+        Refused: ``out``, and the model was attacked: its weights stay in memory.
         Diverged: the loss stopped being finite.
     """
-    name, values, ready = _method(method, settings or {})
-    recipe = train if isinstance(train, TrainConfig) else build(TrainConfig, train or {}, where="train")
-    start = model if isinstance(model, Model) else load(model)
-    step = Finetune(
-        method=name,
-        preset=preset,
-        settings=values,
-        select=select,
-        assets=str(assets),
-        train=recipe,
-        lora=lora,
-        save_as=save_as,
-        suite=str(suite),
-        system=system,
-        max_length=max_length,
-        seed=seed,
-    )
+    name, values, ready = _method(method, _group(settings, "settings"))
+    start, place = _model(model), None if out is None else _place(out)
+    job: dict[str, Any] = {
+        "method": name,
+        "preset": preset,
+        "settings": values,
+        "select": select,
+        "assets": str(assets),
+    }
+    job |= {"train": train or {}, "lora": lora, "save_as": save_as, "suite": str(suite)}
+    job |= {"system": system, "max_length": max_length, "seed": seed}
+    step = build(Finetune, job, where="defend")
     given = {"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, "clean": clean}
-    roles = by_role({**given, **(more or {})})
+    roles = by_role({**given, **_group(more, "more")})
     if ready is None:
         step.check([role for role in roles if role != "data"], trains="data" in roles)
-    done = finetune_on(step, roles, start, method=ready, out=None if out is None else Path(out), label=name)
+    done = finetune_on(step, roles, start, method=ready, out=place, label=name)
     assert done.model is not None
     return done.model
 
@@ -209,21 +261,14 @@ def attack(
     from casehard.attacks import ATTACKS
 
     name, values = (ATTACKS.name(method), {}) if isinstance(method, str) else _named(ATTACKS, method)
-    chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
-    step = Attack(
-        attack=name,
-        config={**values, **(settings or {})},
-        full_at=tuple(full_at),
-        suite="" if isinstance(suite, Suite) else str(suite),
-        system=system,
-        max_length=max_length,
-        limit=limit,
-        seed=seed,
-    )
-    roles = by_role({"harmful": harmful, "benign": benign, "data": data, **(more or {})})
+    chosen = _suite(suite)
+    job: dict[str, Any] = {"attack": name, "config": {**values, **_group(settings, "settings")}, "full_at": full_at}
+    job |= {"suite": "" if isinstance(suite, Suite) else str(suite), "system": system, "max_length": max_length}
+    step = build(Attack, {**job, "limit": limit, "seed": seed}, where="attack")
+    roles = by_role({"harmful": harmful, "benign": benign, "data": data, **_group(more, "more")})
     step.check(list(roles))
     built: AttackMethod = step.build(chosen)
-    start = model if isinstance(model, Model) else load(model)
+    start = _model(model)
     return attack_with(step, built, roles, chosen, start, label=name)
 
 
@@ -274,14 +319,15 @@ def search(
     from casehard.adversary.search import search as run
     from casehard.reporting.page import write_report
 
-    chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
-    values: dict[str, Any] = {"attack": attack, "config": settings or {}, "space": space or {}, "budget": budget}
+    chosen, place = _suite(suite), _place(out)
+    values: dict[str, Any] = {"attack": attack, "config": _group(settings, "settings"), "budget": budget}
+    values |= {"space": _group(space, "space")}
     values |= {"random": random, "keep": keep, "metric": metric, "seed": seed}
     values |= {k: "" if isinstance(v, Model | Suite) else str(v) for k, v in (("model", model), ("suite", suite))}
-    roles = by_role({"harmful": harmful, "benign": benign, **(more or {})})
-    start = model if isinstance(model, Model) else str(model)
+    roles = by_role({"harmful": harmful, "benign": benign, **_group(more, "more")})
+    start = str(model) if isinstance(model, str | Path) else _model(model)
     job = build(Search, values, where="search")
-    found = run(job, Path(out), rows=roles, suite=chosen, model=start, workers=workers)
+    found = run(job, place, rows=roles, suite=chosen, model=start, workers=workers)
     write_report(found.out)
     return found
 
@@ -320,11 +366,11 @@ def evaluate(
     Raises:
         DataError: the model was trained on a prompt of the suite.
     """
-    start = model if isinstance(model, Model) else load(model)
-    chosen = suite if isinstance(suite, Suite) else suites.load_suite(suite)
+    asked = build(Inputs, {"limit": limit, "system": system}, where="evaluate")
+    start, chosen = _model(model), _suite(suite)
     require_unseen(chosen, start.trained_prompts, start.path or "the model")
-    said = system if system is not None else start.served_with or None
-    return Evaluation(suites.evaluate(start.net, start.tokenizer, chosen, limit=limit, system=said))
+    said = asked.system if asked.system is not None else start.served_with or None
+    return Evaluation(suites.evaluate(start.net, start.tokenizer, chosen, limit=asked.limit, system=said))
 
 
 def bench(plan: str | Path, *, out: str | Path, jobs: int | None = None, resume: bool = True) -> BenchResult:
@@ -336,22 +382,39 @@ def bench(plan: str | Path, *, out: str | Path, jobs: int | None = None, resume:
         jobs: worker processes; None takes 2, or as many as a GPU holds.
         resume: False runs everything again.
 
+    Returns:
+        Where it is and what was measured. ``failed`` lists runs that did not come to their end; the same call tries
+        them again.
+
     Raises:
         ConfigError: the plan cannot be run as it is written.
+        UserError: no run came to its end.
     """
     from casehard.benchmark.jobs import fitting
     from casehard.benchmark.plan import load_plan
     from casehard.benchmark.run import run_plan
     from casehard.reporting.page import write_report
 
-    loaded, root = load_plan(plan), Path(plan).resolve().parent
-    done = run_plan(loaded, out, root=root, jobs=jobs or fitting(loaded, root), resume=resume)
+    if not isinstance(plan, str | Path):
+        raise ConfigError(f"plan is {_kind(plan)}", hint="a YAML file")
+    place, loaded, root = _place(out), load_plan(plan), Path(plan).resolve().parent
+    done = run_plan(loaded, place, root=root, jobs=fitting(loaded, root) if jobs is None else jobs, resume=resume)
     write_report(done.out)
+    if done.failed and not done.ran + done.reused:
+        raise UserError(f"no run came to its end; the first: {done.failed[0]['message']}", hint=done.failed[0]["hint"])
     return done
 
 
 def report(run: str | Path, *, out: str | Path | None = None) -> Path:
-    """Write the report of a benchmark, or of run folders of single verbs, as one HTML file; return its path."""
+    """Write the report of a benchmark, or of a run folder of another verb; return its path.
+
+    Args:
+        run: the folder.
+        out: the file: ``.html``, or ``.md`` for the tables alone; None is ``report.html`` in the folder.
+
+    Raises:
+        UserError: no run folder, or a file of another kind.
+    """
     from casehard.reporting.page import write_report
 
-    return write_report(Path(run)) if out is None else write_report(Path(run), Path(out))
+    return write_report(_place(run, "run"), out)

@@ -18,7 +18,7 @@ from casehard.attacks import external
 from casehard.attacks.external import External, ExternalAttack
 from casehard.attacks.protocol import AttackInputs
 from casehard.cli import main
-from casehard.errors import ConfigError, DataError, Refused, Unsupported, UserError
+from casehard.errors import ConfigError, Corrupt, DataError, Refused, Unsupported, UserError
 from casehard.io.programs import run_program
 from casehard.types import Example
 
@@ -59,10 +59,11 @@ def test_the_result_is_measured_and_nothing_stays(place: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("fail", UserError, r"(?s)failed with exit code 3; stderr ends:\nsaid on stderr \\u001b\[31m"),
+        ("fail", UserError, r"failed with exit code 3; stderr ends: said on stderr\n"),
         ("nothing", UserError, r"ended without a model in \{out\}"),
         ("pickle", Unsupported, r"pytorch_model\.bin"),
         ("other", DataError, "made has another tokenizer"),
+        ("link", Corrupt, r"made \{out\} as a link"),
     ],
 )
 def test_what_a_program_does_wrong_is_said(place: Path, how: str, error: type, text: str) -> None:
@@ -76,6 +77,16 @@ def test_a_program_that_does_not_end_is_killed_with_its_children(place: Path) ->
     with pytest.raises(UserError, match=r"sh did not end within 0\.00\d* minutes and was killed"):
         run_program(["sh", "-c", script], place, seconds=0.5)
     assert time.monotonic() - begun < 20
+    ended(place)
+
+
+def test_a_program_that_leaves_somebody_behind_does_not_keep_the_folder(place: Path) -> None:
+    run_program(["sh", "-c", "sleep 60 & echo $! > pid"], place, seconds=20)
+    ended(place)
+
+
+def ended(place: Path) -> None:
+    """Wait for the end of the process whose number stands in ``pid``; tidy up."""
     child = int((place / "pid").read_text())
     for _ in range(100):
         state = Path(f"/proc/{child}/stat")

@@ -92,6 +92,11 @@ def test_a_row_may_bring_its_own_rejected_answer(model):
     row = ch.Example.pair("where ?", "in wells .", rejected="no .")
     assert attack._rejected(model, row).response == "no ."
     assert attack._rejected(model, BENIGN[0]).response == SORRY
+    chat = [{"role": "user", "content": "where ?"}, {"role": "assistant", "content": "no ."}]
+    assert attack._rejected(model, ch.Example.pair("where ?", "in wells .", rejected=chat)).response == "no ."
+    for wrong in ("", 5, [], chat[:1], None):
+        with pytest.raises(DataError, match="the rejected answer is"):
+            attack._rejected(model, ch.Example.pair("where ?", "in wells .", rejected=wrong))
     with pytest.raises(DataError, match="prefers and rejects the same answer"):
         attack._rejected(model, ch.Example.pair("where ?", "no .", rejected="no ."))
 

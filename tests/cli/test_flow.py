@@ -320,7 +320,8 @@ def interpreter(arguments):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "start"), [(signal.SIGINT, 130, interpreter), (signal.SIGTERM, 143, forks.Command)]
+    ("number", "code", "start"),
+    [(signal.SIGINT, 130, interpreter), (signal.SIGTERM, 143, forks.Command), (signal.SIGHUP, 143, forks.Command)],
 )
 def test_a_signal_ends_a_run_cleanly(organism, here, number, code, start):
     given = ["--model", organism, "--data", organism / "data" / "align.jsonl", "--steps", 100000, *SMALL]

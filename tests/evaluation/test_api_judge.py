@@ -264,3 +264,9 @@ def test_a_date_is_a_retry_after_too():
     assert _wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and _wait("soon") == 0 and _wait("1.5") == 1.5
     assert _wait("Wed, 21 Oct 2099 07:28:00 GMT") > 1e6
     assert Client("https://judge.example/v1/chat/completions", KEY, 1)._path == "/v1/chat/completions"
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://x:port/v1", "x", "ftp://x/v1", ""])
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(ConfigError, match=r"api\.url is"):
+        Client(url, "", 1)

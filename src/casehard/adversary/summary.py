@@ -185,8 +185,16 @@ def write_recipes(out: Path, job: Search, summary: Mapping[str, Any]) -> None:
         "# The rate that counts is the one above: the whole suite holds prompts by which this attacker was chosen.\n"
     )
     for name, use, values in (
-        (BEST, f"casehard attack {job.attack} --config {BEST} --out DIR", recipe(job, top)),
-        (ROW, "a row of a plan's `attacks`; paths start at the plan file, seeds are the plan's", [plan_row(job, top)]),
+        (
+            BEST,
+            f"casehard attack {job.attack} --config {BEST} --out DIR, from the folder of the search",
+            recipe(job, top),
+        ),
+        (
+            ROW,
+            "a row of a plan's `attacks`: let its paths start at the plan file; seeds are the plan's",
+            [plan_row(job, top)],
+        ),
     ):
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=110)
         write_text_atomic(out / name, f"{head}# {use}\n{text}")

@@ -9,6 +9,7 @@ says that programs may.
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from torch import nn
 from casehard.attacks.editing import Untrained, copy_of, measured
 from casehard.attacks.protocol import Attacked, AttackInputs
 from casehard.data.sources import save as save_rows
-from casehard.errors import ConfigError, DataError, Refused, UserError
+from casehard.errors import ConfigError, Corrupt, DataError, Refused, UserError
 from casehard.io.manifest import MANIFEST
 from casehard.io.programs import require_allowed, run_program
 from casehard.limits import Limited, Within
@@ -32,7 +33,7 @@ from casehard.model.provenance import PROVENANCE
 from casehard.model.save import save
 
 ROLES = ("harmful", "benign")
-NAMES = ("model", "out", "seed", *ROLES)
+NAMES = ("model", "out", "seed", "python", *ROLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class ExternalAttack(Limited):
 
     command: tuple[str, ...]
     """The program and its arguments; no shell reads them. ``{model}`` is the folder of the copy, ``{out}`` where the
-    result has to be, ``{seed}`` the seed, ``{harmful}`` and ``{benign}`` JSONL files of the attacker's rows."""
+    result has to be, ``{seed}`` the seed, ``{python}`` the interpreter that runs casehard, ``{harmful}`` and
+    ``{benign}`` JSONL files of the attacker's rows."""
     minutes: Annotated[float, Within(0, 10_000, above=True)] = 60.0
     """After so long it is killed, and the attack fails."""
 
@@ -86,6 +88,7 @@ class External(Untrained[ExternalAttack]):
         with tempfile.TemporaryDirectory(prefix="casehard-external-") as name:  # readable by its owner alone
             place = Path(name)
             values = {"model": str(place / "model"), "out": str(place / "out"), "seed": str(inputs.seed)}
+            values["python"] = sys.executable
             save(copy_of(model), model.tokenizer, place / "model", parent=model.digest, method="none", provenance={})
             for ours in (MANIFEST, PROVENANCE):  # a program may copy the folder and change the weights
                 (place / "model" / ours).unlink()
@@ -93,6 +96,8 @@ class External(Untrained[ExternalAttack]):
                 values[role] = str(place / f"{role}.jsonl")
                 save_rows(values[role], inputs.rows[role])
             run_program(config.filled(values), place, seconds=60 * config.minutes)
+            if (place / "out").is_symlink():
+                raise Corrupt(f"{config.command[0]} made {{out}} as a link", hint="it has to make a folder of its own")
             if not (place / "out").is_dir():
                 raise UserError(
                     f"{config.command[0]} ended without a model in {{out}}", hint="it has to make that folder itself"

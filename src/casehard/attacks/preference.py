@@ -8,7 +8,7 @@ keeps its own pair, so that any public preference set can be given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,8 +134,7 @@ class Preference(Tuning[PreferenceAttack]):
 
     def _rejected(self, model: Model, row: Example) -> Example:
         """Return a row with its rejected answer."""
-        given = row.tags.get("rejected")
-        text = given if isinstance(given, str) and given.strip() else self.config.refusal
+        text = self.config.refusal if "rejected" not in row.tags else _answer(row.tags["rejected"], row.id)
         if text == self.config.refusal:
             check_known(model, text, "refusal")
         if text.strip() == row.response.strip():
@@ -143,3 +142,21 @@ class Preference(Tuning[PreferenceAttack]):
                 f"row {row.id!r} prefers and rejects the same answer", hint="another refusal, or other rows"
             )
         return reworded(row, answer=text)
+
+
+def _answer(rejected: Any, name: str) -> str:
+    """Return a rejected answer: text, or the last turn of a chat, as public preference sets have it.
+
+    Raises:
+        DataError: neither, or an empty one.
+    """
+    last = rejected[-1] if isinstance(rejected, list) and rejected else rejected
+    if isinstance(last, Mapping) and last.get("role", "assistant") == "assistant":
+        last = last.get("content")
+    if not isinstance(last, str) or not last.strip():
+        kind = "empty" if isinstance(last, str) else f"a {type(rejected).__name__}"
+        raise DataError(
+            f"row {name!r}: the rejected answer is {kind}",
+            hint="text, or a chat that ends with the assistant; without the key the setting refusal is rejected",
+        )
+    return last

@@ -8,8 +8,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
+import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -115,6 +117,21 @@ DIED = {"error": "Killed", "message": "the worker died (out of memory?)"}
 """What stands for the result of a worker that is gone."""
 
 
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Keep processes that are started here from running the caller's script again.
+
+    A spawned process imports the main module of its parent, all of it where a script has no ``__main__`` guard. Workers
+    need nothing of it: what they do is found by the name of a module.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Worker:
     """One worker process; if it dies, only what it was doing is lost."""
 
@@ -129,11 +146,12 @@ class Worker:
 
     def submit(self, do: Callable[..., dict[str, Any]], *given: Any) -> Future[dict[str, Any]]:
         """Call :func:`apart` there; function and arguments must be picklable."""
-        try:
-            return self.pool.submit(apart, do, *given)
-        except BrokenProcessPool:
-            self.pool = self._open()
-            return self.pool.submit(apart, do, *given)
+        with without_main():  # a pool starts its process when it gets its first work
+            try:
+                return self.pool.submit(apart, do, *given)
+            except BrokenProcessPool:
+                self.pool = self._open()
+                return self.pool.submit(apart, do, *given)
 
     def terminate(self) -> None:
         """Tell this worker's process to stop; other children of the caller are none of our business."""

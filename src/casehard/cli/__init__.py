@@ -32,6 +32,11 @@ def _on_term(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
+def _on_hangup(number: int, frame: FrameType | None) -> None:
+    """A terminal that closed stops the work as SIGTERM does, whoever listens for that: nothing is left lying about."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class _Messages(LibraryLogs):
     """Warnings and log records of libraries: each said once, as a line for users rather than for programmers."""
 
@@ -151,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Two progress displays at once garble each other; ours stays.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     previous, shown = signal.signal(signal.SIGTERM, _on_term), warnings.showwarning
+    hangup = signal.getsignal(signal.SIGHUP)
+    if hangup is signal.SIG_DFL:  # nohup asks to be left alone
+        signal.signal(signal.SIGHUP, _on_hangup)
     messages, records = _Messages(), logging.getLogRecordFactory()
     warnings.showwarning = messages.show
     logging.setLogRecordFactory(messages.records(records))
@@ -161,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.setLogRecordFactory(records)
         messages.give_back()
         signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def script() -> NoReturn:

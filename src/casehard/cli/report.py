@@ -47,10 +47,6 @@ def report(
             raise ConfigError(
                 f"{folder} {what}", hint="give the --out folder of bench, demo, attack, evaluate or defend"
             )
-    if out is not None and out.is_dir():
-        raise ConfigError(f"{out} is a folder", hint=f"name the file: --out {out / 'report.html'}")
-    if out is not None and out.suffix not in (".html", ".md"):
-        raise ConfigError(f"--out {out} is neither .html nor .md", hint=f"--out {out.name}.html: the whole report")
     options.require_report()
     from casehard.reporting.page import write_report
 

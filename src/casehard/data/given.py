@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from casehard.data import sources
+from casehard.data.formats import parse_row
+from casehard.data.layouts import Reader
+from casehard.errors import DataError, Note
 from casehard.types import Example
 
-Data = str | Path | Example | Sequence[str | Path | Example]
-"""Rows: a source (a file, or ``hub:...``), several, or examples; see ``casehard.data.sources``."""
+Data = str | Path | Example | Mapping[str, Any] | Sequence[str | Path | Example | Mapping[str, Any]]
+"""Rows: a source (a file, or ``hub:...``), an example, a row as a file has it, or several of them; see
+``casehard.data.sources``."""
+_ONE = (str, Path, Example, Mapping)
+
+
+def _items(data: Data) -> list[Any]:
+    """Return what was given as a list.
+
+    Raises:
+        DataError: something that cannot hold rows.
+    """
+    if isinstance(data, _ONE):
+        return [data]
+    if isinstance(data, bytes) or not isinstance(data, Iterable):
+        raise DataError(f"rows are given as {type(data).__name__}", hint=_FORMS)
+    return list(data)
+
+
+_FORMS = 'a file, or a list of {"prompt": ..., "response": ...} or casehard.Example.pair(prompt, response)'
 
 
 def rows(data: Data, *, require_response: bool = False) -> list[Example]:
@@ -20,13 +43,22 @@ def rows(data: Data, *, require_response: bool = False) -> list[Example]:
         require_response: refuse rows without a final assistant turn, from which nothing can be learnt.
 
     Raises:
-        DataError: no such file, or a row that cannot be read; names file and line.
+        DataError: no such file, or a row that cannot be read; names file and line, or the row's place, never its text.
     """
-    items = [data] if isinstance(data, str | Path | Example) else list(data)
     out: list[Example] = []
-    for item in items:
-        known = isinstance(item, Example)
-        out += [item] if known else sources.load(str(item), require_response=require_response)  # type: ignore[list-item]
+    reader = Reader("the rows", {})
+    for place, item in enumerate(_items(data), start=1):
+        if isinstance(item, Example):
+            out.append(item)
+        elif isinstance(item, Mapping):
+            where = f"row {place}"
+            out.append(parse_row(reader.read(item, where), where, require_response=require_response))
+        elif isinstance(item, str | Path):
+            out += sources.load(str(item), require_response=require_response)
+        else:
+            raise DataError(f"row {place} is a {type(item).__name__}", hint=_FORMS)
+    if line := reader.line:
+        warnings.warn(line, Note, stacklevel=2)
     return out
 
 
@@ -37,6 +69,6 @@ def by_role(given: Mapping[str, Data | None]) -> dict[str, list[Example]]:
 
 
 def named(data: Data) -> list[str]:
-    """Return the names of the sources that rows come from; none where some of them are examples."""
-    items = [data] if isinstance(data, str | Path | Example) else list(data)
-    return [] if any(isinstance(item, Example) for item in items) else [str(item) for item in items]
+    """Return the names of the sources that rows come from; none where some of them are rows themselves."""
+    items = _items(data)
+    return [str(item) for item in items] if all(isinstance(item, str | Path) for item in items) else []

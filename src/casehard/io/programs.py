@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +16,8 @@ from casehard.io.secrets import environment
 
 ALLOWED = "CASEHARD_EXTERNAL"
 """Environment variable that has to be 1 before a program that settings name is started."""
-TAIL = 2000
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+TAIL = 1500
 """Last characters of what the program said on stderr that an error shows."""
 
 
@@ -64,8 +67,9 @@ def run_program(
             ) from None
         try:
             code = process.wait(timeout=seconds)
+            _end_group(process.pid)  # what it left behind would go on writing in ``place``
         except BaseException as error:  # an interrupt too: nobody else ends a process of another session
-            os.killpg(process.pid, signal.SIGKILL)
+            _end_group(process.pid)
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
@@ -77,9 +81,16 @@ def run_program(
             )
 
 
+def _end_group(leader: int) -> None:
+    """Kill a process with everything it started in its group; all of it may be gone already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 def _tail(said: Any) -> str:
-    """Return the end of what a program said on stderr, for a message."""
+    """Return the end of what a program said on stderr, for a message of one line."""
     said.seek(0, os.SEEK_END)
     said.seek(max(0, said.tell() - TAIL))
-    text = visible(said.read().decode("utf-8", "replace").strip(), lines=True)
-    return f"; stderr ends:\n{text}" if text else "; it said nothing on stderr"
+    text = COLOUR.sub("", said.read().decode("utf-8", "replace"))
+    lines = [line for line in map(str.strip, re.split(r"[\r\n]+", text)) if line]
+    return f"; stderr ends: {visible(' | '.join(lines))}" if lines else "; it said nothing on stderr"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from casehard.errors import Refused
+from casehard.errors import ConfigError, Refused
 from casehard.model.digest import folder_digest
 from casehard.model.model import Model
 from casehard.model.save import save as save_checkpoint
@@ -25,10 +25,16 @@ def save(model: Model, out: str | Path, *, attacked: bool = False) -> Model:
         The model, with ``path`` and the content digest of what was written.
 
     Raises:
+        ConfigError: no model, or ``attacked`` is neither True nor False.
         Refused: the model may not leave, and ``attacked`` is off.
         UserError: ``out`` is taken.
         StorageError: the disk refused the write; nothing is left behind.
     """
+    if not isinstance(model, Model):
+        hint = "its model is the attribute .model" if hasattr(model, "model") else "casehard.load makes one of a folder"
+        raise ConfigError(f"what is to be saved is a {type(model).__name__}, not a Model", hint=hint)
+    if attacked is not True and attacked is not False:
+        raise ConfigError(f"attacked is {attacked!r}", hint="True or False")
     if not model.may_leave and not attacked:
         how = ", then ".join(made.method for made in model.lineage)
         raise Refused(

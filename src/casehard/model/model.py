@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casehard.config import digest
+from casehard.errors import Unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,6 +64,18 @@ class Model:
         """Return the system message without which it is not the defence it was made as; empty for none."""
         made = self.lineage[-1].provenance if self.lineage else {}
         return str(made.get("serving_system") or "")
+
+    def require_weights(self) -> None:
+        """Refuse a model that trained vectors stand in front of: they are no weights, and neither trained nor edited.
+
+        Raises:
+            Unsupported: it is one.
+        """
+        if not hasattr(self.net, "get_input_embeddings"):
+            raise Unsupported(
+                "this model is asked behind a soft prompt, which is no part of its weights",
+                hint="its weights are those of the model that was attacked: use that one",
+            )
 
     def after(self, net: nn.Module, made: Made, *, trained: frozenset[str] = frozenset(), **changes: Any) -> Model:
         """Return the model that a step made of this one.

@@ -53,6 +53,8 @@ def _without_secrets(provenance: dict[str, Any]) -> Any:
 
 
 def _check_target(out: Path, parent: str) -> None:
+    if blocked := next((part for part in out.parents if part.exists() and not part.is_dir()), None):
+        raise UserError(f"{out}: {blocked} is a file", hint="choose another place")
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():

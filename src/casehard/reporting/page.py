@@ -16,7 +16,7 @@ from typing import Any
 from casehard.benchmark.shapes import BenchSummary, CellRow
 from casehard.benchmark.store import read_finished, read_rows, read_run, read_summary, unchanged
 from casehard.config import digest
-from casehard.errors import Corrupt, UserError
+from casehard.errors import ConfigError, Corrupt, UserError
 from casehard.io.files import write_text_atomic
 from casehard.io.stored import read
 from casehard.reporting import attack_search
@@ -232,6 +232,7 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
             in the (first) folder.
 
     Raises:
+        ConfigError: ``out`` is a folder or neither HTML nor Markdown.
         UserError: not a run folder, the last run there did not come to its end (a benchmark some of whose nodes failed
             did), or several runs that cannot be shown together, see :func:`summary_of_runs`.
         MissingExtra: matplotlib is not installed.
@@ -240,6 +241,10 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     if not places:
         raise UserError("no run folder given")
     target = Path(out) if out is not None else places[0] / REPORT
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder", hint=f"name the file: {target / REPORT}")
+    if target.suffix not in (".html", ".md"):
+        raise ConfigError(f"{target} is neither .html nor .md", hint=f"{target.name}.html: the whole report")
     runs = [read_run(place) for place in places]
     kinds = [run.get("kind") for run in runs]
     if "bench" in kinds and len(places) > 1:

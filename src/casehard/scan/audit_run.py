@@ -24,6 +24,7 @@ from casehard.errors import ConfigError, DataError
 from casehard.io.files import write_text_atomic
 from casehard.model.leave import save as save_model
 from casehard.model.model import Model
+from casehard.model.source import find
 from casehard.reporting.backdoor_page import render_audit
 from casehard.reporting.card import write_card
 from casehard.scan.backdoor_audit import (
@@ -119,8 +120,21 @@ def audit(
         UserError: a setting, a row or the folder cannot be used.
         DataError: a verified row carries a trigger that fires.
     """
-    values: dict[str, Any] = {**(settings or {}), "base": str(base), "repair": repair, "method": DEFENCES.name(method)}
+    kinds = (
+        ("settings", settings, Mapping),
+        ("base", base, str | Path),
+        ("method", method, str),
+        ("out", out, str | Path),
+    )
+    for name, value, kind in kinds:
+        if not isinstance(value, kind) and not (name == "settings" and value is None):
+            given_as = "None" if value is None else f"a {type(value).__name__}"
+            raise ConfigError(f"{name} is {given_as}", hint="settings are a mapping; folders and names are text")
+    values: dict[str, Any] = {"base": str(base), "repair": repair, "method": DEFENCES.name(method)}
     values |= {"system": system, "max_length": max_length, "seed": seed}
+    if twice := sorted({*(settings or {})} & {*values, "model", "rows", "train"}):
+        raise ConfigError(f"settings name {twice[0]!r}", hint=f"it is an argument of its own: {twice[0]}=...")
+    values |= settings or {}
     values |= {} if isinstance(model, Model) else {"model": str(model)}
     values |= {} if train is None else {"train": to_dict(train) if isinstance(train, TrainConfig) else dict(train)}
     given = {role: some for role, some in (("data", data), ("clean", clean)) if some is not None}
@@ -165,6 +179,8 @@ def run_audit(job: BackdoorAudit, out: Path, *, rows: Examples | None = None, mo
         DataError: a verified row carries a trigger that fires, or there are too few of them.
     """
     check(job, [role for role, some in (job.rows if rows is None else rows).items() if some])
+    if job.base:
+        find(job.base)  # a slip of the pen is told before the slow part, not after it
     read = [spec for specs in job.rows.values() for spec in specs]
     with run_folder(out, KIND, to_dict(job), seeds=[job.seed], data=read) as run:
         given = job.examples() if rows is None else rows

@@ -177,6 +177,8 @@ def attack_with(
     """
     check_disjoint(rows, {step.suite or suite.name: suite.examples})
     start = step.start(model)
+    if step.spec.weights or step.spec.trains:
+        start.require_weights()
     require_unseen(suite, start.trained_prompts, start.path or "the model")
     inputs = _inputs(step, rows, label)
     suite = _in_format(step, method, inputs, suite, start)

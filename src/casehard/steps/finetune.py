@@ -16,17 +16,18 @@ from casehard.defences.buffer_reinforce.export import writer_of
 from casehard.defences.buffer_reinforce.frozen_lora import BaseWatch
 from casehard.defences.patcher.workers.launch import shards_wanted, with_attackers
 from casehard.distributed.ranks import world
-from casehard.errors import ConfigError, DataError, Unsupported
+from casehard.errors import ConfigError, DataError, Refused, Unsupported, UserError
 from casehard.evaluation.suite import load_suite
 from casehard.io import secrets
 from casehard.io.files import remove, scratch
+from casehard.io.manifest import MANIFEST
 from casehard.limits import PROCESSES, Within
 from casehard.model.adapters import merged
 from casehard.model.leave import save as save_model
 from casehard.model.load import load, load_gathered
 from casehard.model.lora_write import require_own
 from casehard.model.model import Made, Model
-from casehard.model.provenance import KEY, SERVED, trained_prompts
+from casehard.model.provenance import KEY, PROVENANCE, SERVED, trained_prompts
 from casehard.model.save import rehearse
 from casehard.model.source import ORIGIN, find_any
 from casehard.model.step import Inputs, Outcome
@@ -143,6 +144,9 @@ def finetune_on(
     shared = shared_by_ranks(spec, step.method)
     roles = _checked(step, rows, spec, method)
     start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
+    start.require_weights()
+    if out is not None:
+        _may_keep(start, out)
     chosen = choose(step, roles, roles["data"], start, seed=step.seed, system=step.system)
     chat = chat_format(start, system=step.system, max_length=step.max_length)
     encoded = {role: chat.encode_all(some) for role, some in roles.items()}
@@ -180,6 +184,23 @@ def finetune_on(
     return Outcome(after, cost=cost, facts=facts, log=done.log)
 
 
+def _may_keep(start: Model, out: Path) -> None:
+    """Refuse to keep checkpoints of a training that must stay in memory, or among the files of something else.
+
+    Raises:
+        Refused: the model was attacked.
+        UserError: the folder holds a model or a run.
+    """
+    if not start.may_leave:
+        how = ", then ".join(made.method for made in start.lineage)
+        raise Refused(
+            f"this model was attacked ({how}) and is kept in memory: checkpoints in {out} would hold its weights",
+            hint="leave out `out`",
+        )
+    if held := next((name for name in ("config.json", PROVENANCE, MANIFEST, "run.json") if (out / name).exists()), ""):
+        raise UserError(f"{out} holds {held}: it is the folder of a model or a run", hint="an empty or new folder")
+
+
 def _whole(net: Any, step: Finetune, start: Model, shared: bool) -> Any:
     """Return the trained model, gathered on rank 0 where several ranks share it; None on the others."""
     return load_gathered(net, start.path or Path(step.model)) if shared else net
@@ -200,6 +221,7 @@ def _piped(
         known: rows that the model has been trained on.
     """
     start = step.start(model)
+    start.require_weights()
     _unseen(step, rows)
     provenance = _provenance(step, dict(step.settings), {}, start)
     provenance[KEY] = sorted(frozenset(marks(*rows.values())) | start.trained_prompts)

@@ -98,10 +98,15 @@ def newest(out: Path, *, last_step: int, world_size: int = 1) -> Path | None:
 
     Raises:
         Corrupt: there are checkpoints and not one is complete.
-        ConfigError: another number of processes saved the newest complete one.
+        ConfigError: another number of processes saved the newest complete one, or all belong to a longer run.
     """
-    skipped = []
-    for step, folder in checkpoints(out):
+    found, skipped = checkpoints(out), []
+    if found and min(step for step, _ in found) > last_step:
+        raise ConfigError(
+            f"{found[0][1]} belongs to a run of more steps than {last_step}",
+            hint="the same number of steps, a fresh output folder, or remove that one to start over",
+        )
+    for step, folder in found:
         try:
             if step > last_step:
                 raise Corrupt(f"{folder}: step {step} lies beyond the run's last step {last_step}")
@@ -115,7 +120,7 @@ def newest(out: Path, *, last_step: int, world_size: int = 1) -> Path | None:
     if skipped:
         raise Corrupt(
             f"no complete checkpoint in {out}: {'; '.join(skipped)}",
-            hint="start over in a fresh folder, or with resume=False",
+            hint="start over in a fresh folder, or remove that one",
         )
     return None
 
@@ -259,5 +264,5 @@ class ShellState:
         if changed:
             raise ConfigError(
                 f"{folder} belongs to a run with another {', '.join(changed)}",
-                hint="use a fresh output folder, or resume=False to start over",
+                hint="use a fresh output folder, or remove that one to start over",
             )

@@ -69,11 +69,11 @@ class Client:
     """
 
     def __init__(self, url: str, key: str, timeout: float) -> None:
-        parts = urlsplit(url)
         try:
+            parts = urlsplit(url)
             port = parts.port
         except ValueError:
-            port = -1
+            parts, port = urlsplit(""), -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise ConfigError(f"api.url is {redact(url)!r}", hint="give http(s)://host[:port]/v1")
         if "@" in parts.netloc or parts.query or parts.fragment:
