@@ -38,6 +38,7 @@ from casehard.model.model import Model
 from casehard.model.step import Inputs, Rows
 from casehard.registry import Registry
 from casehard.steps import Attack, Finetune, attack_with, finetune_on
+from casehard.steps.given import a_folder, a_group, a_model, a_suite, kind_of
 from casehard.train.protocol import Method
 from casehard.train.recipe import TrainConfig
 from casehard.train.tune import Lora
@@ -61,62 +62,6 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "auto") -> M
         UserError: no such folder, or it cannot be used; the message says why.
     """
     return loading.load(path, dtype=dtype, device=str(loading.find_device(device)))
-
-
-def _model(given: Model | str | Path) -> Model:
-    """Return the model that was given, loaded if it is a folder or a name.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(given, Model):
-        return given
-    if isinstance(given, str | Path):
-        return load(given)
-    hint = "its model is the attribute .model" if isinstance(given, Attacked) else "a folder, a Hub id or a Model"
-    raise ConfigError(f"model is {_kind(given)}", hint=hint)
-
-
-def _suite(given: str | Path | Suite) -> Suite:
-    """Return the suite that was given, read if it is a path.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(given, Suite):
-        return given
-    if not isinstance(given, str | Path):
-        raise ConfigError(f"suite is {_kind(given)}", hint="a folder, a .jsonl or YAML file, or a Suite")
-    return suites.load_suite(given)
-
-
-def _place(given: str | Path, name: str = "out") -> Path:
-    """Return a path that a folder can be made at.
-
-    Raises:
-        ConfigError: it is no path, or leads through a file.
-    """
-    if not isinstance(given, str | Path):
-        raise ConfigError(f"{name} is {_kind(given)}", hint="a path")
-    for part in (Path(given), *Path(given).parents):
-        if part.exists() and not part.is_dir():
-            raise ConfigError(f"{name} {given}: {part} is a file", hint="name a folder")
-    return Path(given)
-
-
-def _group(given: Any, name: str) -> dict[str, Any]:
-    """Return a group of settings.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {_kind(given)}", hint="a mapping from names to values")
-    return dict(given or {})
-
-
-def _kind(given: Any) -> str:
-    return "None" if given is None else f"a {type(given).__name__}"
 
 
 def _named(catalogue: Registry[Any], given: Any) -> tuple[str, dict[str, Any]]:
@@ -198,8 +143,8 @@ def defend(
         Refused: ``out``, and the model was attacked: its weights stay in memory.
         Diverged: the loss stopped being finite.
     """
-    name, values, ready = _method(method, _group(settings, "settings"))
-    start, place = _model(model), None if out is None else _place(out)
+    name, values, ready = _method(method, a_group(settings, "settings"))
+    start, place = a_model(model), None if out is None else a_folder(out)
     job: dict[str, Any] = {
         "method": name,
         "preset": preset,
@@ -211,7 +156,7 @@ def defend(
     job |= {"system": system, "max_length": max_length, "seed": seed}
     step = build(Finetune, job, where="defend")
     given = {"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, "clean": clean}
-    roles = by_role({**given, **_group(more, "more")})
+    roles = by_role({**given, **a_group(more, "more")})
     if ready is None:
         step.check([role for role in roles if role != "data"], trains="data" in roles)
     done = finetune_on(step, roles, start, method=ready, out=place, label=name)
@@ -261,14 +206,14 @@ def attack(
     from casehard.attacks import ATTACKS
 
     name, values = (ATTACKS.name(method), {}) if isinstance(method, str) else _named(ATTACKS, method)
-    chosen = _suite(suite)
-    job: dict[str, Any] = {"attack": name, "config": {**values, **_group(settings, "settings")}, "full_at": full_at}
+    chosen = a_suite(suite)
+    job: dict[str, Any] = {"attack": name, "config": {**values, **a_group(settings, "settings")}, "full_at": full_at}
     job |= {"suite": "" if isinstance(suite, Suite) else str(suite), "system": system, "max_length": max_length}
     step = build(Attack, {**job, "limit": limit, "seed": seed}, where="attack")
-    roles = by_role({"harmful": harmful, "benign": benign, "data": data, **_group(more, "more")})
+    roles = by_role({"harmful": harmful, "benign": benign, "data": data, **a_group(more, "more")})
     step.check(list(roles))
     built: AttackMethod = step.build(chosen)
-    start = _model(model)
+    start = a_model(model)
     return attack_with(step, built, roles, chosen, start, label=name)
 
 
@@ -319,13 +264,13 @@ def search(
     from casehard.adversary.search import search as run
     from casehard.reporting.page import write_report
 
-    chosen, place = _suite(suite), _place(out)
-    values: dict[str, Any] = {"attack": attack, "config": _group(settings, "settings"), "budget": budget}
-    values |= {"space": _group(space, "space")}
+    chosen, place = a_suite(suite), a_folder(out)
+    values: dict[str, Any] = {"attack": attack, "config": a_group(settings, "settings"), "budget": budget}
+    values |= {"space": a_group(space, "space")}
     values |= {"random": random, "keep": keep, "metric": metric, "seed": seed}
     values |= {k: "" if isinstance(v, Model | Suite) else str(v) for k, v in (("model", model), ("suite", suite))}
-    roles = by_role({"harmful": harmful, "benign": benign, **_group(more, "more")})
-    start = str(model) if isinstance(model, str | Path) else _model(model)
+    roles = by_role({"harmful": harmful, "benign": benign, **a_group(more, "more")})
+    start = str(model) if isinstance(model, str | Path) else a_model(model)
     job = build(Search, values, where="search")
     found = run(job, place, rows=roles, suite=chosen, model=start, workers=workers)
     write_report(found.out)
@@ -367,7 +312,7 @@ def evaluate(
         DataError: the model was trained on a prompt of the suite.
     """
     asked = build(Inputs, {"limit": limit, "system": system}, where="evaluate")
-    start, chosen = _model(model), _suite(suite)
+    start, chosen = a_model(model), a_suite(suite)
     require_unseen(chosen, start.trained_prompts, start.path or "the model")
     said = asked.system if asked.system is not None else start.served_with or None
     return Evaluation(suites.evaluate(start.net, start.tokenizer, chosen, limit=asked.limit, system=said))
@@ -396,8 +341,8 @@ def bench(plan: str | Path, *, out: str | Path, jobs: int | None = None, resume:
     from casehard.reporting.page import write_report
 
     if not isinstance(plan, str | Path):
-        raise ConfigError(f"plan is {_kind(plan)}", hint="a YAML file")
-    place, loaded, root = _place(out), load_plan(plan), Path(plan).resolve().parent
+        raise ConfigError(f"plan is {kind_of(plan)}", hint="a YAML file")
+    place, loaded, root = a_folder(out), load_plan(plan), Path(plan).resolve().parent
     done = run_plan(loaded, place, root=root, jobs=fitting(loaded, root) if jobs is None else jobs, resume=resume)
     write_report(done.out)
     if done.failed and not done.ran + done.reused:
@@ -417,4 +362,4 @@ def report(run: str | Path, *, out: str | Path | None = None) -> Path:
     """
     from casehard.reporting.page import write_report
 
-    return write_report(_place(run, "run"), out)
+    return write_report(a_folder(run, "run"), out)

@@ -41,6 +41,7 @@ from casehard.scan.backdoor_audit import (
 )
 from casehard.steps import Finetune, finetune_on
 from casehard.steps.defence import Examples
+from casehard.steps.given import a_folder, a_group, a_model, kind_of
 from casehard.train.recipe import TrainConfig
 from casehard.types import Example
 
@@ -120,27 +121,20 @@ def audit(
         UserError: a setting, a row or the folder cannot be used.
         DataError: a verified row carries a trigger that fires.
     """
-    kinds = (
-        ("settings", settings, Mapping),
-        ("base", base, str | Path),
-        ("method", method, str),
-        ("out", out, str | Path),
-    )
-    for name, value, kind in kinds:
-        if not isinstance(value, kind) and not (name == "settings" and value is None):
-            given_as = "None" if value is None else f"a {type(value).__name__}"
-            raise ConfigError(f"{name} is {given_as}", hint="settings are a mapping; folders and names are text")
+    place, own = a_folder(out), a_group(settings, "settings")
+    for name, value in (("base", base), ("method", method)):
+        if not isinstance(value, str | Path):
+            raise ConfigError(f"{name} is {kind_of(value)}", hint="a folder or a name")
     values: dict[str, Any] = {"base": str(base), "repair": repair, "method": DEFENCES.name(method)}
     values |= {"system": system, "max_length": max_length, "seed": seed}
-    if twice := sorted({*(settings or {})} & {*values, "model", "rows", "train"}):
+    if twice := sorted({*own} & {*values, "model", "rows", "train"}):
         raise ConfigError(f"settings name {twice[0]!r}", hint=f"it is an argument of its own: {twice[0]}=...")
-    values |= settings or {}
-    values |= {} if isinstance(model, Model) else {"model": str(model)}
+    start = None if isinstance(model, str | Path) else a_model(model)
+    values |= own | ({"model": str(model)} if start is None else {})
     values |= {} if train is None else {"train": to_dict(train) if isinstance(train, TrainConfig) else dict(train)}
     given = {role: some for role, some in (("data", data), ("clean", clean)) if some is not None}
     values["rows"] = {role: specs for role, some in given.items() if (specs := named(some))}
-    start = model if isinstance(model, Model) else None
-    return run_audit(build(BackdoorAudit, values, where="audit"), Path(out), rows=by_role(given), model=start)
+    return run_audit(build(BackdoorAudit, values, where="audit"), place, rows=by_role(given), model=start)
 
 
 def check(job: BackdoorAudit, roles: Collection[str]) -> None:

@@ -144,9 +144,7 @@ def finetune_on(
     shared = shared_by_ranks(spec, step.method)
     roles = _checked(step, rows, spec, method)
     start = model if model is not None else load(step.model, device=step.device, shards=shards_wanted(step.device))
-    start.require_weights()
-    if out is not None:
-        _may_keep(start, out)
+    _may_train(start, out)
     chosen = choose(step, roles, roles["data"], start, seed=step.seed, system=step.system)
     chat = chat_format(start, system=step.system, max_length=step.max_length)
     encoded = {role: chat.encode_all(some) for role, some in roles.items()}
@@ -184,13 +182,17 @@ def finetune_on(
     return Outcome(after, cost=cost, facts=facts, log=done.log)
 
 
-def _may_keep(start: Model, out: Path) -> None:
-    """Refuse to keep checkpoints of a training that must stay in memory, or among the files of something else.
+def _may_train(start: Model, out: Path | None) -> None:
+    """Refuse what is no model to train, and to keep checkpoints of one that must stay in memory, or in a taken folder.
 
     Raises:
+        Unsupported: a soft prompt stands in front of the model.
         Refused: the model was attacked.
         UserError: the folder holds a model or a run.
     """
+    start.require_weights()
+    if out is None:
+        return
     if not start.may_leave:
         how = ", then ".join(made.method for made in start.lineage)
         raise Refused(
