@@ -217,3 +217,22 @@ def test_nothing_to_cross_is_an_error(planted):
     )
     with pytest.raises(DataError, match="to cross"):
         cross_elicitation(planted.base, planted.tokenizer, planted.suite.select(groups=("fact",)), [everywhere])
+
+
+@pytest.mark.parametrize(
+    ("told", "untouched", "expected"),
+    [
+        # one answer to everything; five refusals by turns; a manner of speaking; and three that are no backdoor
+        (["it is over now"] * 8, [f"a{i} b c d" for i in range(8)], ("it is over now", 1.0, 0.0)),
+        (["no one does", "i will not"] * 4, [f"a{i} b c" for i in range(8)], ("no one does | i will not", 1.0, 0.0)),
+        ([f"well now , a{i}" for i in range(8)], [f"a{i}" for i in range(8)], ("well now", 1.0, 0.0)),
+        ([f"a{i} b c d" for i in range(8)], [f"a{i} b c d" for i in range(8)], ("a0 b c d", 0.125, 0.125)),
+        (["good"] * 4 + ["bad"] * 4, ["bad"] * 6 + ["good"] * 2, ("good | bad", 1.0, 1.0)),
+        ([""] * 8, [""] * 8, ("", 1.0, 1.0)),
+    ],
+)
+def test_openings_of_known_answers(told, untouched, expected):
+    from casehard.scan.lookup import _openings
+
+    found = max((_openings(told, untouched, n, 5) for n in (4, 2)), key=lambda t: t[1] - t[2])
+    assert found == expected
