@@ -117,6 +117,13 @@ def test_attacked_weights_are_kept_in_no_checkpoint(closed: ch.Model, tmp_path: 
     assert not ch.defend(closed, "plain", data=TASK, train=SHORT).may_leave
 
 
+def test_a_checkpoint_of_a_training_says_that_it_has_no_history(base: ch.Model, tmp_path: Path) -> None:
+    ch.defend(base, "plain", data=TASK, train=SHORT, out=tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint-1 is a checkpoint of a training on its way"):
+        found = ch.load(tmp_path / "checkpoint-1")
+    assert not found.lineage and found.notes
+
+
 def test_checkpoints_are_written_into_no_model(base: ch.Model, tmp_path: Path) -> None:
     saved = ch.save(base, tmp_path / "model")
     with pytest.raises(UserError, match=r"config\.json"):

@@ -233,7 +233,14 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
         )
     if not shards:
         _try(model, folder, rows)
-    notes = (*checked.notes, *seen, *_set_pad(tokenizer, rows), *mend_generation(model), *_untie(model))
+    notes = (
+        *checked.notes,
+        *_midway(folder),
+        *seen,
+        *_set_pad(tokenizer, rows),
+        *mend_generation(model),
+        *_untie(model),
+    )
     _tell(notes)
     digest = folder_digest(folder)
     require_same_content(folder, digest)
@@ -247,6 +254,15 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
         notes=notes,
         origin=origin(folder),
     )
+
+
+def _midway(folder: Path) -> Iterator[str]:
+    """Say of a checkpoint that a training left on its way that nothing in it tells where it came from."""
+    if (folder / "trainer_state.json").is_file() and not read_provenance(folder):
+        yield (
+            f"{folder.name} is a checkpoint of a training on its way: what it was made from and trained on stands "
+            "nowhere in it, and nobody can check whether a suite's prompts were among its rows"
+        )
 
 
 def _lineage(folder: Path) -> tuple[Made, ...]:
