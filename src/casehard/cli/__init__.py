@@ -169,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.setLogRecordFactory(records)
         messages.give_back()
         signal.signal(signal.SIGTERM, previous)
-        signal.signal(signal.SIGHUP, hangup)
+        if hangup is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, hangup)
 
 
 def script() -> NoReturn:

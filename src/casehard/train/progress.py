@@ -28,7 +28,7 @@ def announce(text: str) -> None:
     """Print one line on what comes next and may take a while."""
     if not quiet:
         # Nobody reading any more is no reason to stop working.
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # a pipe or a terminal that is gone
             print(text, file=sys.stderr, flush=True)
 
 
