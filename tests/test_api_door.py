@@ -79,7 +79,7 @@ def test_what_defend_is_given_wrong(base: ch.Model, wrong: dict, says: str) -> N
         (lambda m: ch.report(["a", "b"]), "run is a list"),
         (lambda m: ch.rows(None), "rows are given as NoneType"),
         (lambda m: ch.save("folder", "out"), "a str, not a Model"),
-        (lambda m: ch.save(m, WORLD / "config.json" / "x"), "config.json is a file"),
+        (lambda m: ch.save(m, WORLD / "config.json" / "x"), "config.json: Not a directory"),
         (lambda m: ch.save(m, "out", attacked="no"), "attacked is 'no'"),
         (lambda m: ch.audit(m, data=TASK, out="x", method=None), "method is None"),
         (lambda m: ch.audit(m, data=TASK, out="x", base=m), "base is a Model"),

@@ -291,7 +291,7 @@ def test_verify_finds_what_changed(capsys, organism, here):
 def test_a_folder_where_a_file_belongs_is_called_one(capsys, organism, here, defend):
     (here / "rows").mkdir()
     assert "rows: a folder, not a data file" in fails(capsys, 3, *defend(data="rows"))
-    assert "name the file: --out rows/report.html" in fails(capsys, 2, "report", run_of(here), "--out", "rows")
+    assert "name the file: rows/report.html" in fails(capsys, 2, "report", run_of(here), "--out", "rows")
     assert tree(here / "rows") == set()
 
 

@@ -79,7 +79,7 @@ def test_what_it_is_asked_follows_the_settings(tmp_path):
 @pytest.mark.parametrize(
     ("how", "error", "text"),
     [
-        ("fails", UserError, "exit code 1; stderr ends:\nno data set of that name"),
+        ("fails", UserError, "exit code 1; stderr ends: no data set of that name"),
         ("nothing", DataError, "left no results_"),
         ("twice", DataError, "2 files results_"),
         ("truncated", Corrupt, "not valid JSON"),

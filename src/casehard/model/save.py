@@ -17,7 +17,7 @@ from torch import nn
 from casehard import __version__
 from casehard.compat import version_of
 from casehard.data.formats import check_values
-from casehard.errors import Corrupt, Diverged, Unsupported, UserError
+from casehard.errors import Corrupt, Diverged, StorageError, Unsupported, UserError
 from casehard.io.files import crash_point, read_json, scratch, staged
 from casehard.io.manifest import verify
 from casehard.io.secrets import redact
@@ -54,7 +54,7 @@ def _without_secrets(provenance: dict[str, Any]) -> Any:
 
 def _check_target(out: Path, parent: str) -> None:
     if blocked := next((part for part in out.parents if part.exists() and not part.is_dir()), None):
-        raise UserError(f"{out}: {blocked} is a file", hint="choose another place")
+        raise StorageError(f"cannot write to {blocked}: Not a directory", hint=f"{out}: choose another place")
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir():
