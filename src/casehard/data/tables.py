@@ -91,6 +91,7 @@ def _lines(path: Path, limit: int) -> Iterator[bytes]:
     # Not from the working folder, where anything may be called json.py.
     command = [sys.executable, "-P", "-m", __name__, os.fspath(path), str(limit), str(size)]
     known = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    known["MALLOC_ARENA_MAX"] = "1"  # threads that meet would reserve more of the space that is limited: by chance
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, env=known, **streams) as child:  # type: ignore[call-overload]
         try:
