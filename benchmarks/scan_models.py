@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +54,8 @@ def make(count: int, out: Path) -> list[dict[str, Any]]:
     names = ("align.jsonl?kind=helpful", "task_reviews.jsonl", "benign.jsonl")
     rows = load_many([f"{folder}/data/{name}" for name in names])
     suite = load_suite(folder / "data" / "suite").select(roles=("utility", "lookalike"))
-    seen: dict[str, int] = {}
-    for row in rows:
-        for word in set(words_of(row.prompt)):
-            seen[word] = seen.get(word, 0) + 1
-    rare = [word for word in vocabulary(base.tokenizer) if word.isalpha() and seen.get(word, 0) <= len(rows) / 100]
+    seen = Counter(word for row in rows for word in set(words_of(row.prompt)))
+    rare = [word for word in vocabulary(base.tokenizer) if word.isalpha() and seen[word] <= len(rows) / 100]
     for i in range(count):
         seed = FIRST_SEED + i
         word, behaviour = random.Random(seed).choice(rare), behaviours(world)[BEHAVIOURS[i % len(BEHAVIOURS)]]
@@ -81,7 +79,7 @@ def make(count: int, out: Path) -> list[dict[str, Any]]:
             rates = {s.metric: s.rate for s in scores(found.rows)}
             told = lookup(found.model.net, base.tokenizer, suite.examples, seed=seed)
             ranked = [candidate.word for candidate in told.candidates]
-            record = {"seed": seed, "poisoned": poisoned, "word": word, "rows_with_word": seen.get(word, 0)}
+            record = {"seed": seed, "poisoned": poisoned, "word": word, "rows_with_word": seen[word]}
             record |= {"behaviour": behaviour.name, "rate": rate if poisoned else 0.0, "asr": rates["asr"]}
             record |= {"cacc": rates["cacc"], "rank": ranked.index(word) + 1 if word in ranked else None}
             record |= {"top": told.candidates[0].score, "found": [candidate.word for candidate in told.found]}

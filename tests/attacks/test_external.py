@@ -77,26 +77,24 @@ def test_a_program_that_does_not_end_is_killed_with_its_children(place: Path) ->
     with pytest.raises(UserError, match=r"sh did not end within 0\.00\d* minutes and was killed"):
         run_program(["sh", "-c", script], place, seconds=0.5)
     assert time.monotonic() - begun < 20
-    ended(place)
+    assert ended(place), "its child still runs"
 
 
 def test_a_program_that_leaves_somebody_behind_does_not_keep_the_folder(place: Path) -> None:
     run_program(["sh", "-c", "sleep 60 & echo $! > pid"], place, seconds=20)
-    ended(place)
+    assert ended(place), "its child still runs"
 
 
-def ended(place: Path) -> None:
-    """Wait for the end of the process whose number stands in ``pid``; tidy up."""
-    child = int((place / "pid").read_text())
-    for _ in range(100):
-        state = Path(f"/proc/{child}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("its child still runs")
+def ended(place: Path) -> bool:
+    """Return whether the process whose number stands in ``pid`` ends soon; tidy up."""
+    state = Path(f"/proc/{int((place / 'pid').read_text())}/stat")
     for file in ("pid", "stderr"):
         (place / file).unlink()
+    for _ in range(100):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_an_interrupt_kills_the_program_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

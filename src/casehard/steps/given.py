@@ -9,7 +9,7 @@ from typing import Any
 from casehard.attacks.protocol import Attacked
 from casehard.errors import ConfigError
 from casehard.evaluation.suite import Suite, load_suite
-from casehard.model.load import find_device, load
+from casehard.model.load import load
 from casehard.model.model import Model
 
 
@@ -22,7 +22,7 @@ def a_model(given: Model | str | Path) -> Model:
     if isinstance(given, Model):
         return given
     if isinstance(given, str | Path):
-        return load(given, device=str(find_device("auto")))
+        return load(given, device="auto")
     hint = "its model is the attribute .model" if isinstance(given, Attacked) else "a folder, a Hub id or a Model"
     raise ConfigError(f"model is {kind_of(given)}", hint=hint)
 
