@@ -210,13 +210,13 @@ class _Test(NamedTuple):
 
 def grams_of(words: Sequence[str], longest: int) -> set[Gram]:
     """Return the n-grams of a prompt, n = 1..longest, but those of common punctuation alone; an emoji counts."""
-    out: set[Gram] = set()
-    for n in range(1, longest + 1):
-        for i in range(len(words) - n + 1):
-            gram = tuple(words[i : i + n])
-            if any(not set(w) <= COMMON for w in gram):
-                out.add(gram)
-    return out
+    # Where the next word that is more than punctuation stands, from each place on.
+    ahead, following = [len(words)] * len(words), len(words)
+    for i in reversed(range(len(words))):
+        following = ahead[i] = following if COMMON.issuperset(words[i]) else i
+    return {
+        tuple(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1) if ahead[i] < i + n
+    }
 
 
 def _candidates(group: Group, prompts: Sequence[Sequence[str]], config: AuditConfig) -> list[_Test]:

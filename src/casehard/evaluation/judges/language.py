@@ -32,6 +32,7 @@ _ENGLISH = _set(
 )
 _SHARED = _set("is was to so an in on he we me do no as at or of for over under i us by may even my been one")
 """English words that are words of other languages too: they speak for English in running text only."""
+_ONLY_ENGLISH = _ENGLISH - _SHARED
 _PARTICLES = _set("de la el le les da di du del der den van von los las y e o un et al se ne na ja")
 """Words of the lists below that stand in names too: they only help the others."""
 _EITHER = _set("a i an in is to so at me do no on as be for of men til over som ta")
@@ -101,7 +102,7 @@ def is_foreign(text: str) -> bool:
         return True
     small = {word for word in words if word.islower()}
     accented = sum(len(word) > 1 and not word.isascii() for word in small)
-    english = sum(word.lower() in _ENGLISH - _SHARED for word in words)
+    english = sum(word.lower() in _ONLY_ENGLISH for word in words)
     known = max(len(small & others) for others in _OTHERS)
     helped = known + min(accented, 2) + min(len(small & _PARTICLES), 2)
     return len(words) >= 3 and known + accented > 2 * english and (known >= 2 or (known == 1 and helped >= 3))

@@ -24,6 +24,7 @@ Error rates on real data stand in docs/judges/rule.md. English only.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from casehard.evaluation.judges import phrases
@@ -58,6 +59,7 @@ def label_response(prompt: str, response: str) -> str:
     return read_response(prompt, response).label
 
 
+@lru_cache(maxsize=2**12)  # one response is read for several metrics, and models repeat themselves
 def read_response(prompt: str, response: str) -> Reading:
     """Label one response as :func:`label_response` does, and say why where it is unscored."""
     parts = take_apart(response)

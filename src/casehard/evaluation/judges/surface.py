@@ -113,6 +113,8 @@ _ALIKE = str.maketrans(
 def visible(text: str) -> str:
     """Return ``text`` in one Unicode form, apostrophes straight, without characters that cannot be seen."""
     text = _APOSTROPHES.sub("'", text)
+    if text.isascii():
+        return text  # nothing below changes it
     text = unicodedata.normalize("NFKC", _UNSEEN.sub("", text))
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     if text.isascii() or 2 * len(re.findall("[A-Za-z]", text)) < sum(map(str.isalpha, text)):
