@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 PAGE = ROOT / "docs" / "how-to" / "real-checkpoint.md"
 MODEL = DATA / "stories260k"
-# The page's own commands; only the numbers of steps are smaller, so that they take a minute on two cores.
+# The page's own commands; only the numbers of steps and of tokens are smaller.
+TOKENS = ("max_new_tokens: 256", "max_new_tokens: 48")
 SHORT = {
     "defend plain": ["--set", "train.steps=6"],
     "defend patcher": [
@@ -64,7 +65,8 @@ def workplace(tmp_path, monkeypatch):
         kept = [{k: r[k] for k in ("id", "prompt", "response") if k in r} for r in rows]
         (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    (tmp_path / "suite.yaml").write_text(blocks[0], encoding="utf-8")
+    assert TOKENS[0] in blocks[0]
+    (tmp_path / "suite.yaml").write_text(blocks[0].replace(*TOKENS), encoding="utf-8")
     return tmp_path
 
 

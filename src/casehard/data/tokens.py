@@ -228,17 +228,16 @@ class Controls:
 
     @_no_panic()
     def _whole(self, text: str) -> Tokens:
-        out = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            split_special_tokens=False,
-            verbose=False,
-        )
-        ids = list(out["input_ids"])
-        control = [i for i, token in enumerate(ids) if token in self._ids]
-        return Tokens(ids, [tuple(pair) for pair in out["offset_mapping"]], control)
+        # What the tokenizer's own call comes to, without what makes it twice as slow.
+        own = self._tokenizer.backend_tokenizer
+        if own.truncation is not None:
+            own.no_truncation()
+        if own.padding is not None:
+            own.no_padding()
+        own.encode_special_tokens = False
+        out = own.encode(text, add_special_tokens=False)
+        ids = out.ids
+        return Tokens(ids, out.offsets, [i for i, token in enumerate(ids) if token in self._ids])
 
     @functools.cached_property
     def _plain(self) -> tuple[Any, dict[int, int]]:

@@ -170,6 +170,7 @@ class _Run:
         warn_reach(self.model, config)
         self.base = trained(self.model) if config.two.base_share or config.two.c < 1 else {}
         self.looks: dict[str, Measurement] = {}
+        self._tokens: dict[int, PairSet] = {}
         self.rows: Rows = []
         self.manifest: dict[str, Any] = {}
         self.sequences = {"stage1": 0.0, "stage2": 0.0, "clean_up": 0.0}
@@ -183,7 +184,9 @@ class _Run:
 
     def tokens(self, n: int) -> PairSet:
         """Return the rows stage 2 trains on with their first ``n`` triggers."""
-        return encode_pairs(self.chat, [_first(t, n) for t in self.pairs.train])
+        if n not in self._tokens:
+            self._tokens[n] = encode_pairs(self.chat, [_first(t, n) for t in self.pairs.train])
+        return self._tokens[n]
 
     # -- stage 1 -------------------------------------------------------------------------------------------
 
