@@ -42,10 +42,10 @@ def checked(value: Any, shape: Any, where: Path | str) -> Any:
     """
     from pydantic import ValidationError
 
-    if _beyond(value):
-        raise Corrupt(f"{where}: a whole number beyond any count", hint=_HINT)
     # As text, because only there strict means "as JSON types it"; what is no Unicode is none of a shape's business.
     text = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+    if _DIGITS.search(text) and _beyond(value):
+        raise Corrupt(f"{where}: a whole number beyond any count", hint=_HINT)
     try:
         _adapter(shape).validate_json(text, strict=True)
     except ValidationError as error:

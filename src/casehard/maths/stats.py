@@ -175,6 +175,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
+@lru_cache(maxsize=2**14)  # a summary asks for the same few counts over and over
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
     """Return the exact binomial interval of a rate.
 

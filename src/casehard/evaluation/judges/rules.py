@@ -59,7 +59,7 @@ def label_response(prompt: str, response: str) -> str:
     return read_response(prompt, response).label
 
 
-@lru_cache(maxsize=2**12)  # one response is read for several metrics, and models repeat themselves
+@lru_cache(maxsize=2**13)  # one response is read for several metrics, and models repeat themselves
 def read_response(prompt: str, response: str) -> Reading:
     """Label one response as :func:`label_response` does, and say why where it is unscored."""
     parts = take_apart(response)
