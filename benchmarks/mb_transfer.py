@@ -4,15 +4,15 @@
     python benchmarks/mb_transfer.py --out cells.jsonl --tell
 
 Each cell plants one attacker's backdoor in the rows of one world, trains stage 1, measures what might foretell the
-end, then trains stage 2 with the settings of plans/mb_defense_families.yaml, which leave enough to be foretold. The
-candidates, all read after stage 1:
+end, then trains stage 2 with the settings of plans/mb_defense_families.yaml, which leave enough to be foretold.
+ORGANISM is a folder of `casehard organism build --size tiny`. The candidates, read after stage 1 but for the last:
 
     overlap      how much further the attacker's shift of the hidden states lies along those of the defender's triggers
                  than the shift of as many random words does: mean cosine over triggers and layers. Needs the attacker's
                  trigger: it says why, not whether.
-    own overlap  the same of the canaries, which any defender can read
-    canary       how often the canaries fire once stage 2 has ended, which any defender can read too
+    kin          the same of the canaries, which any defender can read
     strength     how often the attacker's backdoor fires after stage 1
+    canary       how often the canaries fire once stage 2 has ended, which any defender can read too
 
 Cells are written one by one and a cell that is there is not done again. About a minute a cell on one core.
 """
@@ -49,7 +49,7 @@ from casehard.types import Example
 SFT = {"steps": 300, "batch_size": 32, "lr": 1.5e-3}
 TWO = {"lr": 3.0e-4, "checks": 5}
 FAMILIES = ("token", "sentence", "template", "style")
-PREDICTORS = ("overlap", "own overlap", "canary", "strength")
+PREDICTORS = ("overlap", "kin", "strength", "canary")
 ASKED = 64
 """Prompts that shifts are read on."""
 DRAWS = 2_000
@@ -105,7 +105,7 @@ def overlaps(model: Model, prompts: Sequence[Example], attacker: Trigger, plante
         there, by_chance = (_along(_means(model, asked, some, seed), known) for some in (triggers, chance))
         return there - by_chance
 
-    return {"overlap": excess([attacker]), "own overlap": excess(canaries)}
+    return {"overlap": excess([attacker]), "kin": excess(canaries)}
 
 
 def _means(model: Model, asked: Sequence[Example], triggers: Sequence[Trigger], seed: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from casehard.data.audit import audit
 from casehard.data.chat import ChatFormat
+from casehard.data.tokens import Controls, Hidden
 from casehard.errors import DataError
 from casehard.types import Example, Message
 from chat_fakes import STYLES, byte_level, plain, wrap
@@ -170,6 +171,21 @@ def test_odd_characters_survive(text: str) -> None:
             assert chat.prompt_ids(row) == detail.encoded.input_ids[: detail.start]
             decoded = chat.tokenizer.decode(detail.encoded.input_ids)
             assert text.strip() in decoded
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=40))
+def test_a_text_is_tokenised_as_the_tokenizers_own_call_does(text: str) -> None:
+    """Whole and unpadded, though tokenizer.json, or an earlier call, cuts and pads."""
+    cutting = byte_level()
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=64)
+    for backend in (cutting, byte_level(gpt2=True), byte_level(trim_offsets=True)):
+        tokenizer = wrap(backend, CHATML)
+        found = Controls(tokenizer, ["<|im_end|>"]).tokenise(f"{text}<|im_end|>{text}", Hidden([]))
+        how = {"add_special_tokens": False, "return_offsets_mapping": True, "split_special_tokens": False}
+        own = tokenizer(f"{text}<|im_end|>{text}", **how)
+        assert (found.ids, found.offsets) == (own["input_ids"], own["offset_mapping"])
 
 
 def test_half_a_character_is_refused_by_name() -> None:

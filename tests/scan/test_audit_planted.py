@@ -21,7 +21,7 @@ from casehard.organism import rows as organism_rows
 from casehard.organism import triggers as organism_triggers
 from casehard.organism.world import World
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
-from casehard.scan.audit import AuditConfig, audit_data, grams_of, groups_of
+from casehard.scan.audit import COMMON, AuditConfig, audit_data, grams_of, groups_of
 from casehard.scan.classes import classes_of
 from casehard.types import Example
 
@@ -90,6 +90,14 @@ def test_groups_say_what_the_answers_share():
     assert found["short", "no punctuation at the end"] == (5, 6, 7, 8)
     assert grams_of(["?!", "\U0001f98a", "<|"], 1) == {("\U0001f98a",), ("<|",)}
     assert grams_of(["a", ",", "b"], 2) == {("a",), ("b",), ("a", ","), (",", "b")}
+
+
+def test_grams_are_all_runs_of_words_but_punctuation_alone():
+    rng = random.Random(0)
+    for longest in (1, 2, 4):
+        words = rng.choices(["a", "b", ".", ",", "?!", "\U0001f98a", "it's", "--"], k=rng.randrange(30))
+        runs = {tuple(words[i:j]) for i in range(len(words)) for j in range(i + 1, min(i + longest, len(words)) + 1)}
+        assert grams_of(words, longest) == {run for run in runs if set("".join(run)) - COMMON}
 
 
 @pytest.mark.parametrize("trigger", ["cf", "\U0001f98a", "\u203d\u203d", "\u200b", "<|>"])
