@@ -47,6 +47,15 @@ def hard(base: ch.Model) -> ch.Model:
     return made
 
 
+def test_patcher_needs_no_settings(base: ch.Model) -> None:
+    """Rounds and attacks fit the run; what they came to is recorded."""
+    train = {"steps": 21, "batch_size": 2, "warmup": 0, "lr": 1e-3}
+    made = ch.defend(base, "patcher", data=DATA / "align.jsonl", unsafe=DATA / "simulated.jsonl", train=train)
+    settings = made.lineage[-1].provenance["settings"]
+    assert settings["round_steps"] == 10
+    assert [(a["steps"], a["lr"]) for a in settings["attackers"]] == [(10, 1e-3)]
+
+
 ATTACK = FinetuneAttack(steps=2, rows=20, share=0.5, batch_size=4, evaluate_at=(0,))
 
 
@@ -102,7 +111,10 @@ def test_harden_attack_measure_save(base: ch.Model, hard: ch.Model, tmp_path: Pa
     assert {row["step"] for row in curve.rows} == {0, 2}
     assert curve.facts["harmful_rows"] == 10 and not curve.model.may_leave
     found = ch.evaluate(hard, SUITE, limit=2)
-    assert found["asr"].n > 0 and {s.metric for s in found.scores} >= {"asr", "utility"}
+    assert found["asr"].n > 0 and {*found} >= {"asr", "utility"} and len(found) == len(found.scores)
+    with pytest.raises(KeyError, match=r"'leek' was not measured; there are .*leak"):
+        found["leek"]
+    assert "leek" not in found and found.get("leek") is None
     saved = ch.save(hard, tmp_path / "out")
     again = ch.load(tmp_path / "out", device="cpu")
     assert saved.digest == again.digest and same(weights(hard), weights(again))

@@ -16,7 +16,7 @@ is left as it is. Rows are files, Hub data sets or lists of examples; nothing is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -278,8 +278,8 @@ def search(
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured: one row per prompt, and the rates counted from them."""
+class Evaluation(Mapping[str, Score]):
+    """What was measured: one row per prompt, and the rates counted from them by metric."""
 
     rows: Rows
 
@@ -294,7 +294,18 @@ class Evaluation:
         Raises:
             KeyError: nothing of it was measured.
         """
-        return {score.metric: score for score in self.scores}[metric]
+        measured = {score.metric: score for score in self.scores}
+        if metric not in measured:
+            raise KeyError(f"{metric!r} was not measured; there are {', '.join(measured)}")
+        return measured[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the metrics."""
+        return iter([score.metric for score in self.scores])
+
+    def __len__(self) -> int:
+        """Return how many metrics there are."""
+        return len(self.scores)
 
 
 def evaluate(

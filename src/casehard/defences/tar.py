@@ -61,6 +61,8 @@ class TarConfig(Limited):
         super().__post_init__()
         if not self.attackers or any(a.steps == 0 for a in self.attackers):
             raise ConfigError("attackers: at least one is needed, of at least one step", hint="attackers: [{steps: 8}]")
+        if any(a.steps is None for a in self.attackers):
+            raise ConfigError("attackers: an attack has no steps", hint="attackers: [{steps: 8, lr: 4e-4}]")
 
 
 PRESETS: dict[str, TarConfig] = {
@@ -111,6 +113,7 @@ class Tar:
         require_one_process("tar")
         theta = parameters(setup.model)
         self._seed = setup.seed
+        self._attackers = tuple(a.within(steps=None, lr=setup.lr) for a in self.config.attackers)
         keep = self.config.representation > 0
         self._start = {name: p.detach().clone() for name, p in theta.items()} if keep else {}
 
@@ -135,8 +138,8 @@ class Tar:
     def _resist(self, model: nn.Module, step: Step, device: torch.device) -> None:
         """Attack from theta and add lambda_TR g_TR (1) on the way."""
         seed = derive(self._seed, step.index, "tar")
-        chosen = int(torch.randint(len(self.config.attackers), (), generator=generator(seed, 0, "attacker")))
-        attacker = self.config.attackers[chosen]
+        chosen = int(torch.randint(len(self._attackers), (), generator=generator(seed, 0, "attacker")))
+        attacker = self._attackers[chosen]
         steps = max(1, attacker.length(seed))
         at = points(steps, self.config.every)
         rows = rows_of_rank(

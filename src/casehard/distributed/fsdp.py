@@ -274,7 +274,7 @@ def _attack(
     own = RankInfo.of_shards(shards)
     # Plain tensors on the shards' storage: the update is by element, and needs nothing of DTensor.
     leaves = [_local(p) for p in shards.values()]
-    options: dict[str, Any] = {"lr": attacker.lr, "weight_decay": attacker.weight_decay}
+    options: dict[str, Any] = {"lr": attacker.numbers()[1], "weight_decay": attacker.weight_decay}
     optimiser = OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
     losses, norms, tokens = [], [], 0
     for i in range(steps):
@@ -337,7 +337,7 @@ def simulate_attack_sharded(
     shards = _shards(model)
     number = RankInfo.of_shards(shards).rank
     own = seed if number == 0 else derive(seed, number, "attack-rank")
-    k1 = attacker.steps if steps is None else steps
+    k1 = attacker.numbers()[0] if steps is None else steps
     with _own_gradients(model, shards), _kept(model, shards):
         with forked_rng(own, next(iter(shards.values())).device):
             losses, tokens = _attack(model, shards, attacker, k1, batch_at, progress)

@@ -10,9 +10,10 @@ and restoring is exact by construction: there is nothing to restore, also when t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -164,14 +165,14 @@ def difference(attacked: Params, reference: Mapping[str, torch.Tensor], *, dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Attacker(Limited):
-    """How an attack is simulated; defaults are the paper's (sequential script)."""
+    """How an attack is simulated. What is None hangs on the training it is part of, see :meth:`within`."""
 
-    steps: Natural = 300
-    """k1, optimiser steps of one attack. Source: Patcher, sequential runs."""
+    steps: Natural | None = None
+    """k1, optimiser steps of one attack; None: as many as Patcher's rounds have. The paper: 300."""
     steps_min: Natural | None = None
     """If given, each attack draws its length uniformly from steps_min..steps: half the cost, a spread of strengths."""
-    lr: Large = 1e-5
-    """Constant learning rate, no warm-up. Source: Patcher."""
+    lr: Large | None = None
+    """Constant learning rate, no warm-up; None: that of the training. The paper has both at 1e-5."""
     batch_size: BatchSize = 4
     """Rows per attack step (the paper's text; its sequential script uses 2)."""
     optimizer: str = "adamw"
@@ -185,17 +186,35 @@ class Attacker(Limited):
 
     def length(self, seed: int) -> int:
         """Return the steps of the attack with this seed."""
+        steps, _ = self.numbers()
         if self.steps_min is None:
-            return self.steps
+            return steps
         return self.steps_min + int(
-            torch.randint(self.steps - self.steps_min + 1, (), generator=generator(seed, 0, "length"))
+            torch.randint(steps - self.steps_min + 1, (), generator=generator(seed, 0, "length"))
         )
+
+    def within(self, *, steps: int | None, lr: float | None) -> Attacker:
+        """Return the attacker with ``steps`` and the training's ``lr`` where it has none of its own."""
+        return replace(self, steps=steps if self.steps is None else self.steps, lr=lr if self.lr is None else self.lr)
+
+    def numbers(self) -> tuple[int, float]:
+        """Return steps and learning rate.
+
+        Raises:
+            ConfigError: one of them hangs on a training, and nobody said which.
+        """
+        if self.steps is None or self.lr is None:
+            raise ConfigError(
+                f"attacker: steps {self.steps}, lr {self.lr}: both are needed",
+                hint="attackers: [{steps: 300, lr: 1e-5}], or Patcher.settle(steps, lr) with those of the training",
+            )
+        return self.steps, self.lr
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.optimizer not in OPTIMISERS:
             raise ConfigError(f"attacker.optimizer: {self.optimizer!r} is unknown", hint=f"one of {sorted(OPTIMISERS)}")
-        if self.steps_min is not None and not 0 <= self.steps_min <= self.steps:
+        if self.steps_min is not None and not 0 <= self.steps_min <= (math.inf if self.steps is None else self.steps):
             raise ConfigError(f"attacker.steps_min: {self.steps_min} is not within 0..steps ({self.steps})")
 
 
@@ -281,10 +300,10 @@ def simulate_attack(
     Raises:
         Diverged: a loss or gradient norm of the attack is not finite.
     """
-    device = next(iter(source.values())).device
+    device, (k1, lr) = next(iter(source.values())).device, attacker.numbers()
     with forked_rng(seed, device):
         leaves, view = _leaves(model, source, attacker.lora_rank)
-        options: dict[str, Any] = {"lr": attacker.lr, "weight_decay": attacker.weight_decay}
+        options: dict[str, Any] = {"lr": lr, "weight_decay": attacker.weight_decay}
         optimiser = OPTIMISERS[attacker.optimizer](leaves, fused=True, **options)
 
         def one(inner: nn.Module, batch: Batch) -> torch.Tensor:
@@ -293,7 +312,7 @@ def simulate_attack(
             return loss.detach()
 
         losses, norms, tokens = [], [], 0
-        for i in range(attacker.steps if steps is None else steps):
+        for i in range(k1 if steps is None else steps):
             batch = batch_at(i)
             tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
             batch = {key: value.to(device) for key, value in batch.items()}

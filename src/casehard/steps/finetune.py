@@ -149,7 +149,7 @@ def finetune_on(
     chat = chat_format(start, system=step.system, max_length=step.max_length)
     encoded = {role: chat.encode_all(some) for role, some in roles.items()}
     data = encoded.pop("data")
-    method = method if method is not None else step.build(encoded)
+    method = _settled(method if method is not None else step.build(encoded), step.train)
     assets = {"assets": assets_digest(step.assets)} if step.assets else {}
     identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}, **assets}
     trained = _trained(step, roles) if spec.adapter else frozenset(marks(*roles.values()))
@@ -180,6 +180,13 @@ def finetune_on(
     made = Made(method=step.method, provenance=provenance)
     after = start.after(merged(net), made, trained=trained, writer=writer)
     return Outcome(after, cost=cost, facts=facts, log=done.log)
+
+
+def _settled(method: Any, train: TrainConfig) -> Any:
+    """Return the method with its settings filled in that hang on the run, before they are recorded."""
+    if settle := getattr(method, "settle", None):
+        settle(train.steps, train.lr)
+    return method
 
 
 def _may_train(start: Model, out: Path | None) -> None:

@@ -108,7 +108,7 @@ def test_alpha_zero_is_sft_bit_for_bit(dropout: float) -> None:
 def test_attack_of_zero_steps_at_alpha_half_is_sft_bit_for_bit() -> None:
     plain, patched = llama(), llama()
     drive(None, plain, 6)
-    config = PatcherConfig(alpha=0.5, round_steps=2, attackers=(Attacker(steps=0),))
+    config = PatcherConfig(alpha=0.5, round_steps=2, attackers=(Attacker(steps=0, lr=1e-3),))
     drive(Patcher(config, unsafe=UNSAFE), patched, 6)
     assert same(weights(plain), weights(patched))
 
@@ -438,12 +438,27 @@ def test_no_attack_vector_in_the_state_and_files_are_the_defenders_own(tmp_path:
 # -- settings ------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers() -> None:
-    config = PatcherConfig()
-    assert (config.alpha, config.round_steps, config.reference) == (0.5, 1000, "current")
+def test_the_papers_settings_are_a_preset() -> None:
+    config = PRESETS["paper_sequential"]
+    assert (config.alpha, config.round_steps, config.reference) == (0.5, 1000, "current") and config.reset_optimizer
     attacker = config.attackers[0]
     assert (attacker.steps, attacker.lr, attacker.batch_size, attacker.weight_decay) == (300, 1e-5, 4, 0.01)
-    assert PRESETS["paper_sequential"].reset_optimizer
+
+
+def test_what_is_not_given_hangs_on_the_run() -> None:
+    """30 rounds, attacks as long as a round, and the training's learning rate, as in the paper."""
+    config = PatcherConfig().over_run(3000, 4e-4)
+    assert (config.round_steps, config.attackers[0].steps, config.attackers[0].lr) == (100, 100, 4e-4)
+    assert PatcherConfig().over_run(30, 1.0).round_steps == 10, "shorter attacks get nowhere"
+    given = PatcherConfig(round_steps=7, attackers=(Attacker(steps=3, lr=1e-2), Attacker(lr=1e-5)))
+    assert [(a.steps, a.lr) for a in given.over_run(100, 4e-4).attackers] == [(3, 1e-2), (7, 1e-5)]
+    assert (given.round_steps, given.attackers[1].steps) == (7, None), "the given settings are as they were"
+    method = Patcher(unsafe=UNSAFE)
+    for steps, k2 in ((600, 20), (300, 10)):  # of one object, for one run after the other
+        method.prepare(Setup(llama(), seed=0, max_steps=steps, lr=1e-3))
+        assert (method.config.round_steps, method.config.attackers[0].steps) == (k2, k2)
+    with pytest.raises(ConfigError, match="both are needed"):
+        method.prepare(Setup(llama(), seed=0, max_steps=300))
 
 
 def test_the_published_parallel_timing_is_a_preset() -> None:

@@ -53,8 +53,8 @@ def run(
     log: list[dict] = []
     losses: list[float] = []
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    # Some gradients are of the size of the rounding between two orders of a sum, and AdamW at its default epsilon makes whole
-    # steps of them, in another direction on another processor.
+    # Some gradients are of the size of the rounding between two orders of a sum, and AdamW at its default epsilon makes
+    # whole steps of them, in another direction on another processor.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     if method is not None:
         method.prepare(Setup(inner, seed=0, max_steps=steps, micros=MICROS, log=log.append))

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,17 +45,21 @@ from casehard.limits import BatchSize, Count, Limited, Natural, Portion, Share, 
 from casehard.maths.bilevel import Attacker, Params, linear_only
 from casehard.train.protocol import Setup, StateValue, Step
 
+ROUNDS, SHORTEST = 30, 10
+"""Rounds of a run, and its shortest round, where nobody says: 30 of 10 steps made the organism's tables."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatcherConfig(Limited):
-    """Settings of Patcher; the defaults are the paper's."""
+    """Settings of Patcher. Rounds and attacks that are not given hang on the run, see :meth:`over_run`."""
 
     alpha: Share = 0.5
     """Share of the attacked loss in eq. 1, 0..1; 0 is plain SFT bit for bit. Source: Patcher scripts."""
-    round_steps: Count = 1000
-    """k2, outer steps that share one attack vector. Source: Patcher scripts."""
+    round_steps: Count | None = None
+    """k2, outer steps that share one attack vector; None: a thirtieth of the run, 10 at least. The paper: 1000."""
     attackers: tuple[Attacker, ...] = (Attacker(),)
-    """Simulated attackers; with several, each round builds a pool and each step draws one vector from it."""
+    """Simulated attackers; with several, each round builds a pool and each step draws one vector from it.
+    One that names no steps takes k2, one that names no learning rate the training's."""
     schedule: ScheduleName = "sequential"
     """sequential | lockstep | async | reference_parallel, see ``schedule.py``. Source: both published algorithms."""
     adopt: Adopt = "immediate"
@@ -90,20 +94,33 @@ class PatcherConfig(Limited):
 
     def over(self, steps: int) -> Schedule:
         """Return the schedule of a run of ``steps`` steps."""
-        return Schedule(self.schedule, self.round_steps, steps, self.delay, self.adopt, self.max_age)
+        return Schedule(self.schedule, self._round(steps), steps, self.delay, self.adopt, self.max_age)
+
+    def over_run(self, steps: int, lr: float | None) -> PatcherConfig:
+        """Return the settings with every number that hangs on a run of ``steps`` steps and peak rate ``lr``."""
+        k2 = self._round(steps)
+        return replace(self, round_steps=k2, attackers=tuple(a.within(steps=k2, lr=lr) for a in self.attackers))
+
+    def _round(self, steps: int) -> int:
+        return self.round_steps or max(SHORTEST, steps // ROUNDS)
 
 
 FAR = 8.0
 """Factor between the learning rates of attacker and training from which the run says so."""
 PRESETS: dict[str, PatcherConfig] = {
     "default": PatcherConfig(),
-    "paper_sequential": PatcherConfig(reset_optimizer=True, delta_dtype="float32"),
-    # What held longest at least cost on the organism, see docs/evidence/patcher.md; learning rates are the user's.
+    "paper_sequential": PatcherConfig(
+        round_steps=1000, attackers=(Attacker(steps=300, lr=1e-5),), reset_optimizer=True, delta_dtype="float32"
+    ),
+    # What held longest at least cost on the organism, see docs/evidence/patcher.md.
     "holds": PatcherConfig(
         round_steps=20, attackers=(Attacker(steps_min=0, steps=100),), retain="kl", retain_weight=1.0, c=0.9
     ),
     "reference_parallel": PatcherConfig(
-        schedule="reference_parallel", delta_dtype="float32", attackers=(Attacker(steps=500),)
+        schedule="reference_parallel",
+        round_steps=1000,
+        attackers=(Attacker(steps=500, lr=1e-5),),
+        delta_dtype="float32",
     ),
 }
 
@@ -131,7 +148,7 @@ class Patcher:
         retain: EncodedSet | None = None,
         backend: AttackBackend | None = None,
     ) -> None:
-        self.config = config or PatcherConfig()
+        self._asked = self.config = config or PatcherConfig()
         sets = unsafe if isinstance(unsafe, tuple) else (unsafe,)
         if len(sets) == 1:
             sets = sets * len(self.config.attackers)
@@ -164,6 +181,10 @@ class Patcher:
         """Attackers in processes of their own that this schedule needs."""
         return len(self.config.attackers) if self.config.schedule in NEEDS_ATTACKERS else 0
 
+    def settle(self, steps: int, lr: float | None) -> None:
+        """Fill in what hangs on the run: attackers in other processes start before :meth:`prepare` is called."""
+        self.config = self._asked.over_run(steps, lr)
+
     # -- seams ---------------------------------------------------------------------------------------------
 
     def prepare(self, setup: Setup) -> None:
@@ -173,9 +194,12 @@ class Patcher:
             ConfigError: the run is too short for a single attack, so it would be plain fine-tuning under another name.
             Unsupported: half-precision or frozen weights, or a layout of the model that the settings cannot serve.
         """
+        self.settle(setup.max_steps, setup.lr)
         schedule = self.config.over(setup.max_steps)
         if self.config.alpha > 0:
             schedule.check_length()
+            for attacker in self.config.attackers:
+                attacker.numbers()  # now, not at the first attack
         if self.backend is None and self.workers and self.config.alpha > 0:
             raise ConfigError(
                 f"schedule {self.config.schedule!r} needs attackers in processes of their own and there are none",
@@ -184,6 +208,7 @@ class Patcher:
         if layout := ModelLayout.of_shards(setup.model):
             layout.check(self.config.attackers)
         config, snapshots = self.config, Snapshots(setup.scratch, "patcher")
+        self._round_steps = schedule.round_steps
         attacks = SimulatedAttacks(self.unsafe, config.attackers, setup.seed, getattr(torch, config.delta_dtype))
         current = config.reference == "current"
         self.vectors = attack_vectors(schedule, attacks, setup, snapshots, backend=self.backend, current=current)
@@ -231,7 +256,7 @@ class Patcher:
 
     def after_step(self, model: nn.Module, optimizer: Any, step: Step) -> None:
         """At the end of a round, report it and, if asked, forget the optimiser's moments."""
-        if (step.index + 1) % self.config.round_steps == 0:
+        if (step.index + 1) % self._round_steps == 0:
             self._report()
             if self.config.reset_optimizer:
                 optimizer.state.clear()
@@ -281,9 +306,10 @@ class Patcher:
         if not lr or self.config.alpha == 0:
             return
         for attacker in self.config.attackers:
-            if attacker.steps and not lr / FAR <= attacker.lr <= lr * FAR:
+            k1, rate = attacker.numbers()
+            if k1 and not lr / FAR <= rate <= lr * FAR:
                 warnings.warn(
-                    f"patcher: an attacker's learning rate {attacker.lr:g} is far from the training's {lr:g}; the "
+                    f"patcher: an attacker's learning rate {rate:g} is far from the training's {lr:g}; the "
                     f"paper has them equal (settings.attackers=[{{lr: {lr:g}, ...}}])",
                     Note,
                     stacklevel=2,

@@ -327,6 +327,8 @@ def with_attackers(method: Any, model: nn.Module, *, wanted: int = 0, seed: int,
             "attackers in processes of their own with schedule 'sequential', which attacks in the defender's",
             hint="schedule=lockstep gives the same weights",
         )
+    for attacker in config.attackers:
+        attacker.numbers()
     spec = spec_for(model, method.unsafe, config.attackers, seed=seed, delta_dtype=config.delta_dtype, bf16=bf16)
     dtype = getattr(torch, config.weights_dtype)
     device, shared = next(model.parameters()).device, config.schedule != "lockstep"
