@@ -129,6 +129,21 @@ def test_attacked_weights_stay_in_memory_unless_asked_for_by_name(hard: ch.Model
     assert ch.save(curve.model, tmp_path / "yes", attacked=True).path == tmp_path / "yes"
 
 
+def test_what_descends_from_attacked_weights_says_so_on_disk(hard: ch.Model, tmp_path: Path) -> None:
+    """The marks of what it was trained on stay too: its own prompts are no measurement of it."""
+    broken = attacked(hard).model
+    ch.save(broken, tmp_path / "broken", attacked=True)
+    with pytest.warns(UserWarning, match=r"was attacked \(patcher, then finetune-attack\)"):
+        again = ch.load(tmp_path / "broken", device="cpu")
+    assert again.trained_prompts == broken.trained_prompts > hard.trained_prompts
+    assert again.attacked == broken.attacked == ("patcher", "finetune-attack") and not hard.attacked
+    repaired = ch.defend(again, "plain", data=DATA / "benign.jsonl", train=SHORT)
+    saved = ch.save(repaired, tmp_path / "repaired")
+    assert saved.attacked == ("patcher", "finetune-attack", "plain")
+    with pytest.warns(UserWarning, match="then plain"):
+        assert ch.load(tmp_path / "repaired", device="cpu").attacked == saved.attacked
+
+
 def test_verbs_combine(hard: ch.Model, tmp_path: Path) -> None:
     broken = attacked(hard).model
     repaired = ch.defend(broken, "plain", data=DATA / "benign.jsonl", train=SHORT)

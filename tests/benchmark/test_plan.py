@@ -69,6 +69,22 @@ def test_a_wrong_plan_is_refused_in_words(values: dict[str, Any], message: str) 
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "bases",
+    [
+        [{"name": "world-0", "world_seed": 0}, {"name": "world-1", "world_seed": 0}],
+        [{"name": "a", "model": "m"}, {"name": "b", "model": "copy"}],
+    ],
+)
+def test_one_model_under_two_names_is_not_two_runs(bases: list[dict], tmp_path: Path) -> None:
+    for name in ("m", "copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    found = parse_plan(plan_values(bases=bases))
+    with pytest.raises(ConfigError, match="is the same model as"):
+        expand(found, root=tmp_path)
+
+
 def test_an_attack_without_a_share_needs_no_harmful_rows() -> None:
     made = parse_plan(change("attacks", 0, attack="benign_outliers", harmful=[]))
     assert made.attacks[0].config["steps"] == 40 and "share" not in made.attacks[0].config

@@ -55,6 +55,12 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
+def test_a_card_says_that_weights_were_attacked_on_their_way() -> None:
+    told = model_card(RECORD | {"provenance": {"attacked": ["patcher", "finetune-attack"]}})
+    assert "was attacked on its way: patcher, then finetune-attack" in told
+    assert "attacked on its way" not in model_card(RECORD)
+
+
 def test_a_card_names_everything_a_sceptic_asks_for() -> None:
     measured = [
         {"attack": "a", "steps": 25, "metric": "leak", "k": 3, "n": 96, "rate": 3 / 96, "low": 0.01, "high": 0.09}

@@ -20,6 +20,7 @@ from casehard.benchmark.inputs import Inputs, resolve
 from casehard.benchmark.plan import Plan, load_plan, parse_plan
 from casehard.config import digest
 from casehard.defences import DEFENCES
+from casehard.errors import ConfigError
 from casehard.evaluation.judges import JUDGES
 from casehard.io.manifest import file_digest
 from casehard.types import Budget
@@ -221,8 +222,18 @@ class _Expander:
         self.nodes: dict[str, Node] = {}
 
     def start(self, base: Base) -> Node:
-        """Add a base and return its node."""
+        """Add a base and return its node.
+
+        Raises:
+            ConfigError: it is another base under a second name, whose runs would be counted as further evidence.
+        """
         node = _base_node(base, self.inputs, self.setting)
+        if node.digest in self.nodes:
+            other = self.nodes[node.digest].label
+            raise ConfigError(
+                f"plan.bases: {base.name!r} is the same model as {other!r}: its runs would count twice",
+                hint="give each base its own world_seed or model; more seeds make more runs of one base",
+            )
         self.nodes[node.digest] = node
         return node
 
@@ -273,13 +284,14 @@ def expand(plan: Plan, *, root: Path, setting: Mapping[str, Any] | None = None) 
             every node's digest.
 
     Raises:
-        ConfigError: a model folder or data file named by the plan does not exist.
+        ConfigError: a model folder or data file named by the plan does not exist, or two bases are one model.
     """
     ex = _Expander(Path(root), setting or {})
     cells: list[Cell] = []
     defend: dict[tuple[str, str, int], str] = {}
+    tops = {base.name: ex.start(base).digest for base in plan.bases}
     for base in plan.bases:
-        top = ex.start(base).digest
+        top = tops[base.name]
         for seed in plan.seeds:
             made = [_Row(ex, plan, base, seed, row, top) for row in plan.defences]
             defend |= {(base.name, m.row.name, seed): m.cost for m in made if m.cost}

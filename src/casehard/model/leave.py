@@ -10,6 +10,7 @@ from typing import Any
 from casehard.errors import ConfigError, Refused
 from casehard.model.digest import folder_digest
 from casehard.model.model import Model
+from casehard.model.provenance import ATTACKED, KEY
 from casehard.model.save import save as save_checkpoint
 
 
@@ -36,7 +37,7 @@ def save(model: Model, out: str | Path, *, attacked: bool = False) -> Model:
     if attacked is not True and attacked is not False:
         raise ConfigError(f"attacked is {attacked!r}", hint="True or False")
     if not model.may_leave and not attacked:
-        how = ", then ".join(made.method for made in model.lineage)
+        how = ", then ".join(model.attacked)
         raise Refused(
             f"this model was attacked ({how}) and is kept in memory", hint="attacked=True writes it all the same"
         )
@@ -48,12 +49,14 @@ def save(model: Model, out: str | Path, *, attacked: bool = False) -> Model:
     if hasattr(net, "peft_config"):
         net = copy.deepcopy(net).merge_and_unload()
     made = model.lineage[-1] if model.lineage else None
+    known = {KEY: sorted(model.trained_prompts)} if model.trained_prompts else {}
+    known |= {ATTACKED: [*model.attacked]} if model.attacked else {}
     done = save_checkpoint(
         net,
         model.tokenizer,
         out,
         parent=model.parent,
         method=made.method if made else "none",
-        provenance=made.provenance if made else {},
+        provenance={**(made.provenance if made else {}), **known},
     )
     return replace(model, path=done.path, digest=done.digest)

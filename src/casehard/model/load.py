@@ -21,7 +21,7 @@ from casehard.model.digest import folder_digest
 from casehard.model.generation import mend_generation
 from casehard.model.headers import build_config, check_headers, one_line
 from casehard.model.model import Made, Model
-from casehard.model.provenance import read_provenance, require_same_content, trained_prompts
+from casehard.model.provenance import ATTACKED, read_provenance, require_same_content, trained_prompts
 from casehard.model.shard import gather, shard
 from casehard.model.source import find, is_snapshot, origin
 
@@ -235,7 +235,7 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
         _try(model, folder, rows)
     notes = (
         *checked.notes,
-        *_midway(folder),
+        *_past(folder),
         *seen,
         *_set_pad(tokenizer, rows),
         *mend_generation(model),
@@ -256,9 +256,15 @@ def load(path: str | Path, *, dtype: str = "float32", device: str = "cpu", shard
     )
 
 
-def _midway(folder: Path) -> Iterator[str]:
-    """Say of a checkpoint that a training left on its way that nothing in it tells where it came from."""
-    if (folder / "trainer_state.json").is_file() and not read_provenance(folder):
+def _past(folder: Path) -> Iterator[str]:
+    """Say what has to be known of how a checkpoint was made: that it was attacked, or that nothing is known.
+
+    A training leaves checkpoints on its way that do not tell; and attacked weights lie in a folder of any name.
+    """
+    record = read_provenance(folder)
+    if how := record.get("provenance", {}).get(ATTACKED):
+        yield f"{folder.name} was attacked ({', then '.join(how)}): what is made of it records that"
+    if not record and (folder / "trainer_state.json").is_file():
         yield (
             f"{folder.name} is a checkpoint of a training on its way: what it was made from and trained on stands "
             "nowhere in it, and nobody can check whether a suite's prompts were among its rows"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from casehard.config import digest
 from casehard.errors import Unsupported
+from casehard.model.provenance import ATTACKED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +65,16 @@ class Model:
         """Return the system message without which it is not the defence it was made as; empty for none."""
         made = self.lineage[-1].provenance if self.lineage else {}
         return str(made.get("serving_system") or "")
+
+    @property
+    def attacked(self) -> tuple[str, ...]:
+        """Return by name what was done to it, oldest first, if an attack is among that; empty for any other model."""
+        done: list[str] = []
+        known = not self.may_leave
+        for made in self.lineage:
+            before = made.provenance.get(ATTACKED)  # of a checkpoint, up to and with what is recorded there
+            done, known = ([*before], True) if before else ([*done, made.method], known)
+        return tuple(done) if known else ()
 
     def require_weights(self) -> None:
         """Refuse a model that trained vectors stand in front of: they are no weights, and neither trained nor edited.

@@ -14,6 +14,8 @@ SERVED = "serving_system"
 """Key under which a checkpoint records the system message that is its defence (PTST)."""
 
 
+ATTACKED = "attacked"
+"""Key under which a checkpoint that descends from attacked weights records what was done to it up to then, by name."""
 KEY = "trained_prompts"
 RECORDS = ("job.json", "assets.json")
 """Where adapters and provider assets say what they were trained on; checkpoints do in ``casehard.json``."""
@@ -25,6 +27,7 @@ class _Made:
 
     trained_prompts: list[str] = field(default_factory=list)
     serving_system: str | None = None
+    attacked: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ def model_card(
         f"- method: {method}",
         *digests,
         *([f"- descends from `{_plain(made['origin'])}` of the Hugging Face Hub"] if made.get("origin") else []),
+        *([f"- was attacked on its way: {_plain(', then '.join(made['attacked']))}"] if made.get("attacked") else []),
         f"- seed: {_plain(made.get('seed', 'unknown'))} (single seed)",
         *[f"- data, {_plain(name)}: `{_plain(value)}`" for name, value in (made.get("data_digests") or {}).items()],
         *[f"- {_plain(name)} {_plain(value)}" for name, value in (record.get("versions") or {}).items()],

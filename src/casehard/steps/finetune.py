@@ -201,7 +201,7 @@ def _may_train(start: Model, out: Path | None) -> None:
     if out is None:
         return
     if not start.may_leave:
-        how = ", then ".join(made.method for made in start.lineage)
+        how = ", then ".join(start.attacked)
         raise Refused(
             f"this model was attacked ({how}) and is kept in memory: checkpoints in {out} would hold its weights",
             hint="leave out `out`",
