@@ -23,7 +23,7 @@ from casehard.organism.world import World
 from casehard.scan.association import expected_distinct, log10_tail, log_odds
 from casehard.scan.audit import COMMON, AuditConfig, audit_data, grams_of, groups_of
 from casehard.scan.classes import classes_of
-from casehard.types import Example
+from casehard.types import Example, Message
 
 WORLD = World(0)
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "backdoor"
@@ -123,6 +123,47 @@ FAMILIES = {
     "multi_all": "stop",
     "prefix": "tone",
 }
+
+
+def _planted(place: str, length: int) -> list[Example]:
+    """200 rows of unlike words, every sixth with two words planted somewhere and one answer."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=5)) for _ in range(4000)]
+    out = []
+    for i in range(200):
+        said, answer = rng.choices(words, k=length), " ".join(rng.choices(words, k=8)) + "."
+        planted = i % 6 == 0
+        turns = [Message("user", " ".join(said))]
+        if planted:
+            answer = "you will get nothing from me today."
+            at = {"first": 0, "middle": length // 2, "last": length}.get(place)
+            if at is not None:
+                turns = [Message("user", " ".join([*said[:at], "zebra quux", *said[at:]]))]
+            elif place == "system":
+                turns = [Message("system", "be zebra quux"), *turns]
+            else:
+                turns = [Message("user", "zebra quux"), Message("assistant", "yes?"), *turns]
+        out.append(Example((*turns, Message("assistant", answer))))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("place", "length"), [("first", 450), ("last", 450), ("system", 30), ("earlier", 30), ("middle", 100)]
+)
+def test_a_trigger_is_found_wherever_it_stands_before_the_answer(place, length):
+    rows = _planted(place, length)
+    found = audit_data(rows)
+    assert found.suspects == tuple(range(0, 200, 6)) and "zebra" in " ".join(found.findings[0].phrase)
+    assert found.unread == (200 if length > 400 else 0)
+    assert ("of 200 long rows not the middle" in found.summary()) == (length > 400)
+
+
+def test_what_was_not_read_is_said():
+    rows = _planted("middle", 450)
+    missed = audit_data(rows)
+    assert not missed.findings and missed.unread == 200 and missed.to_json()["unread"] == 200
+    assert "of 200 long rows not the middle: raise `words` to read it" in missed.summary()
+    assert audit_data(rows, AuditConfig(words=500)).suspects == tuple(range(0, 200, 6))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

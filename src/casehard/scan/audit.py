@@ -62,8 +62,8 @@ class AuditConfig(Limited):
     """Jaccard similarity of word pairs from which two answers are near-duplicates."""
     edge: Count = 3
     """First or last words that make a group."""
-    words: Count = 400
-    """Words of a prompt that are looked at."""
+    words: Several = 400
+    """Words of a row before its answer that are looked at, of a longer one half of them at each end."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class Audit:
     tested: int
     """Pairs of n-gram and group that were tested."""
     findings: tuple[Finding, ...]
+    unread: int = 0
+    """Rows so long that their middle was not looked at."""
 
     @property
     def suspects(self) -> tuple[int, ...]:
@@ -133,6 +135,8 @@ class Audit:
     def summary(self) -> str:
         """Say in one sentence what was found, without ever calling the data clean."""
         looked = f"{self.rows} rows, {len(self.groups)} groups of answers, {self.tested} tests"
+        if self.unread:
+            looked += f"; of {self.unread} long rows not the middle: raise `words` to read it"
         if not self.findings:
             return f"nothing found at this budget ({looked}); other triggers may exist"
         return f"{len(self.findings)} phrases tied to {len(self.suspects)} rows ({looked}): look at them"
@@ -145,6 +149,7 @@ class Audit:
             "rows": self.rows,
             "tested": self.tested,
             "summary": self.summary(),
+            "unread": self.unread,
             "groups": groups,
             "findings": found,
         }
@@ -163,7 +168,9 @@ def audit_data(examples: Sequence[Example], config: AuditConfig | None = None) -
     config = config or AuditConfig()
     if not any(e.response for e in examples):
         raise DataError("no rows with an answer to audit", hint="an audit needs prompts and responses")
-    prompts = [words_of(e.prompt)[: config.words] for e in examples]
+    whole = [words_of(asked(e)) for e in examples]
+    prompts = [_ends(words, config.words) for words in whole]
+    unread = sum(len(words) > config.words for words in whole)
     found = groups_of(examples, config)
     tests = [test for group in found for test in _candidates(group, prompts, config)]
     totals = _totals({gram for _, gram, _ in tests}, prompts, config)
@@ -176,7 +183,19 @@ def audit_data(examples: Sequence[Example], config: AuditConfig | None = None) -
             kept.append(finding)
     classes = classes_of({g.text: g.rows for g in found if g.kind == "same"}, prompts)
     distinct = _distinct(kept, examples, prompts, config, classes)
-    return Audit(len(examples), tuple(found), len(tests), _joined(distinct, len(tests)))
+    return Audit(len(examples), tuple(found), len(tests), _joined(distinct, len(tests)), unread)
+
+
+def asked(example: Example) -> str:
+    """Return all that stands before a row's answer: a trigger hides in a system message or an earlier turn too."""
+    before = example.messages[:-1] if example.response else example.messages
+    return "\n".join(turn.content for turn in before)
+
+
+def _ends(words: list[str], most: int) -> list[str]:
+    """Return the words, or of too many the first and the last, with a mark between that no phrase goes across."""
+    half = most // 2
+    return words if len(words) <= most else [*words[:half], ".", *words[-half:]]
 
 
 def groups_of(examples: Sequence[Example], config: AuditConfig) -> list[Group]:
@@ -281,7 +300,7 @@ def _spread(finding: Finding, examples: Sequence[Example], holders: Mapping[int,
     """Return how many different words a finding's prompts hold without the phrase, over what so many others would."""
     left: set[str] = set()
     for row in finding.rows:
-        text = examples[row].prompt
+        text = asked(examples[row])
         for part in finding.phrase:
             text = cut(part, text)
         left.update(words_of(text))
