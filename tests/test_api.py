@@ -16,7 +16,7 @@ import torch
 import casehard as ch
 import forks
 from casehard.attacks.finetune import FinetuneAttack
-from casehard.errors import ConfigError, Refused
+from casehard.errors import ConfigError, Refused, UserError
 
 WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
 DATA, SUITE = WORLD / "data", WORLD / "data" / "suite"
@@ -142,6 +142,18 @@ def test_what_descends_from_attacked_weights_says_so_on_disk(hard: ch.Model, tmp
     assert saved.attacked == ("patcher", "finetune-attack", "plain")
     with pytest.warns(UserWarning, match="then plain"):
         assert ch.load(tmp_path / "repaired", device="cpu").attacked == saved.attacked
+
+
+def test_a_model_whose_weights_were_changed_is_another_model(base: ch.Model, tmp_path: Path) -> None:
+    """A folder with a finished run of the weights as they were does not answer for them."""
+    given = {"data": DATA / "benign.jsonl", "train": SHORT, "out": tmp_path / "run"}
+    first = ch.defend(base, "plain", **given)
+    assert same(weights(first), weights(ch.defend(base, "plain", **given)))
+    changed = ch.load(base.path, device="cpu")
+    with torch.no_grad():
+        next(changed.net.parameters()).zero_()
+    with pytest.raises(UserError, match="weights"):
+        ch.defend(changed, "plain", **given)
 
 
 def test_verbs_combine(hard: ch.Model, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import crew_fakes
 import pytest
 import yaml
+from torch import nn
 
 import casehard as ch
 from casehard.adversary import search as searching
@@ -37,7 +39,7 @@ WORLD = Path(ch.__file__).parent / "organism" / "assets" / "world0-tiny"
 DATA, SUITE = WORLD / "data", WORLD / "data" / "suite"
 FILES = {"harmful": (str(DATA / "attack_a.jsonl"),), "benign": (str(DATA / "task_reviews.jsonl"),)}
 NARROW = {"lr": [1e-6, 1e-3], "steps": [16, 100]}
-MODEL = Model(net=None, tokenizer=None, digest="m")  # type: ignore[arg-type]
+MODEL = Model(net=nn.Linear(1, 1), tokenizer=None, digest="m")
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,8 @@ def test_the_folder_of_another_search_is_refused(run: Callable[..., Searched], m
         ({"space": {"lr": [1e-6, 1e-2]}}, r"settings\.space"),
         ({"seed": 1}, r"settings\.seed"),
         ({"keep": 0.5}, r"settings\.keep"),
-        ({"model": Model(net=None, tokenizer=None, digest="other")}, "differs in: model"),  # type: ignore[arg-type]
+        ({"model": replace(MODEL, digest="other")}, "differs in: model"),
+        ({"model": replace(MODEL, net=nn.Linear(1, 1))}, "differs in: weights"),
     ):
         with pytest.raises(ConfigError, match=said):
             run(**change)

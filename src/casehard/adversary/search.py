@@ -33,7 +33,7 @@ from casehard.data.mix import check_disjoint
 from casehard.errors import ConfigError, DataError, Interrupted, UserError
 from casehard.evaluation.suite import Suite
 from casehard.limits import PROCESSES, Count, Portion
-from casehard.model.digest import folder_digest
+from casehard.model.digest import folder_digest, weights_digest
 from casehard.model.load import load
 from casehard.model.model import Model
 from casehard.model.step import Inputs
@@ -145,6 +145,8 @@ def search(
     check_out(out, KIND, what="search")
     start, parent = _start(job, model, workers)
     identity = _identity(job, space, rows, suite, parent)
+    if isinstance(model, Model):  # which its caller may have changed since it was read
+        identity["weights"] = weights_digest(model.net)
     _same_search(out, identity)
     with hold(out), stop_on_term():
         check_out(out, KIND, what="search")
@@ -163,8 +165,9 @@ def _start(job: Search, model: Model | str | None, workers: int) -> tuple[Model 
     if isinstance(given, Model):
         if workers == 1:
             return given, given.digest
-        if given.path is None:
-            raise ConfigError("a model in memory and several workers", hint="workers=1, or save it and give its folder")
+        if given.path is None or weights_digest(load(given.path).net) != weights_digest(given.net):
+            what = "a model in memory" if given.path is None else f"a model that is no longer what {given.path} holds"
+            raise ConfigError(f"{what} and several workers", hint="workers=1, or save it and give its folder")
         given = str(given.path)
     if workers > 1:
         return given, folder_digest(Path(given))

@@ -166,6 +166,21 @@ def folder_digest(path: str | Path) -> str:
     return sha.hexdigest()
 
 
+def weights_digest(net: Any) -> str:
+    """Return SHA-256 (hex) of a module's tensors as they are in memory: names, dtypes, shapes, bytes.
+
+    A model's own digest is of where it came from, and says nothing of what a caller did to its weights since.
+    """
+    import torch
+
+    sha = hashlib.sha256(b"casehard weights digest 1\n")
+    for name, tensor in sorted(net.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(memoryview(flat.view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
 def tokenizer_digests(tokenizer: Any) -> tuple[str, str]:
     """Return SHA-256 (hex) of a fast tokenizer's rules, without its padding state, and of its chat template."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())

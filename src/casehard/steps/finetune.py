@@ -23,6 +23,7 @@ from casehard.io.files import remove, scratch
 from casehard.io.manifest import MANIFEST
 from casehard.limits import PROCESSES, Within
 from casehard.model.adapters import merged
+from casehard.model.digest import weights_digest
 from casehard.model.leave import save as save_model
 from casehard.model.load import load, load_gathered
 from casehard.model.lora_write import require_own
@@ -151,7 +152,7 @@ def finetune_on(
     data = encoded.pop("data")
     method = _settled(method if method is not None else step.build(encoded), step.train)
     assets = {"assets": assets_digest(step.assets)} if step.assets else {}
-    identity = {"parent": start.digest, **{role: some.digest for role, some in encoded.items()}, **assets}
+    identity = _identity(start, encoded, asis=None not in (model, out) and not shared) | assets
     trained = _trained(step, roles) if spec.adapter else frozenset(marks(*roles.values()))
     provenance = _provenance(step, to_dict(method.config), {"data": data, **encoded}, start)
     provenance |= {**_particular(method, chosen, assets), KEY: sorted(trained | start.trained_prompts)}
@@ -180,6 +181,12 @@ def finetune_on(
     made = Made(method=step.method, provenance=provenance)
     after = start.after(merged(net), made, trained=trained, writer=writer)
     return Outcome(after, cost=cost, facts=facts, log=done.log)
+
+
+def _identity(start: Model, rows: Mapping[str, EncodedSet], *, asis: bool) -> dict[str, str]:
+    """Return digests of the model that a run begins with, ``asis`` where its caller may have changed it, and of rows."""
+    weights = {"weights": weights_digest(start.net)} if asis else {}
+    return {"parent": start.digest, **weights, **{role: some.digest for role, some in rows.items()}}
 
 
 def _settled(method: Any, train: TrainConfig) -> Any:
