@@ -194,7 +194,7 @@ def test_commands_in_the_docs_can_be_typed(page):
         ("casehard scan model --model OUT --data ROWS --out DIR", "--suite is missing"),
         ("casehard bench plans/demo.yaml", "out is missing"),
         ("casehard bench plans/demo.yaml --set seed=[0] --out DIR", "unknown key 'seed'"),
-        ("casehard defend", "METHOD is missing"),
+        ("casehard defend", "method is missing"),
         ("casehard defend plain --model M --out DIR", "--data is missing"),
         ("casehard defend patcher --config recipes/patcher_small.yaml --model M --data D --out DIR", "--unsafe is"),
         ("casehard defend plain --model M --data D --lora 8 --out DIR", "--lora"),
