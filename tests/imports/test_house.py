@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,9 @@ def test_commands_in_the_docs_can_be_typed(page):
     text = page.read_text(encoding="utf-8")
     wrong = {line.text: found for line in commands(text) if (found := faults(line))}
     assert not wrong, f"{page.relative_to(ROOT)}: {wrong}"
+    for file in re.findall(r"casehard [^`\n]*?--config (\S+\.yaml)", text):  # made somewhere: here, or it is ours
+        elsewhere = text.count(Path(file).name) - len(re.findall(rf"--config {re.escape(file)}", text))
+        assert (ROOT / file).is_file() or elsewhere, f"{page.relative_to(ROOT)}: where does {file} come from?"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in shell_lines(text):
         words = line.text.split()
@@ -295,6 +299,13 @@ def test_the_readmes_method_table_is_the_catalogue():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("## What is here") : text.index("## Use it")]
     assert set(re.findall(r"\[`(\w+)`\]\(docs/methods/", table)) == set(DEFENCES)
+
+
+def test_the_readmes_extras_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = text[text.index("Extras:") :].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(project["optional-dependencies"])
 
 
 def test_cheap_commands_of_the_readme_run():
