@@ -184,7 +184,7 @@ def finetune_on(
 
 
 def _identity(start: Model, rows: Mapping[str, EncodedSet], *, asis: bool) -> dict[str, str]:
-    """Return digests of the model that a run begins with, ``asis`` where its caller may have changed it, and of rows."""
+    """Return digests of the rows and of the model a run begins with, ``asis`` where its caller may have changed it."""
     weights = {"weights": weights_digest(start.net)} if asis else {}
     return {"parent": start.digest, **weights, **{role: some.digest for role, some in rows.items()}}
 
