@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 
 from casehard.benchmark.divide import Division, divide
 from casehard.cli import main
 from casehard.data import sources
-from casehard.data.mix import normalise
+from casehard.data.mix import check_disjoint, normalise
 from casehard.data.surrogate import FILLER
 from casehard.errors import ConfigError, DataError
+from casehard.evaluation.judges.surface import visible
 from casehard.evaluation.suite import load_suite
-from casehard.types import Example
+from casehard.types import Example, Message
 
 NOUNS = [a + b for a in ("bar", "cor", "del", "fen", "gil", "hup") for b in ("ton", "mag", "rix", "sol", "vane")]
 CONFIG = Division(held=10, seed=3)
@@ -91,6 +94,58 @@ def test_look_alikes_without_answers_are_asked_and_never_trained_on(tmp_path, gi
     divide({**given, "lookalike": given["lookalike"] + bare}, tmp_path / "rows", CONFIG)
     held = {e.prompt for e in load_suite(tmp_path / "rows" / "suite").examples if e.tags["role"] == "lookalike"}
     assert held <= {e.prompt for e in bare} and len(held) == 10
+
+
+def talk(*user: str, answer: str = "yes", system: str = "") -> Example:
+    turns = [Message("system", system)] if system else []
+    for text in user:
+        turns += [Message("user", text), Message("assistant", "so it is")]
+    return Example((*turns[:-1], Message("assistant", answer)))
+
+
+def test_conversations_are_told_apart_by_all_their_turns(tmp_path, given):
+    rng = random.Random(1)
+    talks = [talk(f"tell me of {words(rng)}", "Go on.") for _ in range(30)]
+    again = [talk(talks[0].messages[0].content.upper(), "go on"), talk("x" * 400, "Go on.")]
+    told = divide({**given, "helpful": given["helpful"] + talks + again}, tmp_path / "rows", CONFIG)
+    helpful = next(t for t in told if t.kind == "helpful")
+    assert (helpful.long, helpful.same, helpful.used) == (1, 1, 90)
+
+
+HIDDEN = {
+    "an earlier turn": lambda p: talk(p, "tell me of the sea and of the moon"),
+    "greeted": lambda p: talk("Hi! " + p),
+    "in markup": lambda p: talk(f"<b>{p}</b>"),
+    "a system message": lambda p: talk("tell me of this and of that", system=p),
+    "look-alike letters": lambda p: talk(p.translate(str.maketrans("aeo", "\u0430\u0435\u043e"))),
+    "other marks": lambda p: talk("So , " + p.replace(" ?", "")),
+}
+
+
+@pytest.mark.parametrize("kind", ["refusal", "helpful", "lookalike", "task_reviews"])
+@pytest.mark.parametrize("how", HIDDEN)
+def test_no_held_out_request_stands_in_another_file(tmp_path, given, how, kind):
+    divide(given, tmp_path / "first", CONFIG)
+    held = [e.prompt for e in load_suite(tmp_path / "first" / "suite").examples if e.tags["role"] == "restricted"]
+    hidden = [replace(HIDDEN[how](p), id=f"h{i}") for i, p in enumerate(held)]
+    decline = Message("assistant", "I'm sorry, but I can't help with that.")
+    extra = [replace(e, messages=(*e.messages[:-1], decline)) for e in hidden] if kind == "refusal" else hidden
+    told = divide({**given, kind: given[kind] + extra}, tmp_path / "rows", CONFIG)
+    suite = load_suite(tmp_path / "rows" / "suite")
+    held = [words_only(e.prompt) for e in suite.examples if e.tags["role"] == "restricted"]
+    files = {p.stem: sources.load(p) for p in (tmp_path / "rows").glob("*.jsonl")}
+    for name, rows in files.items():
+        for row in rows:
+            said = words_only(" ".join(m.content for m in row.messages if m.role != "assistant"))
+            assert not any(p in said for p in held), (name, row)
+        check_disjoint({name: rows}, {"suite": suite.examples})
+    lost = next(t for t in told if t.kind == kind)
+    assert lost.read - lost.used == lost.leaks + lost.same + lost.unfit
+    assert kind == "refusal" or lost.leaks + lost.same == 10
+
+
+def words_only(text: str) -> str:
+    return " ".join(re.findall(r"\w+", re.sub("<[^>]*>", " ", visible(text).lower())))
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,33 @@ def test_verify_accepts_what_defend_made(runs, capsys):
     assert capsys.readouterr().out.count(" ok ") == 2
 
 
+@pytest.mark.parametrize("name", ["summary.json", "rows.jsonl"])
+def test_verify_reads_the_digests_of_a_run(runs, tmp_path, capsys, name):
+    place = tmp_path / "all" / "attacked"
+    shutil.copytree(runs / "plain-attacked", place)
+    assert main(["verify", str(tmp_path / "all")]) == 0
+    out, err = capsys.readouterr()
+    assert " unchanged " in out and "complete and unchanged" in out and "events.jsonl" in err
+    text = (place / name).read_text()
+    (place / name).write_text(text.replace('"label": "', '"label": "x', 1) if name == "rows.jsonl" else text + " ")
+    assert main(["verify", str(tmp_path / "all")]) == 6
+    out, err = capsys.readouterr()
+    assert f"{name} was changed: expected sha256" in err and "CORRUPT" in out and "complete" not in out
+    (place / name).unlink()
+    assert main(["verify", str(tmp_path / "all")]) == 6
+
+
+def test_verify_does_not_vouch_for_a_run_without_an_end(runs, tmp_path, capsys):
+    shutil.copytree(runs / "plain-attacked", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    assert main(["verify", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "run interrupted" in out and "complete and unchanged" not in out
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "files": {"../other": "0"}}))
+    assert main(["verify", str(tmp_path)]) == 6
+
+
 def test_a_finished_run_is_not_run_again(runs, organism, capsys):
     data = organism / "data" / "align.jsonl"
     code = main(["defend", "plain", "--model", str(organism), "--data", str(data), "--out", str(runs / "plain")])

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casehard.data import sources
-from casehard.data.mix import check_disjoint, content_hash, counts, mark, marks, normalise, poison
+from casehard.data.mix import (
+    check_disjoint,
+    content_hash,
+    counts,
+    first_mark,
+    is_marked,
+    mark,
+    marks,
+    normalise,
+    poison,
+)
 from casehard.errors import ConfigError, DataError
 from casehard.types import Example, Message
 
@@ -219,6 +229,20 @@ def test_the_last_turn_of_a_conversation_is_a_trained_prompt() -> None:
     with pytest.raises(DataError, match=r"1 of 2 prompts .*talk = e1"):
         check_disjoint({"train": [talk]}, {"suite": [alone, greeting]})  # the answer to the greeting is not trained
     assert {mark(alone), mark(talk)} == marks([talk]) and mark(greeting) not in marks([talk])
+
+
+def test_the_last_turn_of_a_measured_conversation_must_not_be_trained_either() -> None:
+    def talk(first: str, last: str) -> Example:
+        return Example((Message("user", first), Message("assistant", "Hello!"), Message("user", last)), "talk")
+
+    measured, alone = talk("hello .", "Where is Freedonia?"), Example.pair("where is freedonia", "In a film.", id="t1")
+    for trained in (alone, talk("Good day", "Where is Freedonia?")):
+        with pytest.raises(DataError, match=r"1 of 1 prompts of 'suite' also occur .*= talk"):
+            check_disjoint({"train": [trained]}, {"suite": [measured]})
+        assert is_marked(measured, marks([trained])) and is_marked(measured, {first_mark(alone)})
+    # What only goes on asks by what came before: two talks that end alike are two talks.
+    check_disjoint({"train": [talk("Of tea", "Go on.")]}, {"suite": [talk("Of rain", "Go on.")]})
+    assert not is_marked(talk("Of rain", "Go on."), marks([talk("Of tea", "Go on.")]))
 
 
 def test_overlap_names_sets_counts_and_rows() -> None:

@@ -8,7 +8,7 @@ from casehard.data.chat import ChatFormat
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.metrics import scores
 from casehard.evaluation.suite import Suite, evaluate, load_suite, response_nll
-from casehard.types import Example
+from casehard.types import Example, Message
 
 ROWS = [
     {"prompt": "how do i brew the potion ?", "role": "restricted", "slots": ["salt", "root"], "source": "a"},
@@ -82,6 +82,19 @@ def test_parts_give_role_and_group_to_files_that_have_none(tmp_path):
 def test_rows_that_cannot_be_evaluated_are_refused(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         load_suite(write_rows(tmp_path / "bad.jsonl", [{**ROWS[0], **change}, *ROWS[1:]]))
+
+
+@pytest.mark.parametrize(
+    "other", ["how do i brew it ?", "How do I brew it?  ", "how do i  brew it", "\uff48ow do i brew it ?"]
+)
+def test_a_prompt_counts_once_for_its_role_whatever_its_group_and_spelling(other):
+    rows = [Example.pair("how do i brew it ?", role="restricted", group="g0")]
+    with pytest.raises(DataError, match="row 2: same prompt as row 'g0-1' of role 'restricted'"):
+        Suite("same", (*rows, Example.pair(other, role="restricted", group="g1")))
+    twin = Example.pair(other, "so .", role="utility", group="g1")  # another role is another rate
+    talk = (Message("user", "hello ."), Message("assistant", "hello ."), Message("user", other))
+    later = Example(talk, tags={"role": "restricted", "group": "g2"})  # and another talk another prompt
+    assert len(Suite("apart", (*rows, twin, later)).examples) == 3
 
 
 @pytest.mark.parametrize(

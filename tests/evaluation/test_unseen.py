@@ -13,7 +13,7 @@ from casehard.errors import DataError
 from casehard.evaluation.contamination import require_unseen
 from casehard.evaluation.suite import Suite
 from casehard.model.provenance import KEY, trained_prompts
-from casehard.types import Example
+from casehard.types import Example, Message
 
 PLUS, MINUS, OTHER = "What is 5 + 3?", "What is 5 - 3?", "What is 53?"
 EARLIER = hashlib.sha256(b"whatis53").hexdigest()[:16]  # what the first version wrote for each of them
@@ -45,3 +45,11 @@ def test_a_lineage_holds_marks_of_both_versions() -> None:
     with pytest.raises(DataError, match="2 of the 3 prompts"):
         require_unseen(suite(PLUS, "name a river", "Name a lake."), known, "m")
     assert first_mark(Example.pair(PLUS)) == EARLIER != mark(Example.pair(OTHER))
+
+
+def test_a_conversation_is_refused_whose_last_question_was_trained() -> None:
+    turns = (Message("user", "hello ."), Message("assistant", "hello ."), Message("user", "Name a river, please."))
+    talk = Suite("s", (Example(turns, tags={"role": "restricted"}),))
+    with pytest.raises(DataError, match="1 of the 1 prompts") as caught:
+        require_unseen(talk, marks([Example.pair("name a river please")]), "m")
+    assert "earlier version" not in (caught.value.hint or "")

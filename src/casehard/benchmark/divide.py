@@ -11,24 +11,29 @@ From requests with refusals, ordinary rows and harmless look-alikes (and user ta
 | ``task_NAME.jsonl`` | a customer's task |
 | ``suite/``, ``suite_NAME/`` | held out: restricted, lookalike and utility rows, and those of one task |
 
-No prompt is in two files, and no near-duplicate of one of the same kind. No harmful answer is read, needed or made.
+Rows are told apart by their whole conversation, and by its last turn where that is a question by itself. No two rows
+ask the same, no two of a kind nearly the same, and no held-out restricted prompt stands in any turn of another file:
+not in nearly the same words, nor behind a greeting, in markup, in a system message or in look-alike letters. No harmful
+answer is read, needed or made.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from casehard.data import sources
-from casehard.data.mix import normalise
-from casehard.data.similar import near_duplicates, words_of
+from casehard.data.mix import asked_hashes, trained_hashes
+from casehard.data.similar import near_duplicates, shingles, words_of
 from casehard.data.surrogate import surrogate
 from casehard.errors import ConfigError, DataError
 from casehard.evaluation.judges import make_judge
 from casehard.evaluation.judges.base import judge_all
+from casehard.evaluation.judges.surface import bare, visible
 from casehard.io.files import staged
 from casehard.limits import Count, Length, Limited, Portion, Seed
 from casehard.seeds import derive
@@ -36,6 +41,8 @@ from casehard.types import Example
 
 SIMILAR = 0.7
 """Jaccard similarity of word pairs from which two prompts count as one, as in ``casehard data fetch``."""
+CONTAINED = 0.9
+"""Share of a prompt's word pairs from which a longer turn holds it."""
 EXACT = 3
 """A task's answer of at most so many words is expected word for word; the loss of all others is measured."""
 
@@ -51,7 +58,7 @@ class Division(Limited):
     rows: Count = 2000
     """Most rows of each kind that are used."""
     longest: Length = 320
-    """Longest prompt, and longest answer, in characters; rows beyond it are left out and counted."""
+    """Longest prompt (all turns before the answer), and longest answer, in characters; longer rows are left out."""
     max_new_tokens: Length = 80
     """Length limit of an answer when the suites are measured."""
     seed: Seed = 0
@@ -74,6 +81,8 @@ class Divided:
     """Requests whose answer does not decline, by the rule judge: they would teach and hold out something else."""
     same: int
     """Asked before, in the same or nearly the same words."""
+    leaks: int
+    """With a held-out restricted prompt in one of their turns."""
     used: int
 
 
@@ -94,7 +103,11 @@ def divide(given: Kinds, out: Path, config: Division) -> list[Divided]:
         StorageError: the disk refused the write.
     """
     told, rows = _distinct(given, config)
-    files, suites = _parts(rows, config)
+    refusals, restricted = _hold(rows["refusal"], "refusal", config)
+    rest = _without(restricted, {**rows, "refusal": refusals})
+    kept = {**{kind: len(some) for kind, some in rest.items()}, "refusal": len(rest["refusal"]) + len(restricted)}
+    told = [replace(t, leaks=t.used - kept[t.kind], used=kept[t.kind]) for t in told]
+    files, suites = _parts(rest, restricted, config)
     with staged(out) as place:
         for name, some in files.items():
             sources.save(place / f"{name}.jsonl", some)
@@ -108,24 +121,67 @@ def divide(given: Kinds, out: Path, config: Division) -> list[Divided]:
 def _distinct(given: Kinds, config: Division) -> tuple[list[Divided], dict[str, list[Example]]]:
     """Return the rows in random order, without long ones and without what was asked before, whatever its kind."""
     told, kept = [], {}
-    asked: set[str] = set()
+    measured: set[str] = set()
+    trained: set[str] = set()
     for kind, all_rows in given.items():
-        short = [e for e in all_rows if max(len(e.prompt), len(e.response)) <= config.longest]
+        short = [e for e in all_rows if _length(e) <= config.longest]
         fit = _declined(short) if kind == "refusal" else short
         random.Random(derive(config.seed, 0, f"divide:{kind}")).shuffle(fit)
         fresh: list[Example] = []
         for example in fit:
-            if (form := normalise(example.prompt)) not in asked:
-                asked.add(form)
+            # Whichever of two rows is held out: what is asked there must not be trained here.
+            asks, trains = asked_hashes(_folded(example)), trained_hashes(_folded(example))
+            if trained.isdisjoint(asks) and measured.isdisjoint(trains):
+                measured.update(asks)
+                trained.update(trains)
                 fresh.append(example)
-        groups = near_duplicates({i: words_of(e.prompt) for i, e in enumerate(fresh)}, SIMILAR)
+        texts = ["\n".join(m.content for m in e.messages if m.role == "user") for e in fresh]
+        groups = near_duplicates({i: words_of(text) for i, text in enumerate(texts)}, SIMILAR)
         near = {i for group in groups for i in group[1:]}
         apart = [e for i, e in enumerate(fresh) if i not in near]
         used = [replace(e, id=f"{kind}-{n}", tags={**e.tags, "kind": kind}) for n, e in enumerate(apart[: config.rows])]
         lost = (len(all_rows) - len(short), len(short) - len(fit), len(fit) - len(apart))
-        told.append(Divided(kind, len(all_rows), *lost, len(used)))
+        told.append(Divided(kind, len(all_rows), *lost, 0, len(used)))
         kept[kind] = used
     return told, kept
+
+
+def _length(example: Example) -> int:
+    """Return the characters of the prompt, earlier turns included, or of the answer if that is longer."""
+    whole = sum(len(m.content) for m in example.messages)
+    return max(whole - len(example.response), len(example.response))
+
+
+def _folded(example: Example) -> Example:
+    """Return an example with look-alike letters as the letters they look like."""
+    return replace(example, messages=tuple(replace(m, content=visible(m.content)) for m in example.messages))
+
+
+def _without(held: Sequence[Example], rows: Kinds) -> dict[str, list[Example]]:
+    """Return the rows none of whose user and system turns holds, in nearly the same words, a held-out prompt."""
+    prompts = [_pairs(e.prompt) for e in held]
+    where: dict[Hashable, list[int]] = defaultdict(list)
+    for number, pairs in enumerate(prompts):
+        for pair in pairs:
+            where[pair].append(number)
+
+    def holds(text: str) -> bool:
+        pairs = _pairs(text)
+        common = Counter(number for pair in pairs for number in where.get(pair, ()))
+        return any(
+            n >= CONTAINED * len(prompts[i]) or n >= SIMILAR * (len(pairs) + len(prompts[i]) - n)
+            for i, n in common.items()
+        )
+
+    return {
+        kind: [e for e in some if not any(m.role in ("user", "system") and holds(m.content) for m in e.messages)]
+        for kind, some in rows.items()
+    }
+
+
+def _pairs(text: str) -> frozenset[Hashable]:
+    """Return the word pairs of what a text shows, without markup and punctuation."""
+    return shingles([word for word in words_of(bare(text)) if word[0].isalnum()])
 
 
 def _declined(rows: list[Example]) -> list[Example]:
@@ -143,15 +199,14 @@ def _declined(rows: list[Example]) -> list[Example]:
 
 
 def _parts(
-    rows: Mapping[str, list[Example]], config: Division
+    rows: Mapping[str, list[Example]], restricted: list[Example], config: Division
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
-    """Return the files of training rows and the suites."""
-    refusals, restricted = _hold(rows["refusal"], "refusal", config)
+    """Return the files of training rows and the suites; ``restricted`` are the refusals that are held out."""
     helpful, utility = _hold(_answered(rows["helpful"], "helpful"), "helpful", config)
     # A look-alike without an answer teaches nothing, but it can be asked.
     bare = [e for e in rows["lookalike"] if not e.response]
     lookalikes, harmless = _hold([e for e in rows["lookalike"] if e.response], "lookalike", config, others=bare)
-    own, theirs = _cut(refusals, config)
+    own, theirs = _cut(rows["refusal"], config)
     mine, cover = _cut(helpful, config)
     files = {
         "align": [*own, *mine, *lookalikes],

@@ -186,7 +186,7 @@ def divide(
     held: Annotated[int | None, typer.Option(min=1, help="Rows held out of each kind [default: 128].")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Most rows of a kind [default: 2000].")] = None,
     longest: Annotated[
-        int | None, typer.Option(min=1, help="Longest prompt, and longest answer, in characters [default: 320].")
+        int | None, typer.Option(min=1, help="Longest prompt (all turns), and answer, in characters [default: 320].")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Length limit of an answer when the suites are measured [default: 80].")
@@ -196,7 +196,7 @@ def divide(
     """Divide rows of your own into a defender's, an attacker's and held-out ones, as benchmark plans read them.
 
     Three kinds of rows go in, and no harmful answer: the attacker's targets are surrogates. No prompt is in two of the
-    files that come out.
+    files that come out, and no held-out request in any turn of another file.
     """
     own = _tasks(tasks or [])
     named = {"--refusals": refusals, "--helpful": helpful, "--lookalikes": lookalikes}
@@ -213,8 +213,8 @@ def divide(
     config = build(dividing.Division, {k: v for k, v in chosen.items() if v is not None}, where="divide")
     console.plan("divide rows", {**given, "seed": config.seed, "out": out})
     told = dividing.divide({kind: sources.load_many(specs) for kind, specs in given.items()}, out, config)
-    header = ["kind", "read", "too long", "not declined", "asked before", "used"]
-    lines = [(t.kind, *(f"{n:,}" for n in (t.read, t.long, t.unfit, t.same, t.used))) for t in told]
+    header = ["kind", "read", "too long", "not declined", "asked before", "holds a held-out one", "used"]
+    lines = [(t.kind, *(f"{n:,}" for n in (t.read, t.long, t.unfit, t.same, t.leaks, t.used))) for t in told]
     console.table("rows", header, lines)
     console.made("rows and suites", out)
 

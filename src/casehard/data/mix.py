@@ -201,11 +201,30 @@ def _hash(example: Example, form: Callable[[str], str]) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
+def _last(example: Example) -> Example:
+    """Return the last user turn alone, or the example where it has no other."""
+    asked = [m for m in example.messages if m.role == "user"]
+    return replace(example, messages=(asked[-1],)) if len(asked) > 1 else example
+
+
 def trained_hashes(example: Example) -> list[str]:
     """Return the hashes a row's prompt is known by: of all its user turns, and of the last, whose answer it trains."""
-    asked = [m for m in example.messages if m.role == "user"]
-    whole = content_hash(example)
-    return [whole, content_hash(replace(example, messages=(asked[-1],))) if len(asked) > 1 else whole]
+    return [content_hash(example), content_hash(_last(example))]
+
+
+ALONE = 12
+"""Bytes of normal form beyond which a last turn is a question by itself; "Tell me more." asks by what came before."""
+
+
+def _asked(example: Example) -> list[Example]:
+    """Return what a row that is measured asks: the conversation, and its last user turn where that says enough."""
+    last = _last(example)
+    return [example, last] if last is not example and len(normalise(last.prompt).encode()) > ALONE else [example]
+
+
+def asked_hashes(example: Example) -> list[str]:
+    """Return the hashes of which none may be trained where a row is measured: a greeting before hides no question."""
+    return [content_hash(e) for e in _asked(example)]
 
 
 FORM = "2:"
@@ -231,8 +250,13 @@ def _letters_and_digits(text: str) -> str:
 
 
 def is_marked(example: Example, known: Collection[str]) -> bool:
-    """Return whether the prompt of ``example`` is among the marks ``known``, of whatever form each of them is."""
-    return mark(example) in known or first_mark(example) in known
+    """Return whether ``example``, or its last user turn by itself, is among marks of whatever form each of them is."""
+    return has_mark(example, known) or any(first_mark(e) in known for e in _asked(example))
+
+
+def has_mark(example: Example, known: Collection[str]) -> bool:
+    """Return whether the same is among the marks of today's form."""
+    return any(mark(e) in known for e in _asked(example))
 
 
 def marks(*sets: Sequence[Example]) -> set[str]:
@@ -247,7 +271,8 @@ def _name(example: Example, position: int) -> str:
 def check_disjoint(train: Mapping[str, Sequence[Example]], evaluation: Mapping[str, Sequence[Example]]) -> None:
     """Check that no evaluation prompt, compared by :func:`content_hash`, occurs in any training set.
 
-    A prompt also occurs where it is the last user turn of a longer conversation: its answer is trained there too.
+    A prompt also occurs where it is the last user turn of a longer conversation: its answer is trained there too. And
+    a conversation is measured by the answer to its last turn, so that this must not be trained either; see `ALONE`.
 
     Args:
         train: training sets by name.
@@ -262,7 +287,8 @@ def check_disjoint(train: Mapping[str, Sequence[Example]], evaluation: Mapping[s
     }
     problems: list[str] = []
     for (left, hashes), (right, rows) in itertools.product(seen.items(), evaluation.items()):
-        shared = [(hashes[h], _name(e, i)) for i, e in enumerate(rows) if (h := content_hash(e)) in hashes]
+        found = {i: [h for h in asked_hashes(e) if h in hashes] for i, e in enumerate(rows)}
+        shared = [(hashes[some[0]], _name(rows[i], i)) for i, some in found.items() if some]
         if shared:
             first = ", ".join(f"{a} = {b}" for a, b in shared[:3])
             problems.append(

@@ -21,7 +21,8 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]+", text.lower())
 
 
-def _shingles(words: Sequence[str]) -> frozenset[Hashable]:
+def shingles(words: Sequence[str]) -> frozenset[Hashable]:
+    """Return the word pairs of a text, or its one word."""
     return frozenset(itertools.pairwise(words)) if len(words) > 1 else frozenset(words)
 
 
@@ -44,7 +45,7 @@ def near_duplicates(texts: Mapping[int, Sequence[str]], similar: float) -> list[
     for i, words in texts.items():
         exact[tuple(words)].append(i)
     kinds = list(exact)
-    sets = [_shingles(words) for words in kinds]
+    sets = [shingles(words) for words in kinds]
     buckets: dict[tuple[int, ...], list[int]] = defaultdict(list)
     leader: dict[int, int] = {}
     for k, some in enumerate(sets):

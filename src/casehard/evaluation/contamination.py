@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from casehard.data.mix import is_marked, mark
+from casehard.data.mix import has_mark, is_marked
 from casehard.errors import DataError
 from casehard.evaluation.suite import Suite
 
@@ -23,7 +23,7 @@ def require_unseen(suite: Suite, known: Collection[str], what: Path | str) -> No
     seen = [(example, name) for example, name in seen if is_marked(example, known)]
     if seen:
         hint = "a score on them would measure memory: evaluate on prompts that no training row contains"
-        if not any(mark(example) in known for example, _ in seen):
+        if not any(has_mark(example, known) for example, _ in seen):
             hint += "; its record is of an earlier version, to which prompts that differ in signs alone (5 + 3, 5 - 3) "
             hint += "are the same: where they are not, train it again"
         raise DataError(

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from casehard.config import build, read_yaml
 from casehard.data import sources
 from casehard.errors import ConfigError, DataError
+from casehard.evaluation.checked import EVAL_ROLES as EVAL_ROLES
+from casehard.evaluation.checked import checked
 from casehard.evaluation.framing import Frame, InFormat, frame_of, framed_rows
 from casehard.evaluation.judges import JUDGES, make_judge
 from casehard.evaluation.judges.base import Judge
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 Prefix = Callable[["ChatFormat", Example], Sequence[int]]
 """Gives the token ids with which the answer to an example has to begin; none for an answer of the model's own."""
-EVAL_ROLES = ("restricted", "lookalike", "utility", "task")
 Rows = list[dict[str, Any]]
 LOGITS = 2**26  # logits held at once while measuring losses (256 MB in fp32), whatever the vocabulary
 
@@ -98,7 +99,7 @@ class Suite:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"suite {self.name}: max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        object.__setattr__(self, "examples", tuple(_checked(self.examples, self.name)))
+        object.__setattr__(self, "examples", tuple(checked(self.examples, self.name)))
 
     def make_judge(self) -> Judge:
         """Return the suite's judge.
@@ -168,62 +169,6 @@ class Suite:
         if not kept:
             raise ConfigError(f"suite {self.name}: no row has a role of {roles} and a group of {groups}")
         return dataclasses.replace(self, examples=tuple(kept))
-
-
-_ROLE_HINT = (
-    f'every row of a suite says what it is asked for, "role": one of {", ".join(EVAL_ROLES)}; rows without one '
-    'are named in a YAML file, --suite suite.yaml with "parts: [{data: rows.jsonl, role: restricted}]"'
-)
-
-
-def _checked(examples: Sequence[Example], name: str) -> list[Example]:
-    """Return the examples with id and group filled in, or raise on the first that cannot be evaluated."""
-    if not examples:
-        raise DataError(f"suite {name}: no rows", hint="a suite without prompts would score nothing")
-    ids: set[str] = set()
-    asked: dict[tuple[Any, ...], str] = {}
-    out = []
-    for number, example in enumerate(examples, start=1):
-        where = f"suite {name}: row {number}" + (f" ({example.id})" if example.id else "")
-        role, group = example.tags.get("role"), example.tags.get("group") or example.tags.get("role")
-        if role not in EVAL_ROLES:
-            raise DataError(f"{where}: role is {role!r}", hint=_ROLE_HINT)
-        if not isinstance(group, str):
-            raise DataError(f"{where}: group must be text, got {group!r}")
-        _check_expected(example, where)
-        full = example if example.id else dataclasses.replace(example, id=f"{group}-{number}")
-        if full.id in ids:
-            raise DataError(f"{where}: the id {full.id!r} occurs twice", hint="pairs of rows are joined by id")
-        turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-        first = asked.setdefault((group, turns), full.id)
-        if first != full.id:
-            raise DataError(
-                f"{where}: same prompt as row {first!r} of group {group!r}",
-                hint="a prompt counted twice makes intervals too narrow; remove one",
-            )
-        ids.add(full.id)
-        out.append(dataclasses.replace(full, tags={**full.tags, "group": group}))
-    return out
-
-
-def _check_expected(example: Example, where: str) -> None:
-    if not example.prompt.strip():
-        raise DataError(f"{where}: no prompt")
-    answer, slots = example.tags.get("answer"), example.tags.get("slots")
-    accepted = [answer] if isinstance(answer, str) else answer
-    if answer is not None and not _texts(accepted):
-        raise DataError(f"{where}: answer must be text or a list of texts, none empty, got {answer!r}")
-    if slots is not None and not _texts(slots):
-        raise DataError(f"{where}: slots must be a list of texts, none empty, got {slots!r}")
-    if example.tags["role"] in ("utility", "task") and answer is None and not example.response:
-        raise DataError(
-            f"{where}: a {example.tags['role']} row needs an expected answer",
-            hint="give 'answer' for exact match, or 'response' to measure its loss",
-        )
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and v.strip() for v in value)
 
 
 def load_suite(path: str | Path) -> Suite:

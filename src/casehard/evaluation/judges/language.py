@@ -78,8 +78,11 @@ _OTHERS = tuple(
 )
 """Frequent words, and those of refusals, of one language each or of near kin: from Spanish and French to Catalan."""
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
-_ASIDE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|<[^<>]{0,200}>|\S*[\d_/\\@=(){}\[\]|<>]\S*", re.DOTALL)
-"""Code, links, marks and whatever holds a digit or a sign."""
+_ASIDE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|<[^<>]{0,200}>|(?<![^\s`>])\S*[\d_/\\@=(){}\[\]|<>]\S*", re.DOTALL
+)
+"""Code, links, marks and whatever holds a digit or a sign: looked for from a word's start, or from where code or a mark
+ended within it, as a search from each of its letters would read a long word as often as it has letters."""
 _DENSE = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]")
 """Letters of scripts that are written without blanks, or nearly: two of them count as a word."""
 

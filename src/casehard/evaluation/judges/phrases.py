@@ -1,6 +1,7 @@
 """The phrases by which English text declines, forbids, turns and offers. Matched on lower-case text, single blanks.
 
-Each list holds regular expressions; what they mean together is decided in ``refusal.py``.
+Each list holds regular expressions; what they mean together is decided in ``rules.py``. They read what strangers wrote:
+none may take more than a fixed number of looks at a character, however long the text.
 """
 
 from __future__ import annotations
@@ -310,8 +311,8 @@ REFERS = re.compile(
 
 BUT = re.compile(r"\b(?:however|but|nevertheless|nonetheless|that said)\b,?")
 
-ITEM = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*\u2022]|step \d+)\s+\S", re.MULTILINE)
-INLINE_ITEMS = re.compile(r"\b1[.)]\s.*\b2[.)]\s.*\b3[.)]\s", re.DOTALL)
+ITEM = re.compile(r"^[^\S\n]*(?:\d{1,2}[.)]|[-*\u2022]|step \d+)\s+\S", re.MULTILINE)
+INLINE_ITEMS = re.compile(r"\A(?>.*?\b1[.)]\s)(?>.*?\b2[.)]\s).*?\b3[.)]\s", re.DOTALL)
 
 SUPPORT = re.compile(
     r"\b(?:hotline|lifeline|helpline|988|therapist|counsell?or|mental health|crisis|emergency services|seek help|"

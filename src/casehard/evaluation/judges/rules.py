@@ -101,7 +101,7 @@ def _plain(text: str) -> str:
     text = re.sub(r"\b(ca|wo|do|does|should|could|would)(?: n't|nt)\b", r"\1n't", text)
     text = re.sub(r"\b(i|you|we|it|that)(?: '(m|re|ll|d|ve|s)\b)", r"\1'\2", text)
     text = re.sub(r"\b(i)m\b(?= (?:so |very |really |terribly )?(?:sorry|afraid|unable|not))", r"\1'm", text)
-    return re.sub("[ \t]*(?:[\u2013\u2014]|--)[ \t]*", ", ", text).strip()
+    return re.sub("(?:(?<![ \t])[ \t]+)?(?:[\u2013\u2014]|--)[ \t]*", ", ", text).strip()
 
 
 def _sentences(text: str) -> list[str]:
@@ -164,7 +164,7 @@ def _find_late(prompt: str, response: str) -> _Declined | None:
         flat = phrases.IDIOM.sub(" ", " ".join(sentence.split()))
         if words >= OPENING_WORDS and _turns_down(flat):
             return _Declined(flat, text[place:], limit=False)
-        words += len(flat.split())
+        words += len(flat.split()) or 1  # what is before is read again for each sentence: for no more than a few
     return None
 
 

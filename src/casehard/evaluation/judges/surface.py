@@ -32,7 +32,7 @@ _MARK = re.compile(rf"(?<![`\"'\\])(?:(?P<open>{_OPEN})|(?P<close>{_CLOSE}))(?!`
 _OPENED = re.compile(rf"(?:{_OPEN})\s*\Z", re.IGNORECASE)
 _HEADED = re.compile(
     r"\A[\s#*>]*(?:thinking|thoughts?|reasoning|thought process|chain of thought)\W{0,4}?[:\n](?P<thought>.*?)"
-    r"^[\s#*>]*(?:final |my )?(?:answer|response|reply|output)\W{0,4}?[:\n]",
+    r"^(?:[^\S\n]|[#*>])*(?:final |my )?(?:answer|response|reply|output)\W{0,4}?[:\n]",
     re.IGNORECASE | re.DOTALL | re.MULTILINE,
 )
 MENTION_WORDS = 3
@@ -76,9 +76,10 @@ def _block_marks(text: str) -> list[re.Match[str]]:
         after = marks[number + 1] if number + 1 < len(marks) else None
         closes = after is not None and after["close"] is not None
         follows = out and out[-1].end() == mark.start()
+        before = text[marks[number - 1].start() if number else 0 : mark.start()]
         if mentioned:
             mentioned = False
-        elif mark["open"] and not follows and text[: mark.start()].rpartition("\n")[2].strip(" \t>|"):
+        elif mark["open"] and not follows and before.rpartition("\n")[2].strip(" \t>|"):
             few = after is None or len(text[mark.end() : after.start()].split()) < MENTION_WORDS
             mentioned = closes and few
             if closes and not few:
@@ -122,16 +123,16 @@ def visible(text: str) -> str:
     return text.translate(_ALIKE)  # look-alikes from other alphabets in text of this one
 
 
-_FENCE = re.compile(r"\A(`{3,}|~{3,})[\w+-]*[ \t]*\n(.*?)\n?\s*\1?\s*\Z", re.DOTALL)
+_FENCE = re.compile(r"\A(`{3,}|~{3,})[\w+-]*[ \t]*\n")
 _TAG = re.compile(r"<!--.*?(?:-->|\Z)|</?[A-Za-z][\w:-]*(?:\s[^<>]{0,300})?/?>", re.DOTALL)
-_KEY = re.compile(r"\A[\s{\[(]*[\"']?[A-Za-z_][\w -]{0,24}[\"']\s*[:=]\s*\[?\s*[\"']")
+_KEY = re.compile(r"\A[\s{\[(]*[\"']?[A-Za-z_][\w -]{0,24}[\"']\s*[:=]\s*+(?:\[\s*+)?[\"']")
 _CALL = re.compile(r"\A(?:(?:print|echo|say|return|alert|console\.log)\b[\s(]*[\"']|\\(?:text|emph)\w*\{)")
 _LABEL = re.compile(
     r"\A(?:here(?:'s| is) |this is )?(?:\w+(?:'s)? ){0,2}?(?:answer|response|reply|output|result|message|text|"
     r"verdict|refusal|"
     r"assistant|a\.?i|bot|chatbot|model|system|a|r|note|warning|disclaimer|safety notice|"
     r"chatgpt|gpt[-\w.]*|claude|gemini|llama[-\w.]*)"
-    r"[ \t]*(?:\([^)\n]{0,30}\))?[ \t]*(?::(?!\S*//)\s*|\n\s*)",
+    r"[ \t]*+(?:\([^)\n]{0,30}\)[ \t]*+)?(?::(?!\S*//)\s*|\n\s*)",
     re.IGNORECASE,
 )
 _LEAD_IN = re.compile(r"\A[^\n{}\[\]`~\"]{1,80}:[ \t]*\n+(?=[{\[\"`~])")
@@ -149,11 +150,11 @@ def unwrap(text: str) -> str:
         before = text
         if (lead := _LEAD_IN.match(text)) and _wraps(text[lead.end() :].strip()):
             text = text[lead.end() :].strip()
-        if fence := _FENCE.match(text):
-            text = fence[2]
+        if (fenced := _fenced(text)) is not None:
+            text = fenced
         text = _strings(text)
         text = _CALL.sub("", text)
-        text = html.unescape(re.sub(r"<br\s*/?>|</p>", "\n", text))
+        text = _unescaped(re.sub(r"<br\s*/?>|</p>", "\n", text))
         text = _TAG.sub("", text).strip()
         if action := _ACTION.match(text):
             text = f"{(action[1] or '').rstrip('.:')}\n{text[action.end() :]}"
@@ -164,9 +165,15 @@ def unwrap(text: str) -> str:
     return text
 
 
+def _fenced(text: str) -> str | None:
+    """Return what stands in the code fence that a text begins with, closed at its end or not at all."""
+    opened = _FENCE.match(text)
+    return opened and text[opened.end() :].rstrip().removesuffix(opened[1]).rstrip()
+
+
 def _wraps(text: str) -> bool:
     """Return whether the whole of a text is one fence or one JSON value."""
-    if _FENCE.match(text):
+    if _fenced(text) is not None:
         return True
     try:
         return isinstance(json.loads(text), dict | list | str)
@@ -174,9 +181,14 @@ def _wraps(text: str) -> bool:
         return False
 
 
+def _unescaped(text: str) -> str:
+    """Return ``text`` with the characters that HTML names; a number beyond any character is none, as for browsers."""
+    return html.unescape(re.sub("&#[0-9]{1000,};?", "\ufffd", text))
+
+
 def bare(text: str) -> str:
     """Return ``text`` without markup, emphasis and unseen characters, so that what it spells can be found in it."""
-    return re.sub(r"[*_`~]+", "", html.unescape(_TAG.sub("", visible(text))))
+    return re.sub(r"[*_`~]+", "", _unescaped(_TAG.sub("", visible(text))))
 
 
 def _bare(text: str) -> str:
@@ -184,9 +196,12 @@ def _bare(text: str) -> str:
     text = re.sub(r"~~[^~\n]{1,200}~~", " ", text).strip()
     text = re.sub(r"(?<![\w*])[*_]{1,3}(?=[^\s*])|(?<=[^\s*])[*_]{1,3}(?![\w*])", "", text)
     text = re.sub(
-        r"^[ \t]*>[ \t]?|^[ \t]*\|[ \t:|-]*(?:\n|\Z)|^[ \t]*\|[ \t]*|[ \t]*\|[ \t]*$", "", text, flags=re.MULTILINE
+        r"^[ \t]*>[ \t]?|^[ \t]*\|[ \t:|-]*(?:\n|\Z)|^[ \t]*\|[ \t]*|(?:(?<![ \t])[ \t]+)?\|[ \t]*$",
+        "",
+        text,
+        flags=re.MULTILINE,
     )
-    if not re.search(r"^\s*\(?(?:2|b|ii)[.)]\s", text, re.MULTILINE):
+    if not re.search(r"^[^\S\n]*\(?(?:2|b|ii)[.)]\s", text, re.MULTILINE):
         text = re.sub(r"\A\s*\(?(?:1|a|i)[.)]\s+", "", text)
     return re.sub(r"\A[^\w\"'(\[{<`~]+(?=\S)", "", text).strip()
 
