@@ -95,7 +95,8 @@ def check(path: Path, judges: Mapping[str, Judge]) -> tuple[list[dict[str, Any]]
     Returns:
         The rows, each with what every judge said under ``judged``; and a summary: ``n``, ``repeated`` (rows that stood
         before; where there are some, with a warning), ``about`` ("label" or "harmful"), ``people``
-        (judge -> :func:`compare`, with ``by_wrapper`` where rows say theirs) and ``judges`` ("first, second" -> :func:`compare`).
+        (judge -> :func:`compare`, with ``by_wrapper`` where rows say theirs) and ``judges`` ("first, second" ->
+        :func:`compare`).
 
     Raises:
         DataError: see :func:`read_labelled`; or people say what is harmful, and a judge never does.
