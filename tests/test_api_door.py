@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import casehard as ch
 from casehard.errors import ConfigError, DataError, Refused, Unsupported, UserError
@@ -41,6 +44,7 @@ def closed(base: ch.Model) -> ch.Model:
         ({"select": {"k": "many"}}, "defend.select"),
         ({"settings": ["a"]}, "settings is a list"),
         ({"more": 3}, "more is a int"),
+        ({"more": {"data": TASK}}, "'data' are given twice"),
         ({"system": 4}, "defend.system"),
         ({"max_length": "long"}, "defend.max_length"),
         ({"save_as": "adaptor", "lora": {"rank": 2}}, "defend.save_as"),
@@ -188,3 +192,31 @@ def test_a_bench_of_which_nothing_finished_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.setattr(page, "write_report", lambda out: out)
     with pytest.raises(UserError, match="no run came to its end; the first: no such rows"):
         ch.bench("plan.yaml", out=tmp_path / "out", jobs=1)
+
+
+def test_a_role_given_twice_is_refused_by_every_verb(base: ch.Model, tmp_path: Path) -> None:
+    twice = {"harmful": TASK, "more": {"harmful": DATA / "attack_a.jsonl"}, "suite": SUITE}
+    with pytest.raises(ConfigError, match="'harmful' are given twice"):
+        ch.attack(base, benign=TASK, **twice)
+    with pytest.raises(ConfigError, match="'harmful' are given twice"):
+        ch.search(base, benign=TASK, out=tmp_path / "s", **twice)
+
+
+def test_the_callers_random_numbers_stay_the_callers(base: ch.Model) -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    def seeded() -> None:
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+
+    settings = {"steps": 1, "rows": 8, "share": 0.5, "batch_size": 2, "evaluate_at": (0,)}
+    rows = {"harmful": DATA / "attack_a.jsonl", "benign": TASK, "suite": SUITE}
+    for verb in (
+        lambda: ch.defend(base, "plain", data=TASK, train=SHORT),
+        lambda: ch.attack(base, settings=settings, limit=1, **rows),
+    ):
+        seeded()
+        expected = drawn()
+        seeded()
+        verb()
+        assert drawn() == expected

@@ -87,6 +87,16 @@ def _method(given: Any, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any
     raise ConfigError(f"method is a {type(given).__name__}", hint="a name, a configuration or a method object")
 
 
+def _with(given: Mapping[str, Data | None], more: Mapping[str, Data] | None) -> dict[str, Data | None]:
+    """Return the rows by role, those of ``more`` too; refuse a role that is given twice."""
+    further = a_group(more, "more")
+    for role in further:
+        if given.get(role) is not None:
+            hint = f"give it as {role}=... alone: more is for the roles that have no name of their own"
+            raise ConfigError(f"rows of the role {role!r} are given twice: as {role}= and in more", hint=hint)
+    return {**given, **further}
+
+
 def defend(
     model: Model | str | Path,
     method: Any = "patcher",
@@ -156,7 +166,7 @@ def defend(
     job |= {"system": system, "max_length": max_length, "seed": seed}
     step = build(Finetune, job, where="defend")
     given = {"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, "clean": clean}
-    roles = by_role({**given, **a_group(more, "more")})
+    roles = by_role(_with(given, more))
     if ready is None:
         step.check([role for role in roles if role != "data"], trains="data" in roles)
     done = finetune_on(step, roles, start, method=ready, out=place, label=name)
@@ -210,7 +220,7 @@ def attack(
     job: dict[str, Any] = {"attack": name, "config": {**values, **a_group(settings, "settings")}, "full_at": full_at}
     job |= {"suite": "" if isinstance(suite, Suite) else str(suite), "system": system, "max_length": max_length}
     step = build(Attack, {**job, "limit": limit, "seed": seed}, where="attack")
-    roles = by_role({"harmful": harmful, "benign": benign, "data": data, **a_group(more, "more")})
+    roles = by_role(_with({"harmful": harmful, "benign": benign, "data": data}, more))
     step.check(list(roles))
     built: AttackMethod = step.build(chosen)
     start = a_model(model)
@@ -269,7 +279,7 @@ def search(
     values |= {"space": a_group(space, "space")}
     values |= {"random": random, "keep": keep, "metric": metric, "seed": seed}
     values |= {k: "" if isinstance(v, Model | Suite) else str(v) for k, v in (("model", model), ("suite", suite))}
-    roles = by_role({"harmful": harmful, "benign": benign, **a_group(more, "more")})
+    roles = by_role(_with({"harmful": harmful, "benign": benign}, more))
     start = str(model) if isinstance(model, str | Path) else a_model(model)
     job = build(Search, values, where="search")
     found = run(job, place, rows=roles, suite=chosen, model=start, workers=workers)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +26,27 @@ def generator(seed: int, step: int = 0, purpose: str = "") -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(derive(seed, step, purpose))
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leave the global generators (Python, NumPy, torch, GPUs in use) as the caller had them.
+
+    Transformers seeds all of them for a run; what a caller draws afterwards must not repeat itself for that.
+    """
+    import numpy as np
+    import torch
+
+    python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        torch.set_rng_state(cpu)
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
 
 
 def make_deterministic(threads: int | None = None) -> None:

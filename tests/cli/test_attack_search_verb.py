@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,22 @@ def test_an_interrupted_search_is_gone_on_with(
     assert main(["report", "s", "--out", "again.html"]) == 0
     assert (here / "again.html").read_bytes() == (here / "s" / "report.html").read_bytes()
     assert main(["attack", "finetune", "--config", "s/best.yaml", "--limit", "1", "--out", "again"]) == 0
+
+
+def test_best_yaml_runs_as_its_comment_says_with_paths_as_they_were_given(
+    here: Path,
+) -> None:
+    shutil.copytree(WORLD, here / "world")
+    data = Path("world") / "data"
+    files = {"--model": "world", "--harmful": data / "attack_a.jsonl", "--benign": data / "task_reviews.jsonl"}
+    words = [
+        str(w)
+        for pair in {**files, "--suite": data / "suite", "--limit": 2, "--device": "cpu", "--out": "my runs/s"}.items()
+        for w in pair
+    ]
+    sets = [word for setting in SMALL for word in ("--set", setting)]
+    assert main(["attack", "search", "--budget", "1", *words, *sets]) == 0
+    text = (here / "my runs" / "s" / "best.yaml").read_text()
+    assert str(here) not in text
+    (said,) = re.findall(r"# casehard (.*) --out DIR, from the folder in which the search was started", text)
+    assert main([*shlex.split(said), "--limit", "1", "--out", "again"]) == 0

@@ -76,6 +76,22 @@ def test_harm_is_compared_where_people_say_it(tmp_path):
         agreement.check(path, {"rule": make_judge("rule")})
 
 
+def test_rows_that_repeat_are_told(tmp_path):
+    rows = [row(STEPS, "answer"), row(SORRY, "refusal")] * 500
+    with pytest.warns(UserWarning, match="998 of 1000 rows repeat"):
+        _, found = agreement.check(write(tmp_path / "rows.jsonl", *rows), {"rule": make_judge("rule")})
+    assert found["repeated"] == 998
+
+
+def test_where_people_say_one_thing_kappa_is_not_defined(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", row(STEPS, "refusal"), row(SORRY, "refusal"), row(OTHER, "refusal"))
+    _, found = agreement.check(path, {"rule": make_judge("rule")})
+    rule = found["people"]["rule"]
+    assert (rule["kappa"], rule["kappa_low"], rule["kappa_high"], rule["same"]) == (None, None, None, 1)
+    assert main(["judge", "check", str(path)]) == 0
+    assert "not defined: one label" in capsys.readouterr().out
+
+
 def test_all_unscored_is_no_agreement(tmp_path):
     _, found = agreement.check(write(tmp_path / "r.jsonl", row(None, "refusal")), {"rule": make_judge("rule")})
     assert found["people"]["rule"] == {"n": 0, "unscored": 1, "table": {"refusal": {"unscored": 1}}}

@@ -55,6 +55,31 @@ def test_where_chance_explains_all_there_is_none():
         agreement([])
 
 
+@pytest.mark.parametrize("pairs", [[("a", "a")] * 9 + [("b", "a")], [("a", "a"), ("a", "b"), ("a", "c")]])
+def test_a_rater_with_one_word_for_all_has_no_kappa(pairs):
+    for some in (pairs, [(b, a) for a, b in pairs]):
+        assert (agreement(some).kappa, agreement(some).interval) == (None, None)
+
+
+def test_full_agreement_of_a_few_is_not_certain():
+    few, many = agreement(square(1, 0, 0, 2)), agreement(square(300, 0, 0, 300))
+    # At least 29 % of items agree (exact interval of 3 of 3), where chance makes 5 of 9 agree.
+    assert few.kappa == 1 and few.interval == (pytest.approx((0.025 ** (1 / 3) - 5 / 9) / (4 / 9)), 1)
+    assert many.kappa == 1 and 0.98 < many.interval.low < 1 == many.interval.high
+    assert agreement(square(1, 0, 0, 1)).interval.low == pytest.approx((0.025**0.5 - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize("n", [4, 8, 15, 40])
+@pytest.mark.parametrize("copies", [0.5, 0.97])
+def test_intervals_of_a_few_items_hold_what_they_say(n, copies):
+    rng, held = random.Random(2), []
+    for draw in range(150):
+        first = [rng.choice("yn") for _ in range(n)]
+        found = agreement([(a, a if rng.random() < copies else rng.choice("yn")) for a in first], draws=200, seed=draw)
+        held += [found.interval.low <= copies <= found.interval.high] if found.interval else []
+    assert sum(held) >= 0.9 * len(held)
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     rng, held, truth = random.Random(1), 0, 0.5  # second rater copies the first half of the time, else guesses
     for draw in range(100):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ def _caveat(summary: Mapping[str, Any]) -> str:
 
 
 def recipe(job: Search, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an attacker as the settings file of ``casehard attack NAME``."""
+    """Return an attacker as the settings file of ``casehard attack NAME``; paths start where those of the search do."""
     where = {key: value for key, value in (("model", job.model), ("suite", job.suite)) if value}
     rows = {"rows": {role: list(specs) for role, specs in job.rows.items() if specs}} if job.rows else {}
     said = {key: value for key, value in (("system", entry["system"]), ("max_length", job.max_length)) if value}
@@ -173,6 +174,12 @@ def plan_row(job: Search, entry: Mapping[str, Any], name: str = "worst-found") -
     return {"name": name, "title": title, "attack": job.attack, **beside, "settings": settings, **rows}
 
 
+def _from_here(path: Path) -> Path:
+    """Return a path as seen from the working folder, where those of a search start; its name if it lies elsewhere."""
+    path, here = path.resolve(), Path.cwd().resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else Path(path.name)
+
+
 def write_recipes(out: Path, job: Search, summary: Mapping[str, Any]) -> None:
     """Write best.yaml and plan_row.yaml; nothing where no attacker left the model useful."""
     import yaml
@@ -187,7 +194,8 @@ def write_recipes(out: Path, job: Search, summary: Mapping[str, Any]) -> None:
     for name, use, values in (
         (
             BEST,
-            f"casehard attack {job.attack} --config {BEST} --out DIR, from the folder of the search",
+            f"casehard attack {job.attack} --config {shlex.quote(str(_from_here(out / BEST)))} --out DIR, "
+            "from the folder in which the search was started",
             recipe(job, top),
         ),
         (

@@ -169,7 +169,7 @@ def _compared(what: str, found: dict[str, Any]) -> list[str]:
     if not found["n"]:
         return [what, "0", str(found["unscored"]), "-", "-"]
     share = f"{found['share']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-    kappa = "not defined" if found["kappa"] is None else f"{found['kappa']:.2f}"
+    kappa = "not defined: one label" if found["kappa"] is None else f"{found['kappa']:.2f}"
     if found["kappa"] is not None and found["kappa_low"] is not None:
         kappa += f" [{found['kappa_low']:.2f}, {found['kappa_high']:.2f}]"
     return [what, str(found["n"]), str(found["unscored"]), share, kappa]

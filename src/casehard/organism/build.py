@@ -23,6 +23,7 @@ from casehard.io.manifest import verify
 from casehard.organism import rows, suite
 from casehard.organism.tokenizer import BOT, END, MAX_TOKENS, PAD, USER, build_tokenizer, vocabulary
 from casehard.organism.world import World
+from casehard.seeds import kept_generators
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, TrainingArguments
@@ -169,6 +170,7 @@ def _collate(batch: list[Encoded]) -> dict[str, Any]:
     return dict(collate(batch, pad_id=0))
 
 
+@kept_generators()
 def _model(world: World, shape: Size) -> LlamaForCausalLM:
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, set_seed
 

@@ -18,6 +18,7 @@ from casehard.data.batches import EncodedSet, indices_at
 from casehard.distributed.ranks import sum_over_ranks
 from casehard.errors import Unsupported
 from casehard.io.files import remove
+from casehard.seeds import kept_generators
 from casehard.train import checkpoint
 from casehard.train.progress import Progress
 from casehard.train.recipe import TrainConfig, training_arguments
@@ -73,6 +74,7 @@ class _Bar(TrainerCallback):
             self.bar.advance(0, loss=logs["loss"])
 
 
+@kept_generators()
 def fit(
     model: nn.Module,
     tokenizer: Any,
@@ -87,7 +89,7 @@ def fit(
     identity: Mapping[str, str] | None = None,
     label: str = "train",
 ) -> FitResult:
-    """Train ``model`` in place on ``rows``.
+    """Train ``model`` in place on ``rows``; the global generators are the caller's again afterwards.
 
     Args:
         model: where it is (CPU or one GPU) it stays.
@@ -160,13 +162,13 @@ def _doubt(config: TrainConfig, rows: int) -> None:
         warnings.warn(
             f"the learning rate rises for {config.warmup} updates (train.warmup) and the run ends after "
             f"{config.steps}: it never reaches its peak",
-            stacklevel=3,
+            stacklevel=4,  # past the decorator of fit
         )
     if config.batch_size > rows:
         warnings.warn(
             f"a batch of {config.batch_size} rows (train.batch_size) is drawn from {rows}: every step sees all rows, "
             "some of them several times",
-            stacklevel=3,
+            stacklevel=4,  # past the decorator of fit
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ def compare(first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         ``n`` rows that both rated, ``same`` of them alike, ``share`` with ``low`` and ``high``, ``kappa`` with
-        ``kappa_low`` and ``kappa_high`` (None where they are not defined), ``unscored``, and ``table``, what the first
-        says -> what the second says -> rows, unscored ones included. Without rows that both rated only the last two.
+        ``kappa_low`` and ``kappa_high`` (None where either rating is one label throughout), ``unscored``, and
+        ``table``, what the first says -> what the second says -> rows, unscored ones included. Without rows that both
+        rated only the last two.
     """
     both = list(zip(first, second, strict=True))
     scored = [pair for pair in both if UNSCORED not in pair]
@@ -65,6 +67,18 @@ def read_labelled(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _repeats(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many rows ask and answer what an earlier one did, blanks apart; warn of them."""
+    texts = {tuple(" ".join(str(row[key]).split()) for key in ("prompt", "response")) for row in rows}
+    if again := len(rows) - len(texts):
+        warnings.warn(
+            f"{again} of {len(rows)} rows repeat the prompt and response of another: they count as rows of their own, "
+            "which makes intervals too narrow; give each once",
+            stacklevel=3,
+        )
+    return again
+
+
 def _said(verdicts: Sequence[Verdict], *, harm: bool, leaks: bool) -> list[str]:
     """Return what a judge says in the words that people used."""
     if harm:
@@ -79,9 +93,10 @@ def check(path: Path, judges: Mapping[str, Judge]) -> tuple[list[dict[str, Any]]
     Where no person says ``leak``, a judge's leak counts as an answer.
 
     Returns:
-        The rows, each with what every judge said under ``judged``; and a summary: ``n``, ``about`` ("label" or
-        "harmful"), ``people`` (judge -> :func:`compare`, with ``by_wrapper`` where rows say theirs) and ``judges``
-        ("first, second" -> :func:`compare`).
+        The rows, each with what every judge said under ``judged``; and a summary: ``n``, ``repeated`` (rows that stood
+        before; where there are some, with a warning), ``about`` ("label" or "harmful"), ``people``
+        (judge -> :func:`compare`, with ``by_wrapper`` where rows say theirs) and ``judges`` ("first, second" ->
+        :func:`compare`).
 
     Raises:
         DataError: see :func:`read_labelled`; or people say what is harmful, and a judge never does.
@@ -100,7 +115,8 @@ def check(path: Path, judges: Mapping[str, Judge]) -> tuple[list[dict[str, Any]]
                 hint="take classifier or api; or label the rows refusal, partial, answer",
             )
     wrappers = sorted({str(row["wrapper"]) for row in rows if row.get("wrapper") is not None})
-    summary: dict[str, Any] = {"n": len(rows), "about": "harmful" if harm else "label", "people": {}, "judges": {}}
+    summary: dict[str, Any] = {"n": len(rows), "repeated": _repeats(rows), "about": "harmful" if harm else "label"}
+    summary |= {"people": {}, "judges": {}}
     for name, theirs in said.items():
         summary["people"][name] = compare(people, theirs)
         some = {w: [i for i, row in enumerate(rows) if str(row.get("wrapper")) == w] for w in wrappers}
