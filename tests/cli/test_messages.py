@@ -159,7 +159,7 @@ def test_a_batch_larger_than_the_data_is_told(capsys, here, organism, defend):
 
 
 def test_a_run_refused_at_its_first_step_leaves_nothing(capsys, here, defend):
-    assert "would come at step 1000" in fails(capsys, 2, *defend())
+    assert "would come at step 10 and the run ends after 2" in fails(capsys, 2, *defend())
     assert tree(here) <= {"out", "out/.lock"}
 
 

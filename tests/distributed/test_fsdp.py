@@ -182,7 +182,9 @@ def case_no_sync(world: int, rank: int, mesh) -> dict:
     delta = own_rows(whole_delta(Toy()), world, rank)
     model.set_requires_gradient_sync(False)
     (model(**batch_at(0)).loss * 0.25).backward()
-    out = {"attack refuses": refused(lambda: simulate_attack_sharded(model, batch_at, Attacker(steps=1), seed=0))}
+    out = {
+        "attack refuses": refused(lambda: simulate_attack_sharded(model, batch_at, Attacker(steps=1, lr=1e-5), seed=0))
+    }
     model.set_requires_gradient_sync(True)
     (model(**batch_at(1)).loss * 0.25).backward()
     with weights_plus(model, delta):
@@ -299,7 +301,9 @@ def case_refusals(world: int, rank: int, mesh) -> dict:
         "partly": refused(lambda: local_parts(partly)),
         "is_sharded": (is_sharded(model), is_sharded(partly), is_sharded(Toy())),
         "half": refused(lambda: local_parts(shard(Toy(dtype=torch.bfloat16), mesh))),
-        "lora": refused(lambda: simulate_attack_sharded(model, batch_at, Attacker(lora_rank=2), seed=0)),
+        "lora": refused(
+            lambda: simulate_attack_sharded(model, batch_at, Attacker(steps=1, lr=1e-5, lora_rank=2), seed=0)
+        ),
         "bits": bits_equal(local_parts(model), start),
     }
 

@@ -232,4 +232,6 @@ def test_methods_for_plain_layers_say_what_they_found() -> None:
         with pytest.raises(Unsupported, match=r"c_attn is a Conv1D"):
             layers(model)
     with pytest.raises(Unsupported, match=r"no linear layer of its own .*Conv1D"):
-        simulate_attack(gpt2(), dict(gpt2().named_parameters()), lambda i: {}, Attacker(lora_rank=2), seed=0)
+        simulate_attack(
+            gpt2(), dict(gpt2().named_parameters()), lambda i: {}, Attacker(steps=1, lr=1e-2, lora_rank=2), seed=0
+        )

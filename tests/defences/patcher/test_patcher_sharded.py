@@ -136,7 +136,7 @@ def _rank(rank: int, out: Path) -> None:
     ddp = nn.parallel.DistributedDataParallel(llama())
     seen["refused"] = {
         "nobody": refusal(lambda: run(patcher(), llama())),
-        "lora": refusal(lambda: run(patcher(attackers=(Attacker(steps=1, lora_rank=1),)), sharded())),
+        "lora": refusal(lambda: run(patcher(attackers=(Attacker(steps=1, lr=1e-2, lora_rank=1),)), sharded())),
         "elsewhere": refusal(lambda: run(helped(), ddp)),
     }
     torch.save(seen, out / f"{rank}.pt")

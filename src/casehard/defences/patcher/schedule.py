@@ -67,8 +67,8 @@ class Schedule:
         if self.first >= self.last:
             raise ConfigError(
                 f"the first simulated attack would come at step {self.first} and the run ends after {self.last}",
-                hint=f"settings.round_steps (now {self.round_steps}) must be well below train.steps, "
-                "e.g. --set settings.round_steps=10; the published setting is 1000 of 15000",
+                hint=f"more train.steps, or fewer settings.round_steps (now {self.round_steps}); "
+                "the published setting is 1000 of 15000",
             )
 
     @property
