@@ -275,7 +275,8 @@ def _multiply_attackers(values: dict[str, Any]) -> int:
     if count and len(listed) not in (1, count):
         raise ConfigError(f"--attackers {count}, and the settings list {len(listed)}", hint="leave one of them out")
     if count and len(listed) == 1:
-        values["settings"] = {**settings, "attackers": [to_dict(listed[0])] * count}
+        one = {key: value for key, value in to_dict(listed[0]).items() if value is not None}  # None hangs on the run
+        values["settings"] = {**settings, "attackers": [one] * count}
     return count or (len(listed) if configured.schedule in NEEDS_ATTACKERS else 0)
 
 

@@ -15,6 +15,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from casehard.config import digest
 from casehard.errors import Corrupt, Unsupported
 from casehard.io.files import read_json
 
@@ -171,14 +172,9 @@ def weights_digest(net: Any) -> str:
 
     A model's own digest is of where it came from, and says nothing of what a caller did to its weights since.
     """
-    import torch
+    from casehard.model.lora_files import tensor_digest
 
-    sha = hashlib.sha256(b"casehard weights digest 1\n")
-    for name, tensor in sorted(net.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(memoryview(flat.view(torch.uint8).numpy()))
-    return sha.hexdigest()
+    return digest({name: tensor_digest(tensor) for name, tensor in net.state_dict().items()})
 
 
 def tokenizer_digests(tokenizer: Any) -> tuple[str, str]:
