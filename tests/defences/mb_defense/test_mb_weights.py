@@ -10,6 +10,7 @@ from casehard.defences.mb_defense.config import MbConfig, StageTwo
 from casehard.defences.mb_defense.weights import mix_back, pull_back, restore, trained
 from casehard.errors import ConfigError, DataError
 from casehard.seeds import generator
+from casehard.train.recipe import TrainConfig
 
 
 def model(seed):
@@ -74,6 +75,20 @@ def test_pull_back_goes_a_share_of_the_way():
     for name, p in after.named_parameters():
         expected = 0.3 * base[name] + 0.7 * before[name] if name in base else before[name]
         torch.testing.assert_close(p.detach(), expected)
+
+
+def test_what_auto_means():
+    """Four fifths of the way from the base and a fifth of stage 1's rate, where joint mode trains every parameter."""
+    train = TrainConfig(lr=1.5e-3)
+    joint = MbConfig(train=train)
+    assert (joint.c(), joint.lr_of_two(lora=False)) == (0.8, pytest.approx(3e-4))
+    assert MbConfig(train=train, stage2=False).c() == 1.0, "stage 1 alone is a control"
+    assert MbConfig(train=train, stage1=False).c() == 0.8, "stage 2 alone differs by the planting alone"
+    given = MbConfig(train=train, two=StageTwo(c=0.6, lr=1e-3))
+    assert (given.c(), given.lr_of_two(lora=False), given.lr_of_two(lora=True)) == (0.6, 1e-3, 1e-3)
+    for other in (MbConfig(mode="posthoc", train=train), MbConfig(mode="adapter", train=train)):
+        assert (other.c(), other.lr_of_two(lora=False)) == (1.0, 1e-5), "no base to go back to, no rate to go by"
+    assert (MbConfig(lora_rank=8).c(), MbConfig(lora_rank=8).lr_of_two(lora=True)) == (1.0, 1e-4)
 
 
 def test_refusals():

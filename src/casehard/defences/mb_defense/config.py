@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from casehard.errors import ConfigError
-from casehard.limits import BatchSize, Coefficient, Count, Factor, Fraction, Limited, Natural, Portion, Share, Within
+from casehard.limits import BatchSize, Coefficient, Count, Factor, Fraction, Limited, Natural, Share, Within
 from casehard.train.recipe import TrainConfig
 
 Mode = Literal["joint", "posthoc", "adapter"]
 
 Rate = Annotated[float, Within(-1, 1)]
 """Bound of a measured share; below 0 nothing meets it."""
+KEPT, SHARE_OF_RATE = 0.8, 0.2
+"""What auto means for a joint run of all parameters: ``two.c``, and ``two.lr`` as a share of stage 1's rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class StageTwo(Limited):
     batch_size: BatchSize = 16
     """Rows a step."""
     lr: Annotated[float | Literal["auto"], Within(0, 1000)] = "auto"
-    """Peak learning rate; auto = 1e-5 for full training, 1e-4 for LoRA."""
+    """Peak learning rate; auto = a fifth of stage 1's where joint mode trains all parameters; else 1e-5, LoRA 1e-4."""
     warmup: Fraction = 0.05
     """Share of the steps with a rising learning rate."""
     split: Annotated[float, Within(0, 1, above=True, below=True)] = 0.2
@@ -60,8 +62,9 @@ class StageTwo(Limited):
     """What is kept where no check passes: the lowest evaluation loss, or the last step (a control at equal steps)."""
     base_share: Fraction = 0.0
     """Share of the weights, drawn one by one, set back to the base between the stages (fine-mixing; joint mode)."""
-    c: Portion = 1.0
-    """Share of the way from the base that the result keeps: base + c (result - base); joint mode. Not in the paper."""
+    c: Annotated[float | Literal["auto"], Within(0, 1, above=True)] = "auto"
+    """Share of the way from the base that the result keeps: base + c (result - base). auto = 0.8 where joint mode
+    trains all parameters, which only then may go back; else 1. Not in the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ class MbConfig(Limited):
         if self.plant.n_active < 1 and self.mode == "joint" and (self.stage1 or self.stage2):
             raise ConfigError("joint mode without active triggers", hint="n_active of at least 1, or plain fine-tuning")
         for name, neutral in (("base_share", 0.0), ("c", 1.0)):
-            if (value := getattr(self.two, name)) == neutral:
+            if (value := getattr(self.two, name)) in (neutral, "auto"):
                 continue
             if self.mode != "joint":
                 raise ConfigError(
@@ -131,3 +134,22 @@ class MbConfig(Limited):
                 )
         if self.lora_rank and self.mode == "adapter":
             raise ConfigError("lora_rank in adapter mode", hint="the untrusted adapter itself is trained")
+
+    @property
+    def _whole(self) -> bool:
+        """Whether stage 1 trains every parameter of a base that nobody has poisoned."""
+        return self.mode == "joint" and not self.lora_rank
+
+    def c(self) -> float:
+        """Return ``two.c`` with auto filled in; stage 1 alone is a control and stays as it was trained."""
+        if self.two.c != "auto":
+            return float(self.two.c)
+        return KEPT if self._whole and self.stage2 else 1.0
+
+    def lr_of_two(self, *, lora: bool) -> float:
+        """Return ``two.lr`` with auto filled in; ``lora`` says whether what is trained is an adapter."""
+        if self.two.lr != "auto":
+            return float(self.two.lr)
+        if lora:
+            return 1e-4
+        return self.train.lr * SHARE_OF_RATE if self._whole else 1e-5

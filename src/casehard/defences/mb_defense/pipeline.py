@@ -40,7 +40,6 @@ from casehard.types import Budget, Example
 
 Rows = list[dict[str, Any]]
 INSTALL_CHECKS = 10
-_LR = {False: 1e-5, True: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -165,10 +164,11 @@ class _Run:
         if config.lora_rank:
             self.model = add_lora(model, config.lora_rank, config.lora_alpha, seed=derive(seed, 0, "mb-lora"))
         self.lora = hasattr(self.model, "peft_config")
+        self.settled = {"two.lr": config.lr_of_two(lora=self.lora), "two.c": config.c()}
         if config.mode == "adapter" and not self.lora:
             raise ConfigError("adapter mode on a model without an adapter", hint="--adapter DIR, or --mode posthoc")
         warn_reach(self.model, config)
-        self.base = trained(self.model) if config.two.base_share or config.two.c < 1 else {}
+        self.base = trained(self.model) if config.two.base_share or self.settled["two.c"] < 1 else {}
         self.looks: dict[str, Measurement] = {}
         self._tokens: dict[int, PairSet] = {}
         self.rows: Rows = []
@@ -255,8 +255,8 @@ class _Run:
 
     def pull_back(self) -> None:
         """Keep only a share of the way that both stages have gone from the base."""
-        if self.config.two.c < 1:
-            pull_back(self.model, self.base, self.config.two.c)
+        if (c := self.settled["two.c"]) < 1:
+            pull_back(self.model, self.base, c)
 
     def stage_two(self) -> _Broken:
         """Break the active triggers."""
@@ -310,11 +310,10 @@ class _Run:
                 met.append(look)
             return bool(met)
 
-        lr = _LR[self.lora] if two.lr == "auto" else float(two.lr)
         recipe = TrainConfig(
             steps=steps,
             batch_size=two.batch_size,
-            lr=lr,
+            lr=self.settled["two.lr"],
             warmup=math.floor(two.warmup * steps),
             weight_decay=0.0,
             precision=self.config.train.precision,
@@ -356,6 +355,7 @@ class _Run:
             "gates": [gate._asdict() for gate in verdict.gates],
             "mode": self.config.mode,
             "config": to_dict(self.config),
+            "settled": self.settled,
             "objective": to_dict(self.method_config),
             "seed": self.seed,
             "suite": self.suite.digest,
