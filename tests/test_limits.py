@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import pkgutil
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Literal, get_type_hints
 
+import numpy
 import pytest
 
+import casehard
 from casehard.attacks import ATTACKS
 from casehard.attacks.finetune import FinetuneAttack
 from casehard.config import build, digest
@@ -15,7 +19,7 @@ from casehard.data.select import SelectConfig
 from casehard.defences.mb_defense.config import MbConfig
 from casehard.defences.spard import SpardConfig
 from casehard.errors import ConfigError
-from casehard.limits import Count, Limited, Share, Within
+from casehard.limits import Count, Limited, Share, Within, _allowed
 from casehard.maths.merge import MergeConfig
 from casehard.maths.pareto import coefficient_grid
 from casehard.train.recipe import TrainConfig
@@ -123,3 +127,45 @@ def test_true_and_false_are_no_numbers(name, value):
 def test_a_setting_without_a_default_that_is_not_given_is_called_missing():
     with pytest.raises(ConfigError, match=r"weight_difference\.before is missing"):
         ATTACKS["weight_difference"].configure("weight_difference")
+
+
+def every_setting():
+    """Name every setting of every class of settings with one plain type or choice."""
+    for module in pkgutil.walk_packages(casehard.__path__, "casehard."):
+        if not module.name.rsplit(".", 1)[-1].startswith("__"):
+            importlib.import_module(module.name)
+    kinds = [Limited]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    for kind in kinds:
+        if not kind.__module__.startswith("casehard.") or not is_dataclass(kind):
+            continue
+        given = {f.name: None for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            if not given and _allowed(hint)[2]:
+                yield kind, name
+
+
+def test_no_setting_takes_a_word_that_means_nothing():
+    """A mistyped choice used to be taken in Python, and to mean whatever the other branch does."""
+    found = list(every_setting())
+    assert len(found) > 300
+    for kind, name in found:
+        with pytest.raises(ConfigError, match=rf"^{name} is 'no such word', not "):
+            kind(**{name: "no such word"})
+
+
+def test_code_is_held_to_the_types_that_files_are():
+    for values, said in (
+        ({"steps": None}, "steps is None, not a whole number"),
+        ({"steps": 10.5}, "steps is 10.5, not a whole number"),
+        ({"lr": "1e-4"}, "lr is '1e-4', not a number"),
+        ({"betas": ("a", 0.9)}, "betas is 'a', not a number"),
+        ({"embeddings": "no"}, "embeddings is 'no', not true or false"),
+        ({"schedule": "cosin"}, "schedule is 'cosin', not one of cosine, constant, linear"),
+        ({"schedule": True}, "schedule is True, not one of cosine, constant, linear"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            TrainConfig(**values)
+        assert caught.value.message == said
+    assert TrainConfig(steps=numpy.int64(3), lr=1).steps == 3

@@ -1,4 +1,4 @@
-"""Limits of the numbers in settings: written once, in the annotation, and held for files and for code alike.
+"""Limits of settings, numbers and words: written once, in the annotation, and held for files and for code alike.
 
     steps: Count = 300
     tau: Annotated[float | Literal["auto"], Within(0, WEIGHT)] = "auto"
@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from casehard.errors import ConfigError
 
@@ -102,21 +104,45 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _walk(hint: Any, value: Any) -> None:
+_SAID = {float: "a number", int: "a whole number", bool: "true or false"}
+_KINDS = {float: Real, int: Integral, bool: bool, NoneType: NoneType}
+
+
+@functools.cache
+def _allowed(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
+    """Return the types and words that a setting may be, and both as text; nothing where any text, or more, will do."""
+    if get_origin(hint) is Annotated:
+        return _allowed(get_args(hint)[0])
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
+    words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+    plain = tuple(kind for kind in kinds if get_origin(kind) is not Literal)
+    if not set(plain) <= set(_KINDS):
+        return (), (), ""
+    listed = [_SAID[kind] for kind in plain if kind in _SAID]
+    listed += [f"one of {', '.join(str(word) for word in words if word != '')}"] if words else []
+    return tuple(_KINDS[kind] for kind in plain), words, " or ".join(listed)
+
+
+def _walk(hint: Any, value: Any, *, chosen: bool = True) -> None:
+    """Raise ValueError where a value is not what a hint says; ``chosen`` is off for one of several types it may be."""
+    kinds, words, listed = _allowed(hint)
+    if chosen and listed and not isinstance(value, kinds) and value not in words:
+        raise ValueError(f"is {value!r}, not {listed}")
     for mark in getattr(hint, "__metadata__", ()):
         if isinstance(mark, Within):
             mark.check(value)
-    parts = get_args(hint)
-    for part in parts[:1] if hasattr(hint, "__metadata__") else parts:
+    inner = hasattr(hint, "__metadata__")
+    for part in get_args(hint)[:1] if inner else get_args(hint):
         for item in value if isinstance(value, tuple) else (value,):
-            _walk(part, item)
+            _walk(part, item, chosen=not inner and get_origin(hint) is tuple)
 
 
 class Limited:
-    """A frozen configuration whose numbers lie within the limits of their annotations, however it is built."""
+    """A frozen configuration whose numbers and words are those of their annotations, however it is built."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError at the first number outside."""
+        """Raise ConfigError at the first number outside its limits, or word that is none of the choices."""
         kind: Any = type(self)
         for name, hint in _hints(kind).items():
             try:

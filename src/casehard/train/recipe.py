@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from casehard.errors import ConfigError
 from casehard.limits import BatchSize, Count, Fraction, Large, LearningRate, Limited, Natural, Within
 
 if TYPE_CHECKING:
@@ -50,17 +49,6 @@ class TrainConfig(Limited):
     """Update rule."""
     embeddings: bool = True
     """Train the token embeddings, and an output head tied to them; off leaves them as they are."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        choices = {
-            "schedule": ("cosine", "constant", "linear"),
-            "precision": ("auto", "fp32", "bf16"),
-            "optimizer": tuple(_OPTIMIZERS),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}", hint=f"choose one of {', '.join(known)}")
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
