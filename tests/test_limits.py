@@ -17,9 +17,11 @@ from casehard.attacks.finetune import FinetuneAttack
 from casehard.config import build, digest
 from casehard.data.select import SelectConfig
 from casehard.defences.mb_defense.config import MbConfig
+from casehard.defences.patcher import PatcherConfig
 from casehard.defences.spard import SpardConfig
 from casehard.errors import ConfigError
 from casehard.limits import Count, Limited, Share, Within, _allowed
+from casehard.maths.bilevel import Attacker
 from casehard.maths.merge import MergeConfig
 from casehard.maths.pareto import coefficient_grid
 from casehard.train.recipe import TrainConfig
@@ -169,3 +171,16 @@ def test_code_is_held_to_the_types_that_files_are():
             TrainConfig(**values)
         assert caught.value.message == said
     assert TrainConfig(steps=numpy.int64(3), lr=1).steps == 3
+
+
+def test_groups_of_settings_are_objects_and_lists_will_do():
+    for values, said in (
+        ({"attackers": [{"steps": 3}]}, "attackers is {'steps': 3}, not Attacker(...)"),
+        ({"attackers": Attacker()}, "not a tuple"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            PatcherConfig(**values)
+        assert said in caught.value.message
+    assert PatcherConfig(attackers=[Attacker(steps=3)]) == PatcherConfig(attackers=(Attacker(steps=3),))
+    with pytest.raises(ConfigError, match=r"two is \{'lr': 0.0001\}, not StageTwo\(\.\.\.\)"):
+        MbConfig(two={"lr": 1e-4})

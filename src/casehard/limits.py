@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -117,11 +117,17 @@ def _allowed(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
     kinds = tuple(get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds)
     words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
     plain = tuple(kind for kind in kinds if get_origin(kind) is not Literal)
-    if not set(plain) <= set(_KINDS):
+    if not all(kind in _KINDS or is_dataclass(kind) or get_origin(kind) is tuple for kind in plain):
         return (), (), ""
-    listed = [_SAID[kind] for kind in plain if kind in _SAID]
+    listed = [_said(kind) for kind in plain if kind is not NoneType]
     listed += [f"one of {', '.join(str(word) for word in words if word != '')}"] if words else []
-    return tuple(_KINDS[kind] for kind in plain), words, " or ".join(listed)
+    return tuple(_KINDS.get(kind, get_origin(kind) or kind) for kind in plain), words, " or ".join(listed)
+
+
+def _said(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return "a tuple"
+    return _SAID.get(kind) or f"{kind.__name__}(...)"
 
 
 def _walk(hint: Any, value: Any, *, chosen: bool = True) -> None:
@@ -145,7 +151,9 @@ class Limited:
         """Raise ConfigError at the first number outside its limits, or word that is none of the choices."""
         kind: Any = type(self)
         for name, hint in _hints(kind).items():
+            if isinstance(value := getattr(self, name), list) and tuple in _allowed(hint)[0]:
+                object.__setattr__(self, name, value := tuple(value))
             try:
-                _walk(hint, getattr(self, name))
+                _walk(hint, value)
             except ValueError as error:
                 raise ConfigError(f"{name} {error}") from None
