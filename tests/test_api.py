@@ -53,7 +53,16 @@ def test_patcher_needs_no_settings(base: ch.Model) -> None:
     made = ch.defend(base, "patcher", data=DATA / "align.jsonl", unsafe=DATA / "simulated.jsonl", train=train)
     settings = made.lineage[-1].provenance["settings"]
     assert settings["round_steps"] == 10
-    assert [(a["steps"], a["lr"]) for a in settings["attackers"]] == [(10, 1e-3)]
+    assert [(a["steps_min"], a["steps"], a["lr"]) for a in settings["attackers"]] == [(0, 50, 1e-3)]
+
+
+def test_a_method_may_have_training_settings_of_its_own() -> None:
+    patcher = ch.DEFENCES["patcher"]
+    assert patcher.training({}) == {"steps": 600}
+    assert patcher.training({"lr": 1e-3, "steps": 5}) == {"steps": 5, "lr": 1e-3}, "what is given is kept"
+    assert ch.DEFENCES["plain"].training({"lr": 1e-3}) == {"lr": 1e-3}
+    whole = ch.TrainConfig(lr=1e-3)
+    assert patcher.training(whole) is whole, "a whole configuration says everything"
 
 
 ATTACK = FinetuneAttack(steps=2, rows=20, share=0.5, batch_size=4, evaluate_at=(0,))

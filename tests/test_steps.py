@@ -101,7 +101,8 @@ def test_rows_a_method_would_ignore_are_refused(base: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="would ignore the unsafe rows"):
         harden(job(base, method="plain", settings={}), tmp_path)
     with pytest.raises(DataError, match="retain rows would be ignored"):
-        harden(job(base, rows={"retain": (f"{base}/data/benign.jsonl",)}), tmp_path)
+        rows = {"retain": (f"{base}/data/benign.jsonl",)}
+        harden(job(base, rows=rows, settings={"retain": "none"}), tmp_path)
     with pytest.raises(ConfigError, match="needs unsafe rows"):
         harden(job(base, rows={"unsafe": ()}), tmp_path)
 

@@ -87,6 +87,14 @@ def _method(given: Any, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any
     raise ConfigError(f"method is a {type(given).__name__}", hint="a name, a configuration or a method object")
 
 
+def _training(name: str, given: TrainConfig | Mapping[str, Any] | None) -> Any:
+    """Return the training settings of a run with this method, which may have some of its own."""
+    from casehard.defences import DEFENCES
+
+    train = {} if given is None else given
+    return DEFENCES[name].training(train) if name in DEFENCES else train
+
+
 def _with(given: Mapping[str, Data | None], more: Mapping[str, Data] | None) -> dict[str, Data | None]:
     """Return the rows by role, those of ``more`` too; refuse a role that is given twice."""
     further = a_group(more, "more")
@@ -162,7 +170,7 @@ def defend(
         "select": select,
         "assets": str(assets),
     }
-    job |= {"train": train or {}, "lora": lora, "save_as": save_as, "suite": str(suite)}
+    job |= {"train": _training(name, train), "lora": lora, "save_as": save_as, "suite": str(suite)}
     job |= {"system": system, "max_length": max_length, "seed": seed}
     step = build(Finetune, job, where="defend")
     given = {"data": data, "unsafe": unsafe, "retain": retain, "safe": safe, "clean": clean}

@@ -122,6 +122,12 @@ class DefenceSpec(Spec):
     """Whether safe rows are chosen (``casehard.data.select``) unless all are asked for."""
     limits: tuple[str, ...] = ()
     """Sentences that a model card adds to what the result is not."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Training settings (``casehard.train.recipe.TrainConfig``) of a run that gives none of its own."""
+
+    def training(self, given: Any) -> Any:
+        """Return the training settings of a run: a group of them over those of the method; else what was given."""
+        return {**self.train, **given} if isinstance(given, Mapping) else given
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from casehard.evaluation.framing import Frame
 from casehard.steps import Finetune
 from casehard.train.tune import Lora
 
+PLANS = Path(__file__).resolve().parents[2] / "plans"
+
 
 def change(where: str, index: int, **values: Any) -> dict[str, Any]:
     """Return the plan with one item of a list changed."""
@@ -305,9 +307,14 @@ def test_parsing_needs_no_torch() -> None:
     assert "transformers" not in loaded
 
 
+def test_a_row_without_training_settings_has_those_of_its_method() -> None:
+    nodes = expand(load_plan(PLANS / "patcher_default.yaml"), root=Path()).nodes.values()
+    trained = {n.label.split("/")[1]: n.config["train"] for n in nodes if n.kind == "defend"}
+    assert trained["patcher"] == {"steps": 600} and trained["sft"] == {}
+
+
 def test_every_plan_file_of_the_project_is_valid() -> None:
-    folder = Path(__file__).resolve().parents[2] / "plans"
-    found = sorted(folder.glob("*.yaml"))
+    found = sorted(PLANS.glob("*.yaml"))
     assert found
     for path in found:
         values = load_plan(path)

@@ -143,7 +143,7 @@ def _training_config(plan: Plan, row: Training | Defence) -> dict[str, Any]:
         "method": row.method,
         "preset": row.preset,
         "settings": dict(row.settings),
-        "train": dict(row.train),
+        "train": DEFENCES.find(row.method).training(dict(row.train)) if row.method else dict(row.train),
         **({} if row.lora is None else {"lora": dict(row.lora)}),
         "rows": {role: list(specs) for role, specs in row.rows.items()},
         "select": None if select is None else dict(select),

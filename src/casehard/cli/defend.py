@@ -159,7 +159,8 @@ def _run(values: dict[str, Any], select: bool | None, out: Path, attacker_ranks:
     from casehard.reporting.card import write_card
     from casehard.steps import Finetune, harden
 
-    job = build(Finetune, {**values, "select": chosen}, where="defend")
+    train = DEFENCES.find(values["method"]).training(values.get("train") or {})
+    job = build(Finetune, {**values, "select": chosen, "train": train}, where="defend")
     if rank():
         _help(job, out)
         return

@@ -26,7 +26,14 @@ DEFENCES: Registry[DefenceSpec] = Registry(
     {
         "plain": _spec("plain", "Plain", _PLAIN, hardens=False, repairs=True),
         "patcher": _spec(
-            "patcher.method", "Patcher", _HARDENED, needs=("unsafe",), takes=("retain",), ranks=True, lora=False
+            "patcher.method",
+            "Patcher",
+            _HARDENED,
+            needs=("unsafe",),
+            takes=("retain",),
+            ranks=True,
+            lora=False,
+            train={"steps": 600},  # of 300 steps it holds half as long, whatever the attacks (docs/evidence/patcher.md)
         ),
         "vaccine": _spec("vaccine", "Vaccine", _HARDENED, telemetry=("pushed_loss",)),
         "booster": _spec(

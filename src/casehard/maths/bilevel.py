@@ -168,7 +168,7 @@ class Attacker(Limited):
     """How an attack is simulated. What is None hangs on the training it is part of, see :meth:`within`."""
 
     steps: Natural | None = None
-    """k1, optimiser steps of one attack; None: as many as Patcher's rounds have. The paper: 300."""
+    """k1, optimiser steps of one attack; None: drawn from 0 to five of Patcher's rounds. The paper: 300."""
     steps_min: Natural | None = None
     """If given, each attack draws its length uniformly from steps_min..steps: half the cost, a spread of strengths."""
     lr: Large | None = None
@@ -194,8 +194,11 @@ class Attacker(Limited):
         )
 
     def within(self, *, steps: int | None, lr: float | None) -> Attacker:
-        """Return the attacker with ``steps`` and the training's ``lr`` where it has none of its own."""
-        return replace(self, steps=steps if self.steps is None else self.steps, lr=lr if self.lr is None else self.lr)
+        """Return the attacker with the training's ``lr`` and a length drawn from 0..``steps``, where it has no own."""
+        lr = lr if self.lr is None else self.lr
+        if self.steps is not None or steps is None:
+            return replace(self, lr=lr)
+        return replace(self, lr=lr, steps=steps, steps_min=self.steps_min or 0)
 
     def numbers(self) -> tuple[int, float]:
         """Return steps and learning rate.

@@ -446,17 +446,19 @@ def test_the_papers_settings_are_a_preset() -> None:
 
 
 def test_what_is_not_given_hangs_on_the_run() -> None:
-    """30 rounds, attacks as long as a round, and the training's learning rate, as in the paper."""
+    """30 rounds, attacks of up to five rounds, and the training's learning rate."""
     config = PatcherConfig().over_run(3000, 4e-4)
-    assert (config.round_steps, config.attackers[0].steps, config.attackers[0].lr) == (100, 100, 4e-4)
-    assert PatcherConfig().over_run(30, 1.0).round_steps == 10, "shorter attacks get nowhere"
-    given = PatcherConfig(round_steps=7, attackers=(Attacker(steps=3, lr=1e-2), Attacker(lr=1e-5)))
-    assert [(a.steps, a.lr) for a in given.over_run(100, 4e-4).attackers] == [(3, 1e-2), (7, 1e-5)]
+    attacker = config.attackers[0]
+    assert (config.round_steps, attacker.steps_min, attacker.steps, attacker.lr) == (100, 0, 500, 4e-4)
+    assert PatcherConfig().over_run(30, 1.0).round_steps == 10, "shorter rounds get nowhere"
+    given = PatcherConfig(round_steps=7, attackers=(Attacker(steps=3, lr=1e-2), Attacker(lr=1e-5, steps_min=2)))
+    settled = [(a.steps_min, a.steps, a.lr) for a in given.over_run(100, 4e-4).attackers]
+    assert settled == [(None, 3, 1e-2), (2, 35, 1e-5)], "a length that is given is kept"
     assert (given.round_steps, given.attackers[1].steps) == (7, None), "the given settings are as they were"
     method = Patcher(unsafe=UNSAFE)
     for steps, k2 in ((600, 20), (300, 10)):  # of one object, for one run after the other
         method.prepare(Setup(llama(), seed=0, max_steps=steps, lr=1e-3))
-        assert (method.config.round_steps, method.config.attackers[0].steps) == (k2, k2)
+        assert (method.config.round_steps, method.config.attackers[0].steps) == (k2, 5 * k2)
     with pytest.raises(ConfigError, match="both are needed"):
         method.prepare(Setup(llama(), seed=0, max_steps=300))
 
@@ -502,7 +504,8 @@ def test_missing_data_is_refused() -> None:
     with pytest.raises(DataError, match="harmless rows"):
         Patcher(PatcherConfig(retain="kl"), unsafe=UNSAFE)
     with pytest.raises(DataError, match="8 retain rows would be ignored"):
-        Patcher(PatcherConfig(), unsafe=UNSAFE, retain=SAFE)
+        Patcher(PatcherConfig(retain="none"), unsafe=UNSAFE, retain=SAFE)
+    assert Patcher(unsafe=UNSAFE).config.retain == "none" and Patcher(unsafe=UNSAFE, retain=SAFE).config.retain == "kl"
 
 
 @pytest.mark.parametrize(("round_steps", "delay", "steps"), [(1000, 0, 300), (4, 0, 4), (4, 2, 6)])

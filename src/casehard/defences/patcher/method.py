@@ -45,8 +45,8 @@ from casehard.limits import BatchSize, Count, Limited, Natural, Portion, Share, 
 from casehard.maths.bilevel import Attacker, Params, linear_only
 from casehard.train.protocol import Setup, StateValue, Step
 
-ROUNDS, SHORTEST = 30, 10
-"""Rounds of a run, and its shortest round, where nobody says: 30 of 10 steps made the organism's tables."""
+ROUNDS, SHORTEST, REACH = 30, 10, 5
+"""Rounds of a run, its shortest round, rounds in its longest attack, where nobody says: plans/patcher_default.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class PatcherConfig(Limited):
     """k2, outer steps that share one attack vector; None: a thirtieth of the run, 10 at least. The paper: 1000."""
     attackers: tuple[Attacker, ...] = (Attacker(),)
     """Simulated attackers; with several, each round builds a pool and each step draws one vector from it.
-    One that names no steps takes k2, one that names no learning rate the training's."""
+    One that names no steps draws k1 from 0..5 k2, one that names no learning rate takes the training's."""
     schedule: ScheduleName = "sequential"
     """sequential | lockstep | async | reference_parallel, see ``schedule.py``. Source: both published algorithms."""
     adopt: Adopt = "immediate"
@@ -76,9 +76,10 @@ class PatcherConfig(Limited):
     """Storage of the attack vector: 2 or 4 bytes a parameter; theta + delta is composed in fp32 either way."""
     weights_dtype: Literal["bfloat16", "float32"] = "float32"
     """Weights on their way to an attacker in another process; float32 attacks what this one would attack."""
-    retain: RetainKind = "none"
-    """Extra term on harmless rows: cross-entropy, or KL(start model || model). Not in the paper."""
-    retain_weight: Weight = 0.5
+    retain: RetainKind = "auto"
+    """Extra term on harmless rows: cross-entropy, or KL(start model || model); auto: KL where such rows are given.
+    Not in the paper."""
+    retain_weight: Weight = 1.0
     """Weight of the retain term, in units of the safe loss."""
     retain_batch_size: BatchSize = 8
     """Rows of the retain term per outer step."""
@@ -99,7 +100,7 @@ class PatcherConfig(Limited):
     def over_run(self, steps: int, lr: float | None) -> PatcherConfig:
         """Return the settings with every number that hangs on a run of ``steps`` steps and peak rate ``lr``."""
         k2 = self._round(steps)
-        return replace(self, round_steps=k2, attackers=tuple(a.within(steps=k2, lr=lr) for a in self.attackers))
+        return replace(self, round_steps=k2, attackers=tuple(a.within(steps=REACH * k2, lr=lr) for a in self.attackers))
 
     def _round(self, steps: int) -> int:
         return self.round_steps or max(SHORTEST, steps // ROUNDS)
@@ -110,17 +111,20 @@ FAR = 8.0
 PRESETS: dict[str, PatcherConfig] = {
     "default": PatcherConfig(),
     "paper_sequential": PatcherConfig(
-        round_steps=1000, attackers=(Attacker(steps=300, lr=1e-5),), reset_optimizer=True, delta_dtype="float32"
+        round_steps=1000,
+        attackers=(Attacker(steps=300, lr=1e-5),),
+        reset_optimizer=True,
+        delta_dtype="float32",
+        retain="none",
     ),
     # What held longest at least cost on the organism, see docs/evidence/patcher.md.
-    "holds": PatcherConfig(
-        round_steps=20, attackers=(Attacker(steps_min=0, steps=100),), retain="kl", retain_weight=1.0, c=0.9
-    ),
+    "holds": PatcherConfig(round_steps=20, attackers=(Attacker(steps_min=0, steps=100),), retain="kl", c=0.9),
     "reference_parallel": PatcherConfig(
         schedule="reference_parallel",
         round_steps=1000,
         attackers=(Attacker(steps=500, lr=1e-5),),
         delta_dtype="float32",
+        retain="none",
     ),
 }
 
@@ -148,7 +152,10 @@ class Patcher:
         retain: EncodedSet | None = None,
         backend: AttackBackend | None = None,
     ) -> None:
-        self._asked = self.config = config or PatcherConfig()
+        config = config or PatcherConfig()
+        if config.retain == "auto":
+            config = replace(config, retain="kl" if retain else "none")
+        self._asked = self.config = config
         sets = unsafe if isinstance(unsafe, tuple) else (unsafe,)
         if len(sets) == 1:
             sets = sets * len(self.config.attackers)

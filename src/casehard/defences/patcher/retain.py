@@ -13,7 +13,7 @@ from casehard.defences.patcher.layout import ModelLayout
 from casehard.defences.patcher.snapshots import Snapshot, Snapshots
 from casehard.train.protocol import StateValue
 
-RetainKind = Literal["none", "ce", "kl"]
+RetainKind = Literal["auto", "none", "ce", "kl"]
 
 
 class RetainTerm:
