@@ -37,6 +37,7 @@ class Small(Limited):
     maybe: Share | None = None
     several: tuple[Count, ...] = ()
     pair: tuple[Share, Share] = (0.0, 1.0)
+    none: tuple[Count, Count] | None = None
     either: Annotated[float | Literal["auto"], Within(0, 10, endless=True)] = "auto"
     open: Annotated[float, Within(0, 1, above=True, below=True)] = 0.5
 
@@ -80,6 +81,7 @@ def test_a_count_that_nobody_means_is_refused(name, value):
         ({"maybe": math.nan}, "maybe is nan"),
         ({"several": (1, 2, 0)}, "must be at least 1, got 0"),
         ({"pair": (0.0, -0.5)}, "must be at least 0, got -0.5"),
+        ({"none": (1, 0)}, "must be at least 1, got 0"),
         ({"either": 11.0}, "either must be at most 10, got 11"),
         ({"either": -math.inf}, "either must be at least 0, got -inf"),
         ({"open": 0.0}, "open must be above 0, got 0"),
@@ -103,7 +105,7 @@ def test_what_means_something_is_kept():
 
 def test_limits_are_no_part_of_a_digest():
     """Digests name the nodes of benchmarks: they are those of the plain values."""
-    plain = {"count": 1, "maybe": 0.5, "several": [], "pair": [0.0, 1.0], "either": "auto", "open": 0.5}
+    plain = {"count": 1, "maybe": 0.5, "several": [], "pair": [0.0, 1.0], "none": None, "either": "auto", "open": 0.5}
     assert digest(Small(maybe=0.5)) == digest(build(Small, {"maybe": "0.5"})) == digest(plain)
 
 

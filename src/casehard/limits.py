@@ -138,10 +138,12 @@ def _walk(hint: Any, value: Any, *, chosen: bool = True) -> None:
     for mark in getattr(hint, "__metadata__", ()):
         if isinstance(mark, Within):
             mark.check(value)
-    inner = hasattr(hint, "__metadata__")
+    inner, several = hasattr(hint, "__metadata__"), get_origin(hint) is tuple
+    if several and not isinstance(value, tuple):
+        return
     for part in get_args(hint)[:1] if inner else get_args(hint):
-        for item in value if isinstance(value, tuple) else (value,):
-            _walk(part, item, chosen=not inner and get_origin(hint) is tuple)
+        for item in value if several else (value,):
+            _walk(part, item, chosen=several)
 
 
 class Limited:

@@ -108,24 +108,13 @@ class PatcherConfig(Limited):
 
 FAR = 8.0
 """Factor between the learning rates of attacker and training from which the run says so."""
+_PAPER = PatcherConfig(round_steps=1000, delta_dtype="float32", retain="none")
 PRESETS: dict[str, PatcherConfig] = {
     "default": PatcherConfig(),
-    "paper_sequential": PatcherConfig(
-        round_steps=1000,
-        attackers=(Attacker(steps=300, lr=1e-5),),
-        reset_optimizer=True,
-        delta_dtype="float32",
-        retain="none",
-    ),
-    # What held longest at least cost on the organism, see docs/evidence/patcher.md.
+    "paper_sequential": replace(_PAPER, attackers=(Attacker(steps=300, lr=1e-5),), reset_optimizer=True),
+    # What held longest at least cost in knowledge on the organism, see docs/evidence/patcher.md.
     "holds": PatcherConfig(round_steps=20, attackers=(Attacker(steps_min=0, steps=100),), retain="kl", c=0.9),
-    "reference_parallel": PatcherConfig(
-        schedule="reference_parallel",
-        round_steps=1000,
-        attackers=(Attacker(steps=500, lr=1e-5),),
-        delta_dtype="float32",
-        retain="none",
-    ),
+    "reference_parallel": replace(_PAPER, attackers=(Attacker(steps=500, lr=1e-5),), schedule="reference_parallel"),
 }
 
 
