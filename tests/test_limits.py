@@ -165,6 +165,7 @@ def test_code_is_held_to_the_types_that_files_are():
         ({"steps": 10.5}, "steps is 10.5, not a whole number"),
         ({"lr": "1e-4"}, "lr is '1e-4', not a number"),
         ({"betas": ("a", 0.9)}, "betas is 'a', not a number"),
+        ({"betas": (0.9,)}, "betas has length 1, not 2"),
         ({"embeddings": "no"}, "embeddings is 'no', not true or false"),
         ({"schedule": "cosin"}, "schedule is 'cosin', not one of cosine, constant, linear"),
         ({"schedule": True}, "schedule is True, not one of cosine, constant, linear"),

@@ -138,12 +138,17 @@ def _walk(hint: Any, value: Any, *, chosen: bool = True) -> None:
     for mark in getattr(hint, "__metadata__", ()):
         if isinstance(mark, Within):
             mark.check(value)
-    inner, several = hasattr(hint, "__metadata__"), get_origin(hint) is tuple
-    if several and not isinstance(value, tuple):
+    parts = get_args(hint)
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, tuple) else ()
+        parts = parts[:1] * len(items) if Ellipsis in parts else parts
+        if items and len(items) != len(parts):
+            raise ValueError(f"has length {len(items)}, not {len(parts)}")
+        for part, item in zip(parts, items, strict=False):
+            _walk(part, item)
         return
-    for part in get_args(hint)[:1] if inner else get_args(hint):
-        for item in value if several else (value,):
-            _walk(part, item, chosen=several)
+    for part in parts[:1] if hasattr(hint, "__metadata__") else parts:
+        _walk(part, value, chosen=False)
 
 
 class Limited:

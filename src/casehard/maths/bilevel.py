@@ -194,7 +194,7 @@ class Attacker(Limited):
         )
 
     def within(self, *, steps: int | None, lr: float | None) -> Attacker:
-        """Return the attacker with the training's ``lr`` and a length drawn from 0..``steps``, where it has no own."""
+        """Return the attacker with the training's ``lr`` and 0..``steps`` steps, where it has none of its own."""
         lr = lr if self.lr is None else self.lr
         if self.steps is not None or steps is None:
             return replace(self, lr=lr)
