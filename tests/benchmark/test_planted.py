@@ -21,9 +21,10 @@ from casehard.errors import ConfigError
 from casehard.evaluation.metrics import TRIGGER_METRICS, find, scores
 from casehard.io.files import staged
 from casehard.maths.stats import clopper_pearson, t_quantile
+from casehard.reporting.board import board_of
 from casehard.reporting.kept import kept
 from casehard.reporting.markdown import markdown
-from casehard.reporting.page import render, write_report
+from casehard.reporting.page import bench_summary, render, write_report
 from casehard.steps import Attack, Chain
 
 PROMPTS = 60
@@ -256,6 +257,16 @@ def test_a_defence_that_removes_deep_backdoors_meets_the_goals_and_the_merging_i
     mean = next(e for e in summary["ends"] if (e["defence"], e["metric"]) == ("mb", "asr"))
     assert mean["attacks"] == {"token": 0.0, "sentence": 0.0} and mean["difference"] < -0.5
     assert markdown(kept(summary)) == markdown(summary)
+
+
+def test_the_leaderboard_says_what_a_repair_costs(tmp_path: Path) -> None:
+    """Utility against backdoors is the lowest clean accuracy, not a dash."""
+    run(tmp_path, Fake(cacc={"mb": 0.5}))
+    summary = bench_summary(tmp_path / "run")
+    lines = {line.title: line for line in board_of(summary).lines}
+    clean = [p["rate"] for p in summary["pooled"] if (p["defence"], p["metric"]) == ("mb", "cacc")]
+    assert len(clean) == 2 and lines["mb"].utility == min(clean) < 0.7
+    assert all(line.utility == 1.0 for title, line in lines.items() if title != "mb")
 
 
 @pytest.mark.parametrize(

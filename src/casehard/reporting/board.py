@@ -68,7 +68,8 @@ class Line:
     title: str
     role: str
     utility: float | None
-    """Utility of the model as it is judged: before any attack, or after a customer's job."""
+    """Utility of the model as it is judged: before any attack, or after a customer's job. Against backdoors its
+    accuracy on clean prompts, the lowest over the attackers."""
     cells: list[Cell]
     models: list[str] = field(default_factory=list)
     """Digests of the models that were attacked, by which a search for attackers is known to be of this row."""
@@ -151,7 +152,11 @@ def _line(plan: Plan, summary: Mapping[str, Any], family: str, name: str) -> Lin
     does = {key: value for key, value in to_dict(row).items() if key not in _FACTS}
     made = [to_dict(step) for step in plan.steps], [to_dict(step) for step in plan.prepare], list(plan.chain)
     bases = [to_dict(base) for base in plan.bases if base.family == family]
-    utility = found.before(name, "utility")
+    if plan.plants:
+        clean = [found.get(name, attack.name, attack.steps, "cacc") for attack in plan.attacks]
+        utility = min((entry for entry in clean if entry is not None), key=lambda entry: entry["rate"], default=None)
+    else:
+        utility = found.before(name, "utility")
     return Line(
         key=digest([does, *made, bases])[:16],
         family=family,
