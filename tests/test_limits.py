@@ -167,8 +167,8 @@ def test_code_is_held_to_the_types_that_files_are():
         ({"betas": ("a", 0.9)}, "betas is 'a', not a number"),
         ({"betas": (0.9,)}, "betas has length 1, not 2"),
         ({"embeddings": "no"}, "embeddings is 'no', not true or false"),
-        ({"schedule": "cosin"}, "schedule is 'cosin', not one of cosine, constant, linear"),
-        ({"schedule": True}, "schedule is True, not one of cosine, constant, linear"),
+        ({"schedule": "cosin"}, "schedule is 'cosin', not one of constant, cosine, linear"),
+        ({"schedule": True}, "schedule is True, not one of constant, cosine, linear"),
     ):
         with pytest.raises(ConfigError) as caught:
             TrainConfig(**values)

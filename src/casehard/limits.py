@@ -120,7 +120,8 @@ def _allowed(hint: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
     if not all(kind in _KINDS or is_dataclass(kind) or get_origin(kind) is tuple for kind in plain):
         return (), (), ""
     listed = [_said(kind) for kind in plain if kind is not NoneType]
-    listed += [f"one of {', '.join(str(word) for word in words if word != '')}"] if words else []
+    # Sorted, as two choices of the same words are one to Python, in whichever order it met them first.
+    listed += [f"one of {', '.join(sorted(str(word) for word in words if word != ''))}"] if words else []
     return tuple(_KINDS.get(kind, get_origin(kind) or kind) for kind in plain), words, " or ".join(listed)
 
 

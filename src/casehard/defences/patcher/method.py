@@ -25,7 +25,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,12 +41,12 @@ from casehard.defences.patcher.scheduled import attack_vectors
 from casehard.defences.patcher.snapshots import Snapshots
 from casehard.defences.updates import from_state, others, start_of, to_state
 from casehard.errors import ConfigError, DataError, Lost, Note
-from casehard.limits import BatchSize, Count, Limited, Natural, Share, Weight, Within
+from casehard.limits import BatchSize, Count, Limited, Natural, Portion, Share, Weight
 from casehard.maths.bilevel import Attacker, Params, linear_only
 from casehard.train.protocol import Setup, StateValue, Step
 
-ROUNDS, SHORTEST, REACH, KEPT = 30, 10, 5, 0.9
-"""Rounds of a run, its shortest round, rounds in its longest attack, share kept, where nobody says: docs/evidence."""
+ROUNDS, SHORTEST, REACH = 30, 10, 5
+"""Rounds of a run, its shortest round, rounds in its longest attack, where nobody says: plans/patcher_default.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +83,15 @@ class PatcherConfig(Limited):
     """Weight of the retain term, in units of the safe loss."""
     retain_batch_size: BatchSize = 8
     """Rows of the retain term per outer step."""
-    c: Annotated[float | Literal["auto"], Within(0, 1, above=True)] = "auto"
-    """Share of the whole update that is kept at the end: theta_0 + c (theta - theta_0); auto is 0.9 beside a retain
-    term, else 1. Below 1 it gives back knowledge for some of the delay, and the run keeps a copy of the start. Not in
-    the paper; WiSE-FT, arXiv 2109.01903."""
+    c: Portion = 1.0
+    """Share of the whole update that is kept at the end: theta_0 + c (theta - theta_0). Below 1 it gives back knowledge
+    for some of the delay, and the run keeps a copy of the start. Not in the paper; WiSE-FT, arXiv 2109.01903."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.over(0).check()
         if not self.attackers:
             raise ConfigError("attackers: at least one is needed", hint="attackers: [{steps: 300, lr: 1e-5}]")
-
-    def beside(self, rows: bool) -> PatcherConfig:
-        """Return the settings with what hangs on whether harmless rows are given."""
-        retain = ("kl" if rows else "none") if self.retain == "auto" else self.retain
-        c = (1.0 if retain == "none" else KEPT) if self.c == "auto" else self.c
-        return replace(self, retain=retain, c=c)
 
     def over(self, steps: int) -> Schedule:
         """Return the schedule of a run of ``steps`` steps."""
@@ -115,7 +108,7 @@ class PatcherConfig(Limited):
 
 FAR = 8.0
 """Factor between the learning rates of attacker and training from which the run says so."""
-_PAPER = PatcherConfig(round_steps=1000, delta_dtype="float32", retain="none", c=1.0)
+_PAPER = PatcherConfig(round_steps=1000, delta_dtype="float32", retain="none")
 PRESETS: dict[str, PatcherConfig] = {
     "default": PatcherConfig(),
     "paper_sequential": replace(_PAPER, attackers=(Attacker(steps=300, lr=1e-5),), reset_optimizer=True),
@@ -148,7 +141,10 @@ class Patcher:
         retain: EncodedSet | None = None,
         backend: AttackBackend | None = None,
     ) -> None:
-        self._asked = self.config = (config or PatcherConfig()).beside(bool(retain))
+        config = config or PatcherConfig()
+        if config.retain == "auto":
+            config = replace(config, retain="kl" if retain else "none")
+        self._asked = self.config = config
         sets = unsafe if isinstance(unsafe, tuple) else (unsafe,)
         if len(sets) == 1:
             sets = sets * len(self.config.attackers)
@@ -224,7 +220,7 @@ class Patcher:
         self._batches: list[Batch] = []
         self._safe: torch.Tensor | None = None
         self._own_passes = 0
-        self._start = start_of(setup.model) if float(config.c) < 1 else {}
+        self._start = start_of(setup.model) if config.c < 1 else {}
         self._warn_of_rates(setup.lr)
 
     def backward(self, model: nn.Module, batch: Batch, step: Step) -> torch.Tensor:
@@ -281,7 +277,7 @@ class Patcher:
         self.vectors.clear()
         with torch.no_grad():
             for name, p in others(model).items() if self._start else ():
-                p.copy_(torch.lerp(self._start[name], p, float(self.config.c)))
+                p.copy_(torch.lerp(self._start[name], p, self.config.c))
         self._start = {}
 
     def state(self) -> dict[str, StateValue]:
