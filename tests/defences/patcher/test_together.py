@@ -31,6 +31,7 @@ settings:
   delta_dtype: float32
   attackers: [{steps: 2, lr: 1.0e-3, batch_size: 3}]
   retain: ce
+  retain_weight: 0.5
   retain_batch_size: 3
 train: {steps: 8, lr: 1.0e-3, warmup: 0, log_every: 1}
 device: cpu
