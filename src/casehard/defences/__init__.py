@@ -33,7 +33,7 @@ DEFENCES: Registry[DefenceSpec] = Registry(
             takes=("retain",),
             ranks=True,
             lora=False,
-            train={"steps": 600},  # of 300 steps it holds half as long, whatever the attacks (docs/evidence/patcher.md)
+            train={"steps": 600},  # of 300 steps it held about half as long (docs/evidence/patcher.md)
         ),
         "vaccine": _spec("vaccine", "Vaccine", _HARDENED, telemetry=("pushed_loss",)),
         "booster": _spec(
